@@ -1,0 +1,7 @@
+"""python -m edgemoe."""
+
+import sys
+
+from .cli import main
+
+sys.exit(main())

@@ -1,0 +1,1 @@
+"""Offline: read a checkpoint, choose bits, quantize, write a store."""

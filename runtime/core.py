@@ -1,0 +1,124 @@
+"""Loads the native core with ctypes; BACKEND tells whether it or the reference runs. Floor 0."""
+
+import ctypes
+import sys
+from ctypes import POINTER, c_char_p, c_float, c_int32, c_int64, c_uint32, c_void_p
+from pathlib import Path
+
+from . import format as layout
+
+ABI_VERSION = 1  # em_abi_version() this file was written for
+_FILE = {"win32": "edgemoe_core.dll", "darwin": "libedgemoe_core.dylib"}.get(
+    sys.platform, "libedgemoe_core.so"
+)
+
+
+class Format(ctypes.Structure):
+    """em_format."""
+
+    _fields_ = [("bits", c_int32), ("group_size", c_int32), ("mode", c_int32)]
+
+    @classmethod
+    def of(cls, spec: layout.QuantSpec) -> "Format":
+        return cls(spec.bits, spec.group_size, layout.MODES.index(spec.mode))
+
+
+class Record(ctypes.Structure):
+    """em_record."""
+
+    _fields_ = [
+        ("offset", c_int64),
+        ("num_bytes", c_int64),
+        ("down_offset", c_int64),
+        ("gate_up", Format),
+        ("down", Format),
+        ("crc_gate_up", c_uint32),
+        ("crc_down", c_uint32),
+    ]
+
+
+class StoreStats(ctypes.Structure):
+    """em_store_stats."""
+
+    _fields_ = [(name, c_int64) for name in ("num_reads", "num_bytes", "read_ns", "cpu_ns")]
+
+
+class MoeArgs(ctypes.Structure):
+    """em_moe_args."""
+
+    _fields_ = [
+        *((name, c_int64) for name in ("num_tokens", "hidden", "width", "num_experts")),
+        *(
+            (name, c_void_p)
+            for name in ("x", "y", "keys", "data")
+            + ("pair_begin", "pair_token", "pair_weight", "workspace")
+        ),
+        ("stall_ns", c_int64),
+        ("failed", c_int64),
+    ]
+
+
+_P, _I32, _I64 = c_void_p, c_int32, c_int64
+_SIGNATURES: dict[str, tuple[object, list[object]]] = {
+    "em_abi_version": (_I32, []),
+    "em_isa": (c_char_p, []),
+    "em_crc32c": (c_uint32, [c_uint32, _P, _I64]),
+    "em_pool_create": (_P, [_I32]),
+    "em_pool_destroy": (None, [_P]),
+    "em_matrix_bytes": (_I64, [_I64, _I64, Format]),
+    "em_pack_codes": (_I32, [_P, _P, _P, _I64, _I64, Format, _P]),
+    "em_pack_16bit": (_I32, [_P, _I64, _I64, _P]),
+    "em_unpack_rows": (_I32, [_P, _I64, _I64, Format, _I64, _I64, _P]),
+    "em_linear": (_I32, [_P, _P, _I64, _I64, Format, _P, _I64, _P, _P]),
+    "em_rms_norm": (None, [_P, _P, _I64, _I64, c_float, _P]),
+    "em_attention": (
+        _I32,
+        [_P, _P, _P, _P, _I32, _I64, _I64, _I64, _I64, _I64, _I64, _I64, c_float, _P],
+    ),
+    "em_arena_create": (_P, [_I64]),
+    "em_arena_destroy": (None, [_P, _I64]),
+    "em_store_open": (_P, [c_char_p, POINTER(Record), _I64, _I32, _I32, POINTER(c_int32)]),
+    "em_store_close": (None, [_P]),
+    "em_store_is_direct": (_I32, [_P]),
+    "em_store_status": (POINTER(c_int32), [_P]),
+    "em_store_submit": (_I32, [_P, _I64, _P, _P]),
+    "em_store_wait": (_I32, [_P, _I32]),
+    "em_store_get_stats": (None, [_P, POINTER(StoreStats)]),
+    "em_moe_workspace_floats": (_I64, [_I64, _I64, _I64, _I64]),
+    "em_moe_run": (_I32, [_P, _P, POINTER(Record), POINTER(MoeArgs)]),
+}
+_CONSTANTS = {
+    "em_format_version": layout.FORMAT_VERSION,
+    "em_page_bytes": layout.PAGE_BYTES,
+    "em_tile_rows": layout.TILE_ROWS,
+    "em_line_bytes": layout.LINE_BYTES,
+    "em_act_group": layout.ACT_GROUP,
+}
+
+
+def _load() -> tuple[ctypes.CDLL | None, str | None]:
+    # Not Path(__file__).parent: an editable install leaves Python files in the source tree and puts
+    # the library into site-packages; only the package's __path__ names both folders.
+    for folder in sys.modules[__package__].__path__:
+        path = Path(folder, _FILE)
+        if path.is_file():
+            return _declare(ctypes.CDLL(str(path)), path), str(path)
+    return None, None
+
+
+def _declare(library: ctypes.CDLL, path: Path) -> ctypes.CDLL:
+    found = library.em_abi_version()
+    if found != ABI_VERSION:
+        raise ImportError(f"`{path}`: expected ABI {ABI_VERSION}, got {found}; rebuild it")
+    for name, expected in _CONSTANTS.items():
+        value = c_int32.in_dll(library, name).value
+        if value != expected:
+            raise ImportError(f"`{path}`: expected {name} {expected}, got {value}; rebuild it")
+    for name, (result, arguments) in _SIGNATURES.items():
+        function = getattr(library, name)
+        function.restype, function.argtypes = result, arguments
+    return library
+
+
+lib, library_path = _load()
+BACKEND = "native" if lib else "reference"

@@ -1,0 +1,152 @@
+/* edgemoe native core: the plain C interface.
+ *
+ * Memory layout: runtime/format.py. Shape letters: T tokens, D hidden, F expert width, H heads,
+ * KV key/value heads, hd head dimension. All arrays are row-major and dense. Nothing here throws;
+ * functions that can fail return 0 or a negative code. Unless said, functions may be called from
+ * any thread; a pool serves one call at a time.
+ */
+#ifndef EDGEMOE_CORE_H
+#define EDGEMOE_CORE_H
+
+#include <stdint.h>
+
+#if defined(_WIN32)
+#define EM_API __declspec(dllexport)
+#else
+#define EM_API __attribute__((visibility("default")))
+#endif
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#define EM_ABI_VERSION 1
+
+enum { EM_MODE_SYM = 0, EM_MODE_ASYM = 1, EM_MODE_BF16 = 2, EM_MODE_FP16 = 3 };
+
+/* Status of a record; see em_store_status. Negative values are errors. */
+enum {
+  EM_ABSENT = 0,
+  EM_READING = 1,
+  EM_READY = 2,
+  EM_ERR_CRC = -10001,   /* bytes read, checksum differs */
+  EM_ERR_SHORT = -10002, /* the file ends inside the record */
+  EM_ERR_ARG = -10003    /* other negative values are -errno */
+};
+
+/* How a matrix is stored. group_size is 0 for the 16-bit modes. */
+typedef struct em_format {
+  int32_t bits, group_size, mode;
+} em_format;
+
+/* One expert record of the store's index. down_offset counts from the start of the record; both
+ * sections run to the next section or the end of the record, and their crc32c covers the padding. */
+typedef struct em_record {
+  int64_t offset, num_bytes, down_offset;
+  em_format gate_up, down;
+  uint32_t crc_gate_up, crc_down;
+} em_record;
+
+/* ---- library ------------------------------------------------------------------------------- */
+EM_API int32_t em_abi_version(void);
+/* Layout constants, compared with runtime/format.py when the library is loaded. */
+EM_API extern const int32_t em_format_version, em_page_bytes, em_tile_rows, em_line_bytes, em_act_group;
+/* Instruction set in use: "avx512vnni", "avx2" or "scalar". Chosen once; EDGEMOE_ISA overrides. */
+EM_API const char *em_isa(void);
+EM_API uint32_t em_crc32c(uint32_t seed, const void *data, int64_t num_bytes);
+
+/* ---- threads ------------------------------------------------------------------------------- */
+typedef struct em_pool em_pool;
+/* num_threads includes the caller. Returns NULL where threads cannot be made. */
+EM_API em_pool *em_pool_create(int32_t num_threads);
+EM_API void em_pool_destroy(em_pool *pool);
+
+/* ---- packed matrices ----------------------------------------------------------------------- */
+/* Bytes of a packed matrix [rows, cols], or EM_ERR_ARG. */
+EM_API int64_t em_matrix_bytes(int64_t rows, int64_t cols, em_format format);
+/* codes u8 [rows, cols]; scales, mins fp16 [rows, cols / G] (mins NULL if symmetric). */
+EM_API int32_t em_pack_codes(const uint8_t *codes, const uint16_t *scales, const uint16_t *mins,
+                             int64_t rows, int64_t cols, em_format format, uint8_t *dst);
+/* weights bf16/fp16 [rows, cols] as 16-bit words -> 16-bit tiles, bits unchanged. */
+EM_API int32_t em_pack_16bit(const uint16_t *weights, int64_t rows, int64_t cols, uint8_t *dst);
+/* Dequantize rows row_begin .. row_begin + num_rows of a packed matrix into fp32 [num_rows, cols]. */
+EM_API int32_t em_unpack_rows(const uint8_t *packed, int64_t rows, int64_t cols, em_format format,
+                              int64_t row_begin, int64_t num_rows, float *dst);
+/* y [T, rows] = x [T, cols] . W^T (+ bias [rows], may be NULL). Quantized modes quantize x to int8
+ * in groups of 32 columns; 16-bit modes use fp32 x. A row of y has the same bits for every T, every
+ * number of threads and every position in the batch. */
+EM_API int32_t em_linear(em_pool *pool, const uint8_t *packed, int64_t rows, int64_t cols,
+                         em_format format, const float *x, int64_t num_tokens, const float *bias,
+                         float *y);
+
+/* ---- attention and norms ------------------------------------------------------------------- */
+/* y[t] = x[t] / sqrt(mean(x[t]^2) + eps) * weight; x, y [T, cols]; in place allowed. */
+EM_API void em_rms_norm(const float *x, const float *weight, int64_t num_tokens, int64_t cols,
+                        float eps, float *y);
+/* Causal attention of T new tokens at positions position .. position + T - 1, whose keys and values
+ * are already stored. q, out [T, H, hd]; keys, values [KV, capacity, hd] of fp32 (kv_bits 32) or
+ * bf16 (kv_bits 16). window > 0: token p sees keys p - window + 1 .. p. sinks are not supported.
+ * A row of out depends on neither T nor the number of threads. */
+EM_API int32_t em_attention(em_pool *pool, const float *q, const void *keys, const void *values,
+                            int32_t kv_bits, int64_t num_tokens, int64_t num_heads,
+                            int64_t num_kv_heads, int64_t head_dim, int64_t capacity,
+                            int64_t position, int64_t window, float scale, float *out);
+
+/* ---- memory for records -------------------------------------------------------------------- */
+/* Anonymous memory, 2 MiB aligned, huge pages asked for, not touched. NULL where there is none. */
+EM_API void *em_arena_create(int64_t num_bytes);
+EM_API void em_arena_destroy(void *arena, int64_t num_bytes);
+
+/* ---- store --------------------------------------------------------------------------------- */
+typedef struct em_store em_store;
+/* Open an experts.safetensors. records[num_records] is copied; a key is an index into it.
+ * io: 0 direct where the file system takes it, else buffered; 1 direct or fail; 2 buffered.
+ * On failure returns NULL and sets *error to -errno. */
+EM_API em_store *em_store_open(const char *path, const em_record *records, int64_t num_records,
+                               int32_t num_threads, int32_t io, int32_t *error);
+EM_API void em_store_close(em_store *store); /* waits for reads in flight */
+EM_API int32_t em_store_is_direct(const em_store *store);
+/* int32 [num_records], owned by the store. The store writes EM_READING, then EM_READY or an error;
+ * the caller writes EM_ABSENT when it gives the memory to another record (never while EM_READING). */
+EM_API int32_t *em_store_status(em_store *store);
+/* Queue reads of whole records into dst[i] (4096-aligned, record-sized), in order of urgency.
+ * A record's checksums are checked the first time it is read, in the reading thread. */
+EM_API int32_t em_store_submit(em_store *store, int64_t num, const int32_t *keys, void *const *dst);
+/* Block until the record is READY or failed; returns its status. */
+EM_API int32_t em_store_wait(em_store *store, int32_t key);
+typedef struct em_store_stats {
+  int64_t num_reads, num_bytes, read_ns, cpu_ns; /* read_ns: sum over reads; cpu_ns: reader threads */
+} em_store_stats;
+EM_API void em_store_get_stats(em_store *store, em_store_stats *stats);
+
+/* ---- the experts of one layer -------------------------------------------------------------- */
+/* For n experts in ascending id, whose records are resident or being read:
+ *   y[t] += w * down( silu(gate x[t]) * (up x[t]) )   for each of the expert's (token t, w) pairs,
+ * added in the order of the list whatever the order of arrival. Resident experts are computed
+ * while the others are read; arrivals are computed as they land. Bits of y depend on neither T, the
+ * number of threads, nor what was resident. */
+typedef struct em_moe_args {
+  int64_t num_tokens, hidden, width, num_experts;
+  const float *x;             /* [T, D] */
+  float *y;                   /* [T, D], accumulated into */
+  const int32_t *keys;        /* [n] */
+  const uint8_t *const *data; /* [n] where each record is or will be */
+  const int64_t *pair_begin;  /* [n + 1] into the pairs, pair_begin[0] = 0 */
+  const int32_t *pair_token;  /* [pairs] */
+  const float *pair_weight;   /* [pairs] routing weights */
+  float *workspace;           /* em_moe_workspace_floats(...) floats */
+  int64_t stall_ns;           /* out: time in which nothing could be computed */
+  int64_t failed;             /* out: position of the expert that failed, or -1 */
+} em_moe_args;
+EM_API int64_t em_moe_workspace_floats(int64_t num_tokens, int64_t num_pairs, int64_t hidden,
+                                       int64_t width);
+/* Returns 0, or the negative status of the record that failed (y is then undefined); all reads of
+ * the list have ended when it returns. store may be NULL where every record is resident: then
+ * formats come from `records` (same order as a store's index, NULL otherwise). */
+EM_API int32_t em_moe_run(em_pool *pool, em_store *store, const em_record *records,
+                          em_moe_args *args);
+
+#ifdef __cplusplus
+}
+#endif
+#endif

@@ -1,0 +1,243 @@
+"""The layout of a store, byte by byte. The only place that knows it. Floor 0.
+
+A store is a folder `NAME.edgemoe/` (files: see `index.py`). This module describes what is inside
+its two safetensors files.
+
+Tile. A weight matrix `[rows, cols]` (y = W x) is stored as ceil(rows / 16) tiles, each 16 output
+rows x all columns, strictly linear, so that a matrix-vector product reads one ascending stream.
+The last tile is padded with zero rows. A 32-bit lane belongs to one row, so that 16 lanes of one
+64-byte line are the 16 rows of the tile and no instruction set needs a repack or a horizontal sum.
+
+Quantized tile (2, 3, 4, 8 bits; groups of G = 32, 64 or 128 columns). For each pair of column
+groups g, g+1:
+
+- 64 B   fp16 scale[g][16 rows], fp16 scale[g+1][16 rows]
+- 64 B   fp16 min[g][16], fp16 min[g+1][16]: asymmetric only
+- codes of g, then codes of g+1. With an odd number of groups the last pair has a half-used scale
+  line (the rest is zero) and the codes of one group.
+
+One 64-byte code block holds, at byte `row * 4 + j` (j = 0..3; k = first column of the block):
+
+- 8 bit, 4 columns: the code of column k + j
+- 4 bit, 8 columns: low nibble column k + j, high nibble column k + 4 + j
+- 2 bit, 16 columns: bits 2s, 2s+1 = column k + 4s + j, s = 0..3
+- 3 bit, 32 columns in 192 B: two 2-bit blocks with the low two bits (columns k.. and k + 16..),
+  then one block whose bit s is the high bit of column k + 4s + j, s = 0..7
+
+Codes are unsigned. Symmetric: w = scale * (code - 2^(bits-1)). Asymmetric: w = scale * code + min.
+A scale per channel is a group scale repeated along the row: one kernel serves both.
+
+16-bit tile (bf16 or fp16): one 64-byte block holds two columns; the lane of a row has column k in
+its low half and k + 1 in its high half. Columns are even.
+
+Expert record: gate|up section, then down section, each padded with zeros to 4096 bytes so that each
+can be one direct read. gate|up: for every tile t, the gate tile t, then the up tile t (rows = expert
+width, cols = hidden). down: its tiles in order (rows = hidden, cols = expert width). No header: the
+index holds offsets, formats and the crc32c of each section (padding included).
+
+experts.safetensors: a valid safetensors file. The JSON header is padded with spaces so that the data
+starts on a 4096-byte boundary; one U8 tensor per record, `layers.{layer}.experts.{expert}`, in
+(layer, expert) order without gaps. Both follow from safetensors itself (no holes) and from direct
+I/O (offset, length and memory on 4096).
+
+Restrictions and their reasons: columns are a multiple of G, since a group never spans two rows;
+hidden and expert width are multiples of 16, since a tile never mixes gate and up.
+"""
+
+import json
+import struct
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, BinaryIO
+
+from .errors import FormatError, UsageError
+
+FORMAT_VERSION = 1
+PAGE_BYTES = 4096
+TILE_ROWS = 16
+LINE_BYTES = 64
+ACT_GROUP = 32  # columns that share one int8 activation scale
+BITS = (2, 3, 4, 8, 16)
+GROUP_SIZES = (32, 64, 128)
+MODES = ("sym", "asym", "bf16", "fp16")  # the order is the core's EM_MODE_* numbering
+MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
+
+
+def round_up(value: int, multiple: int) -> int:
+    """The least multiple of `multiple` that is not below `value`."""
+    return -(-value // multiple) * multiple
+
+
+@dataclass(frozen=True, slots=True)
+class QuantSpec:
+    """How one matrix is stored. `group_size` is 0 for the 16-bit modes."""
+
+    bits: int
+    group_size: int
+    mode: str
+
+    def __post_init__(self) -> None:
+        if self.bits not in BITS or self.mode not in MODES:
+            raise FormatError(f"unknown quantization `{self.bits}` bits, mode `{self.mode}`")
+        if (self.bits == 16) != (self.mode in ("bf16", "fp16")):
+            raise FormatError(f"mode `{self.mode}` does not go with {self.bits} bits")
+        if self.group_size not in ((0,) if self.bits == 16 else GROUP_SIZES):
+            raise FormatError(f"unknown group size `{self.group_size}` at {self.bits} bits")
+
+    @property
+    def is_16bit(self) -> bool:
+        return self.bits == 16
+
+    def check_shape(self, rows: int, cols: int) -> None:
+        """Raise `UsageError` where a matrix of this shape cannot be stored with this spec."""
+        unit = 2 if self.is_16bit else self.group_size
+        if rows < 1 or cols < 1 or cols % unit:
+            raise UsageError(
+                f"a matrix of {rows} x {cols} cannot be stored with groups of {unit}",
+                f"{cols} columns are not a multiple of {unit}",
+                "choose a smaller --group-size",
+            )
+
+    def tile_bytes(self, cols: int) -> int:
+        """Bytes of one 16-row tile of `cols` columns."""
+        if self.is_16bit:
+            return cols * TILE_ROWS * 2
+        groups = cols // self.group_size
+        lines_per_pair = 2 if self.mode == "asym" else 1
+        return -(-groups // 2) * LINE_BYTES * lines_per_pair + cols * TILE_ROWS * self.bits // 8
+
+    def matrix_bytes(self, rows: int, cols: int) -> int:
+        """Bytes of a packed matrix `[rows, cols]`, the padded last tile included."""
+        return -(-rows // TILE_ROWS) * self.tile_bytes(cols)
+
+    def to_json(self) -> dict[str, Any]:
+        return {"bits": self.bits, "group_size": self.group_size, "mode": self.mode}
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> "QuantSpec":
+        try:
+            return cls(int(value["bits"]), int(value["group_size"]), str(value["mode"]))
+        except (KeyError, TypeError, ValueError) as error:
+            raise FormatError(f"malformed quantization spec `{value!r}`") from error
+
+
+@dataclass(frozen=True, slots=True)
+class RecordLayout:
+    """Sizes and offsets inside one expert record, in bytes."""
+
+    gate_up: QuantSpec
+    down: QuantSpec
+    hidden: int
+    width: int
+
+    def __post_init__(self) -> None:
+        if self.hidden % TILE_ROWS or self.width % TILE_ROWS:
+            raise UsageError(
+                f"hidden size {self.hidden} and expert width {self.width} must be multiples of "
+                f"{TILE_ROWS}"
+            )
+        self.gate_up.check_shape(self.width, self.hidden)
+        self.down.check_shape(self.hidden, self.width)
+
+    @property
+    def gate_up_bytes(self) -> int:
+        return 2 * self.gate_up.matrix_bytes(self.width, self.hidden)
+
+    @property
+    def down_offset(self) -> int:
+        return round_up(self.gate_up_bytes, PAGE_BYTES)
+
+    @property
+    def down_bytes(self) -> int:
+        return self.down.matrix_bytes(self.hidden, self.width)
+
+    @property
+    def num_bytes(self) -> int:
+        return self.down_offset + round_up(self.down_bytes, PAGE_BYTES)
+
+
+def record_name(layer: int, expert: int) -> str:
+    """The tensor name of an expert record."""
+    return f"layers.{layer}.experts.{expert}"
+
+
+def encode_header(
+    tensors: Sequence[tuple[str, str, Sequence[int], int]],
+    metadata: Mapping[str, str],
+    align: int = 8,
+) -> bytes:
+    """The length word and JSON header of a safetensors file, padded so that data starts on `align`.
+
+    `tensors` are (name, safetensors dtype, shape, num_bytes) in file order.
+    """
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    offset = 0
+    for name, dtype, shape, num_bytes in tensors:
+        end = offset + num_bytes
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (round_up(8 + len(text), align) - 8 - len(text))
+    return struct.pack("<Q", len(text)) + text
+
+
+@dataclass(frozen=True, slots=True)
+class TensorEntry:
+    """One tensor of a safetensors file; `offset` counts from the start of the file."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+    num_bytes: int
+
+
+DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1}
+DTYPE_BYTES |= {"U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1, "U16": 2, "U32": 4, "U64": 8}
+
+
+def read_header(file: BinaryIO, name: str) -> tuple[dict[str, TensorEntry], dict[str, str]]:
+    """Parse and check a safetensors header; returns the tensors by name and the metadata.
+
+    Raises FormatError where the file is truncated, overlaps, has holes or is no safetensors file.
+    """
+    file.seek(0, 2)
+    file_bytes = file.tell()
+    file.seek(0)
+    word = file.read(8)
+    if len(word) < 8:
+        raise FormatError(f"`{name}` is no safetensors file", f"it has {len(word)} bytes")
+    (length,) = struct.unpack("<Q", word)
+    if length > MAX_HEADER_BYTES or 8 + length > file_bytes:
+        raise FormatError(
+            f"`{name}` is damaged", f"its header claims {length} bytes, the file has {file_bytes}"
+        )
+    try:
+        header = json.loads(file.read(length))
+        metadata = header.pop("__metadata__", {})
+        tensors = {key: _entry(value, 8 + length) for key, value in header.items()}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise FormatError(f"`{name}` is damaged", f"its header does not parse: {error}") from error
+    position = 8 + length
+    for key, entry in sorted(tensors.items(), key=lambda item: item[1].offset):
+        if entry.offset != position:
+            raise FormatError(f"`{name}` is damaged", f"tensor `{key}` overlaps or leaves a hole")
+        position += entry.num_bytes
+    if position != file_bytes:
+        raise FormatError(
+            f"`{name}` is truncated or too long", f"expected {position} bytes, got {file_bytes}"
+        )
+    return tensors, metadata
+
+
+def _entry(value: Mapping[str, Any], data_start: int) -> TensorEntry:
+    begin, end = (int(offset) for offset in value["data_offsets"])
+    shape = tuple(int(size) for size in value["shape"])
+    dtype = str(value["dtype"])
+    count = 1
+    for size in shape:
+        count *= size
+    if begin < 0 or any(size < 0 for size in shape):
+        raise ValueError("negative size")
+    if dtype in DTYPE_BYTES and count * DTYPE_BYTES[dtype] != end - begin:
+        raise ValueError(f"shape {list(shape)} of {dtype} does not fill {end - begin} bytes")
+    return TensorEntry(dtype, shape, data_start + begin, end - begin)

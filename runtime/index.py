@@ -1,0 +1,218 @@
+"""The index of a store: what `store.json` says and `experts.safetensors` must agree with. Floor 0.
+
+Files of a store: `config.json`, `generation_config.json`, tokenizer files and chat template as they
+came; `trunk.safetensors`; `experts.safetensors`; `store.json`. A store without `store.json` is not
+finished and does not open.
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .errors import FormatError, NotFoundError
+from .format import FORMAT_VERSION, PAGE_BYTES, QuantSpec, RecordLayout, read_header, record_name
+
+STORE_FILE = "store.json"
+EXPERTS_FILE = "experts.safetensors"
+TRUNK_FILE = "trunk.safetensors"
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertRecord:
+    """Where one expert record is and how to read it. `crc32c` covers (gate|up, down)."""
+
+    offset: int
+    layout: RecordLayout
+    crc32c: tuple[int, int]
+
+    @property
+    def num_bytes(self) -> int:
+        return self.layout.num_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class PackedTensor:
+    """A trunk matrix `[rows, cols]` stored in tiles (a U8 tensor under its checkpoint name)."""
+
+    rows: int
+    cols: int
+    spec: QuantSpec
+
+
+@dataclass(slots=True)
+class StoreIndex:
+    """Everything about a store but its weights. Keys are (layer, expert)."""
+
+    path: Path
+    config: dict[str, Any]  # the checkpoint's config.json
+    hidden: int
+    records: dict[tuple[int, int], ExpertRecord]
+    packed_trunk: dict[str, PackedTensor] = field(default_factory=dict)
+    sha256: dict[str, str] = field(default_factory=dict)
+    plan: dict[str, Any] = field(default_factory=dict)  # how it was made, for people
+
+    @property
+    def model_type(self) -> str:
+        return str(self.config.get("model_type"))
+
+    @property
+    def layer_to_num_experts(self) -> dict[int, int]:
+        """Number of experts of each MoE layer, in layer order."""
+        counts: dict[int, int] = {}
+        for layer, _ in sorted(self.records):
+            counts[layer] = counts.get(layer, 0) + 1
+        return counts
+
+    @property
+    def expert_bytes(self) -> int:
+        return sum(record.num_bytes for record in self.records.values())
+
+    @property
+    def max_record_bytes(self) -> int:
+        return max(record.num_bytes for record in self.records.values())
+
+
+def save_index(index: StoreIndex) -> None:
+    """Write `store.json`: to a temporary name, synced, then renamed."""
+    specs: list[dict[str, Any]] = []
+
+    def number(spec: QuantSpec) -> int:
+        value = spec.to_json()
+        if value not in specs:
+            specs.append(value)
+        return specs.index(value)
+
+    layers: dict[str, dict[str, Any]] = {}
+    for (layer, expert), record in sorted(index.records.items()):
+        layout = record.layout
+        entry = layers.setdefault(str(layer), {"width": layout.width, "experts": []})
+        if len(entry["experts"]) != expert or entry["width"] != layout.width:
+            raise FormatError(f"layer {layer}: experts must be numbered from 0 and of one width")
+        spec_ids = [number(layout.gate_up), number(layout.down)]
+        entry["experts"].append([*spec_ids, *record.crc32c])
+    packed = {
+        name: [tensor.rows, tensor.cols, number(tensor.spec)]
+        for name, tensor in sorted(index.packed_trunk.items())
+    }
+    document = {
+        "format": "edgemoe",
+        "format_version": FORMAT_VERSION,
+        "hidden": index.hidden,
+        "specs": specs,
+        "layers": layers,
+        "packed_trunk": packed,
+        "sha256": index.sha256,
+        "plan": index.plan,
+    }
+    target = index.path / STORE_FILE
+    temporary = target.with_suffix(".json.tmp")
+    with open(temporary, "w", encoding="utf-8") as file:
+        json.dump(document, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, target)
+
+
+def load_index(path: str | Path) -> StoreIndex:
+    """Open a store's index and check it against the headers of both weight files.
+
+    Reads no weights. Raises NotFoundError, or FormatError naming what does not agree.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise NotFoundError(
+            f"no store at `{path}`", "expected a folder", "edgemoe convert makes one"
+        )
+    if not (path / STORE_FILE).is_file():
+        raise NotFoundError(
+            f"`{path}` is no edgemoe store",
+            f"it has no `{STORE_FILE}`",
+            "a Hugging Face folder becomes a store with: edgemoe convert DIR --out NAME.edgemoe",
+        )
+    document = _read_json(path / STORE_FILE)
+    version = document.get("format_version")
+    if document.get("format") != "edgemoe" or not isinstance(version, int):
+        raise FormatError(f"`{path / STORE_FILE}` does not describe an edgemoe store")
+    if version > FORMAT_VERSION:
+        raise FormatError(
+            f"`{path}` has format version {version}",
+            f"this edgemoe reads up to version {FORMAT_VERSION}",
+            "install a newer edgemoe, or convert the checkpoint again",
+        )
+    try:
+        index = _parse(path, document)
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+        raise FormatError(f"`{path / STORE_FILE}` is malformed", str(error)) from error
+    _check_experts_file(index)
+    return index
+
+
+def _parse(path: Path, document: Mapping[str, Any]) -> StoreIndex:
+    specs = [QuantSpec.from_json(value) for value in document["specs"]]
+    hidden = int(document["hidden"])
+    records: dict[tuple[int, int], ExpertRecord] = {}
+    offset = 0  # counted from the start of the data; _check_experts_file adds the header
+    for layer in sorted(document["layers"], key=int):
+        entry = document["layers"][layer]
+        for expert, (gate_up, down, crc_gate_up, crc_down) in enumerate(entry["experts"]):
+            layout = RecordLayout(specs[gate_up], specs[down], hidden, int(entry["width"]))
+            records[int(layer), expert] = ExpertRecord(
+                offset, layout, (int(crc_gate_up), int(crc_down))
+            )
+            offset += layout.num_bytes
+    packed = {
+        str(name): PackedTensor(int(rows), int(cols), specs[spec])
+        for name, (rows, cols, spec) in document["packed_trunk"].items()
+    }
+    return StoreIndex(
+        path=path,
+        config=_read_json(path / "config.json"),
+        hidden=hidden,
+        records=records,
+        packed_trunk=packed,
+        sha256=dict(document.get("sha256", {})),
+        plan=dict(document.get("plan", {})),
+    )
+
+
+def _check_experts_file(index: StoreIndex) -> None:
+    """Move every record's offset behind the file's header; refuse a file that disagrees."""
+    name = index.path / EXPERTS_FILE
+    if not name.is_file():
+        raise FormatError(f"`{index.path}` is incomplete", f"it has no `{EXPERTS_FILE}`")
+    with open(name, "rb") as file:
+        tensors, _ = read_header(file, str(name))
+    if len(tensors) != len(index.records):
+        raise FormatError(
+            f"`{name}` and `{STORE_FILE}` disagree",
+            f"expected {len(index.records)} records, got {len(tensors)}",
+        )
+    start = min((entry.offset for entry in tensors.values()), default=0)
+    for (layer, expert), record in index.records.items():
+        entry = tensors.get(record_name(layer, expert))
+        offset = start + record.offset
+        if (
+            entry is None
+            or (entry.dtype, entry.offset, entry.num_bytes) != ("U8", offset, record.num_bytes)
+            or offset % PAGE_BYTES
+        ):
+            raise FormatError(
+                f"`{name}` and `{STORE_FILE}` disagree",
+                f"record `{record_name(layer, expert)}` is not where it should be",
+            )
+        index.records[layer, expert] = ExpertRecord(offset, record.layout, record.crc32c)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise FormatError(f"`{path.parent}` is incomplete", f"it has no `{path.name}`") from error
+    except (ValueError, RecursionError) as error:
+        raise FormatError(f"`{path}` does not parse", str(error)) from error
+    if not isinstance(document, dict):
+        raise FormatError(f"`{path}` does not hold a JSON object")
+    return document
