@@ -31,12 +31,12 @@ A scale per channel is a group scale repeated along the row: one kernel serves b
 its low half and k + 1 in its high half. Columns are even.
 
 Expert record: gate|up section, then down section, each padded with zeros to 4096 bytes so that each
-can be one direct read. gate|up: for every tile t, the gate tile t, then the up tile t (rows = expert
-width, cols = hidden). down: its tiles in order (rows = hidden, cols = expert width). No header: the
-index holds offsets, formats and the crc32c of each section (padding included).
+can be one direct read. gate|up: for every tile t, the gate tile t, then the up tile t (rows =
+expert width, cols = hidden). down: its tiles in order (rows = hidden, cols = expert width). No
+header: the index holds offsets, formats and the crc32c of each section (padding included).
 
-experts.safetensors: a valid safetensors file. The JSON header is padded with spaces so that the data
-starts on a 4096-byte boundary; one U8 tensor per record, `layers.{layer}.experts.{expert}`, in
+experts.safetensors: a valid safetensors file. The JSON header is padded with spaces so that the
+data starts on a 4096-byte boundary; one U8 tensor per record, `layers.{layer}.experts.{expert}`, in
 (layer, expert) order without gaps. Both follow from safetensors itself (no holes) and from direct
 I/O (offset, length and memory on 4096).
 
