@@ -1,0 +1,218 @@
+"""Choosing the next token from a row of logits. Floor 3; knows no model and no text.
+
+Order of operations, that of transformers' `generate`: repetition penalty (tokens of prompt and
+answer), presence and frequency penalty (tokens of the answer, as in the OpenAI interface), then
+either the largest value (temperature 0; ties go to the lowest id) or temperature, top-k, top-p,
+min-p and a draw. llama.cpp applies the temperature last, so its top-p and min-p see a flatter or
+sharper distribution than these. Log probabilities are those of the model: taken before any of this.
+
+torch is imported where it is used: parameters must be cheap to make.
+"""
+
+import math
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Any
+
+from .runtime.errors import EdgeMoeError, UsageError
+
+if TYPE_CHECKING:
+    import torch
+
+_RANGES: dict[str, tuple[float, float, str]] = {  # closed intervals
+    "temperature": (0.0, math.inf, "0 (greedy) or more"),
+    "top_p": (0.0, 1.0, "0 to 1"),
+    "min_p": (0.0, 1.0, "0 to 1"),
+    "repetition_penalty": (1e-6, math.inf, "more than 0; 1 is none"),
+    "presence_penalty": (-math.inf, math.inf, "a finite number; 0 is none"),
+    "frequency_penalty": (-math.inf, math.inf, "a finite number; 0 is none"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How an answer is drawn and where it ends. Raises UsageError naming the field that is wrong.
+
+    `max_tokens` None means: until the context is full. `top_k` 0, `top_p` 1 and `min_p` 0 are off.
+    `seed` None draws a fresh one. `stop` strings end the answer and are not part of it.
+    `logprobs` n > 0 reports the chosen token and the n most probable ones.
+    """
+
+    max_tokens: int | None = 256
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    logprobs: int = 0
+
+    def __post_init__(self) -> None:
+        for name, (least, most, meaning) in _RANGES.items():
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                raise _bad(name, meaning, value)
+            if not math.isfinite(value) or not least <= value <= most:
+                raise _bad(name, meaning, value)
+            object.__setattr__(self, name, float(value))
+        for name in ("max_tokens", "top_k", "logprobs"):
+            value = getattr(self, name)
+            if name == "max_tokens" and value is None:
+                continue
+            if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+                raise _bad(name, "a whole number, 0 or more", value)
+        if self.seed is not None and (
+            isinstance(self.seed, bool) or not isinstance(self.seed, int)
+        ):
+            raise _bad("seed", "a whole number", self.seed)
+        stop = (self.stop,) if isinstance(self.stop, str) else self.stop
+        if not isinstance(stop, Sequence) or not all(isinstance(s, str) and s for s in stop):
+            raise _bad("stop", "strings that are not empty", self.stop)
+        object.__setattr__(self, "stop", tuple(stop))
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any], **changes: Any) -> "SamplingParams":
+        """Defaults of a `generation_config.json`, with `changes` (None means unchanged) on top."""
+        values: dict[str, Any] = {}
+        if config.get("do_sample"):
+            values = {
+                name: config.get(name, default)
+                for name, default in (("temperature", 1.0), ("top_k", 0), ("top_p", 1.0))
+            }
+            values["min_p"] = config.get("min_p") or 0.0
+        values["repetition_penalty"] = config.get("repetition_penalty") or 1.0
+        known = {item.name for item in fields(cls)}
+        for name, value in changes.items():
+            if name not in known:
+                raise UsageError(
+                    f"unknown sampling parameter `{name}`",
+                    next_step=f"known are {', '.join(sorted(known))}",
+                )
+            if value is not None:
+                values[name] = value
+        return cls(**{name: value for name, value in values.items() if value is not None})
+
+
+def _bad(name: str, expected: str, got: object) -> UsageError:
+    return UsageError(f"bad sampling parameter `{name}`", f"expected {expected}, got {got!r}")
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """A chosen token; log probabilities only where they were asked for, most probable first."""
+
+    token_id: int
+    logprob: float | None = None
+    top_logprobs: tuple[tuple[int, float], ...] = ()
+
+
+def penalize_repetition(
+    logits: "torch.Tensor", ids: "torch.Tensor", penalty: float
+) -> "torch.Tensor":
+    """Divide positive and multiply negative logits of `ids` [n] by `penalty`; logits [vocab]."""
+    seen = logits[ids]
+    return logits.index_copy(0, ids, (seen * penalty).where(seen < 0, seen / penalty))
+
+
+def keep_top_k(logits: "torch.Tensor", top_k: int) -> "torch.Tensor":
+    """-inf for everything below the k-th largest value; ties of that value are kept."""
+    least = logits.topk(min(top_k, logits.numel())).values[-1]
+    return logits.masked_fill(logits < least, -math.inf)
+
+
+def keep_top_p(logits: "torch.Tensor", top_p: float) -> "torch.Tensor":
+    """-inf for all but the smallest set of most probable tokens whose sum reaches `top_p`."""
+    ordered, ids = logits.sort(descending=True, stable=True)  # equal values: lowest id first
+    ordered, ids = ordered.flip(0), ids.flip(0)
+    remove = ordered.softmax(0).cumsum(0) <= 1 - top_p
+    remove[-1] = False
+    return logits.masked_fill(remove.new_empty(remove.shape).scatter_(0, ids, remove), -math.inf)
+
+
+def keep_min_p(logits: "torch.Tensor", min_p: float) -> "torch.Tensor":
+    """-inf for tokens less probable than `min_p` times the most probable one."""
+    probabilities = logits.softmax(0)
+    return logits.masked_fill(probabilities < min_p * probabilities.max(), -math.inf)
+
+
+@dataclass(slots=True)
+class Sampler:
+    """Draws the tokens of one answer; `seed` is the one in use, so that a run can be repeated."""
+
+    params: SamplingParams
+    prompt: Sequence[int] = ()
+    seed: int = field(init=False)
+    _random: random.Random = field(init=False, repr=False)
+    _answer: dict[int, int] = field(init=False, repr=False, default_factory=dict)
+    _seen: set[int] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        given = self.params.seed
+        self.seed = random.SystemRandom().getrandbits(32) if given is None else given
+        # The stream of random.Random for a seed is the same in every Python and on every machine.
+        self._random = random.Random(self.seed)
+        self._seen = set(self.prompt) if self.params.repetition_penalty != 1 else set()
+
+    def choose(self, logits: "torch.Tensor") -> Choice:
+        """The next token for `logits` [vocab] of any float type; remembered for the penalties."""
+        logits = logits.detach().float().reshape(-1)
+        penalized = self._penalize(logits)
+        token_id = int(penalized.numpy().argmax())  # the lowest of equal ids, unlike torch.argmax
+        if not math.isfinite(penalized[token_id]):
+            raise EdgeMoeError(
+                "the model computed logits that are not finite",
+                "a damaged store, or weights that overflow",
+                "check the store with: edgemoe verify STORE",
+            )
+        if self.params.temperature > 0:
+            token_id = self._draw(penalized)
+        self._answer[token_id] = self._answer.get(token_id, 0) + 1
+        if self.params.repetition_penalty != 1:
+            self._seen.add(token_id)
+        return self._report(logits, token_id)
+
+    def _penalize(self, logits: "torch.Tensor") -> "torch.Tensor":
+        import torch
+
+        params = self.params
+        if self._seen:
+            ids = torch.tensor(sorted(self._seen))
+            logits = penalize_repetition(logits, ids, params.repetition_penalty)
+        if self._answer and (params.presence_penalty or params.frequency_penalty):
+            ids = torch.tensor(list(self._answer))
+            counts = torch.tensor(list(self._answer.values()), dtype=torch.float32)
+            loss = params.presence_penalty + params.frequency_penalty * counts
+            logits = logits.index_add(0, ids, -loss)
+        return logits
+
+    def _draw(self, logits: "torch.Tensor") -> int:
+        params = self.params
+        logits = logits / params.temperature
+        if not math.isfinite(logits.max()):  # a temperature so small that the quotient overflows
+            return int(logits.numpy().argmax())
+        if params.top_k:
+            logits = keep_top_k(logits, params.top_k)
+        ids = logits.isfinite().nonzero().reshape(-1)  # the rest sorts only what top-k left
+        logits = logits[ids]
+        if params.top_p < 1:
+            logits = keep_top_p(logits, params.top_p)
+        if params.min_p > 0:
+            logits = keep_min_p(logits, params.min_p)
+        cumulative = logits.double().softmax(0).cumsum(0)
+        # A draw lies in [0, total): the first token whose sum exceeds it has a probability above 0.
+        draw = self._random.random() * float(cumulative[-1])
+        place = int((cumulative <= draw).sum())
+        return int(ids[min(place, ids.numel() - 1)])
+
+    def _report(self, logits: "torch.Tensor", token_id: int) -> Choice:
+        if not self.params.logprobs:
+            return Choice(token_id)
+        logprobs = logits.log_softmax(0)
+        count = min(self.params.logprobs, logprobs.numel())
+        values, ids = logprobs.topk(count)
+        pairs = sorted(zip(ids.tolist(), values.tolist(), strict=True), key=lambda p: (-p[1], p[0]))
+        return Choice(token_id, float(logprobs[token_id]), tuple(pairs))
