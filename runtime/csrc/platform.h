@@ -1,0 +1,47 @@
+// Everything that differs between operating systems. Failures are -errno, on Windows too.
+#pragma once
+#include <cstdint>
+#include <vector>
+
+namespace em {
+
+// A file opened for reading. Reads carry their offset, so threads may share it.
+class File {
+ public:
+  File() = default;
+  File(const File &) = delete;
+  File &operator=(const File &) = delete;
+  ~File() { close(); }
+
+  // direct: past the page cache (O_DIRECT, F_NOCACHE, FILE_FLAG_NO_BUFFERING); offset, length and
+  // memory must then be multiples of 4096. Returns 0 or -errno.
+  int32_t open(const char *path, bool direct);
+  void close();
+  // One read call: bytes read (0 at the end of the file, may be fewer than asked) or -errno.
+  int64_t read_at(void *dst, int64_t num_bytes, int64_t offset) const;
+  // Random reads to come: no read-ahead.
+  void expect_random() const;
+  // Let the page cache forget a range that was read.
+  void forget(int64_t offset, int64_t num_bytes) const;
+  // 1 if the page at `offset` is in the page cache, 0 if not, negative where nobody can tell.
+  int32_t is_cached(int64_t offset) const;
+
+ private:
+  intptr_t handle_ = -1;
+};
+
+// Anonymous memory: 2 MiB aligned, huge pages asked for, not touched. Null where there is none.
+void *map_memory(int64_t num_bytes);
+void unmap_memory(void *memory, int64_t num_bytes);
+
+int64_t monotonic_ns();
+int64_t thread_cpu_ns();  // CPU time of the calling thread
+
+// Cores this process may run on, ascending; empty where the system does not tell.
+std::vector<int> allowed_cores();
+// Keep the calling thread on one core; false where that is not possible.
+bool pin_thread(int core);
+// Leave signals to the threads of the caller of the library.
+void block_signals();
+
+}  // namespace em

@@ -1,0 +1,187 @@
+"""Reads expert records and trunk tensors without filling the page cache. Floor 0.
+
+Records: the core's reader threads, or their Python twin (`backend="reference"`).
+"""
+
+import ctypes
+import errno
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from . import core
+from .errors import EdgeMoeError, FormatError, NotFoundError, UsageError
+from .files import drop_page_cache, read_trunk_tensor
+from .index import ExpertRecord
+from .memory import Arena
+from .python_reader import ABSENT, ERR_ARG, ERR_CRC, ERR_SHORT, READING, READY, PythonReader
+
+__all__ = [
+    "ABSENT",
+    "ERR_ARG",
+    "ERR_CRC",
+    "ERR_SHORT",
+    "IO_MODES",
+    "READING",
+    "READY",
+    "Arena",
+    "RecordReader",
+    "drop_page_cache",
+    "failure_text",
+    "read_trunk_tensor",
+]
+
+IO_MODES = ("auto", "direct", "buffered")  # the order is em_store_open's numbering
+
+
+def failure_text(status: int) -> str:
+    """What a negative status means, in words."""
+    if status == ERR_CRC:
+        return "checksum mismatch"
+    if status == ERR_SHORT:
+        return "short file: it ends inside the record"
+    if status == ERR_ARG:
+        return "refused: unknown key, unaligned memory, or a read in flight"
+    return f"read error: {os.strerror(-status)} (errno {-status})"
+
+
+class RecordReader:
+    """Reads whole records of one `experts.safetensors` into 4096-aligned memory, asynchronously.
+
+    A key is a record's position in `records`. `status` [num_records] int32 holds ABSENT, READING,
+    READY or a negative failure; the caller writes ABSENT when it gives a record's memory away,
+    never while READING. It is a view of the core's memory, not to be used after `close`.
+
+    Raises NotFoundError, FormatError for records that cannot be, UsageError where `io="direct"` is
+    refused, EdgeMoeError for other failures to open.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        records: Sequence[ExpertRecord],
+        num_threads: int = 2,
+        io: str = "auto",
+        backend: str | None = None,
+    ) -> None:
+        if io not in IO_MODES:
+            raise UsageError(f"unknown io `{io}`", f"expected one of {', '.join(IO_MODES)}")
+        if not 1 <= num_threads <= 256:
+            raise UsageError(f"expected 1 to 256 reader threads, got {num_threads}")
+        self.path = Path(path)
+        self.backend = backend or core.BACKEND
+        self.io_note = "direct" if io != "buffered" else "buffered: as asked"
+        make = _NativeReader if self.backend == "native" else PythonReader
+        attempts = {"auto": (True, False), "direct": (True,), "buffered": (False,)}[io]
+        for direct in attempts:
+            try:
+                self._reader = make(self.path, records, num_threads, direct)
+                break
+            except OSError as error:
+                if direct and error.errno not in (errno.ENOENT, errno.EACCES, errno.EPERM):
+                    self.io_note = f"buffered: direct I/O refused ({os.strerror(error.errno)})"
+                    if len(attempts) > 1:
+                        continue
+                    raise UsageError(
+                        f"`{self.path}` cannot be read with direct I/O",
+                        os.strerror(error.errno),
+                        "use --io auto",
+                    ) from error
+                raise _open_error(self.path, error) from error
+        self.is_direct: bool = direct
+        self.status: np.ndarray = self._reader.status
+        self.handle: int | None = self._reader.handle
+
+    def submit(self, keys: np.ndarray, addresses: np.ndarray) -> None:
+        """Queue reads of records `keys` [n] int32 to `addresses` [n] uint64, most urgent first.
+
+        All or nothing: raises UsageError for an unknown key, an address that is not a multiple of
+        4096, or a record that is being read.
+        """
+        keys = np.ascontiguousarray(keys, dtype=np.int32)
+        addresses = np.ascontiguousarray(addresses, dtype=np.uint64)
+        if keys.ndim != 1 or keys.shape != addresses.shape:
+            raise UsageError(f"{keys.shape} keys do not go with {addresses.shape} addresses")
+        if self._reader.submit(keys, addresses):
+            raise UsageError("a read was refused", failure_text(ERR_ARG))
+
+    def wait(self, key: int) -> int:
+        """Block until record `key` is not being read; returns its status."""
+        return self._reader.wait(key)
+
+    def stats(self) -> dict[str, float]:
+        """num_reads, num_bytes, read_s (sum over reads), cpu_s (of the reader threads)."""
+        num_reads, num_bytes, read_ns, cpu_ns = self._reader.stats()
+        return {
+            "num_reads": num_reads,
+            "num_bytes": num_bytes,
+            "read_s": read_ns * 1e-9,
+            "cpu_s": cpu_ns * 1e-9,
+        }
+
+    def close(self) -> None:
+        """Wait for reads in flight, forget queued ones, close the file."""
+        if self._reader is not None:
+            self.status = self.status.copy()
+            self._reader.close()
+            self._reader = self.handle = None
+
+    def __enter__(self) -> "RecordReader":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        if getattr(self, "_reader", None) is not None:
+            self.close()
+
+
+def _open_error(path: Path, error: OSError) -> EdgeMoeError:
+    if error.errno == errno.ENOENT:
+        return NotFoundError(
+            f"no file `{path}`", "it was there when the store was opened, or never"
+        )
+    return EdgeMoeError(f"cannot open `{path}`", os.strerror(error.errno or errno.EIO))
+
+
+class _NativeReader:
+    def __init__(
+        self, path: Path, records: Sequence[ExpertRecord], num_threads: int, direct: bool
+    ) -> None:
+        table = (core.Record * max(len(records), 1))()
+        for row, record in zip(table, records, strict=False):
+            row.offset, row.num_bytes = record.offset, record.num_bytes
+            row.down_offset = record.layout.down_offset
+            row.gate_up = core.Format.of(record.layout.gate_up)
+            row.down = core.Format.of(record.layout.down)
+            row.crc_gate_up, row.crc_down = record.crc32c
+        error = ctypes.c_int32()
+        mode = IO_MODES.index("direct" if direct else "buffered")
+        self.handle: int = core.lib.em_store_open(
+            os.fsencode(path), table, len(records), num_threads, mode, error
+        )
+        if not self.handle:
+            if error.value == ERR_ARG:
+                raise FormatError(f"`{path}`: a record is not on page boundaries")
+            raise OSError(-error.value, os.strerror(-error.value))
+        status = core.lib.em_store_status(self.handle)
+        self.status = np.ctypeslib.as_array(status, shape=(len(records),))
+
+    def submit(self, keys: np.ndarray, addresses: np.ndarray) -> int:
+        return core.lib.em_store_submit(
+            self.handle, keys.size, keys.ctypes.data, addresses.ctypes.data
+        )
+
+    def wait(self, key: int) -> int:
+        return core.lib.em_store_wait(self.handle, key)
+
+    def stats(self) -> tuple[int, int, int, int]:
+        stats = core.StoreStats()
+        core.lib.em_store_get_stats(self.handle, stats)
+        return stats.num_reads, stats.num_bytes, stats.read_ns, stats.cpu_ns
+
+    def close(self) -> None:
+        core.lib.em_store_close(self.handle)
