@@ -124,7 +124,7 @@ class RecordReader:
     def close(self) -> None:
         """Wait for reads in flight, forget queued ones, close the file."""
         if self._reader is not None:
-            self.status = self.status.copy()
+            self.status = np.where(self.status == READING, np.int32(ABSENT), self.status)
             self._reader.close()
             self._reader = self.handle = None
 
