@@ -1,0 +1,32 @@
+"""Model wiring: one file per `model_type` of a checkpoint's config.json. Floor 2.
+
+Parsing a configuration and naming tensors needs no torch; `causal_lm` and what it imports do.
+"""
+
+from collections.abc import Mapping
+from importlib import import_module
+from types import ModuleType
+from typing import Any
+
+from ..runtime.errors import UnsupportedModelError
+from .args import ModelArgs
+
+MODEL_TYPES = ("olmoe", "qwen2_moe", "qwen3_moe", "mixtral")
+
+
+def load_module(model_type: str) -> ModuleType:
+    """The module of a `model_type`; UnsupportedModelError where there is none."""
+    if model_type not in MODEL_TYPES:
+        raise UnsupportedModelError(
+            f"`model_type` `{model_type}` is not supported",
+            f"edgemoe runs {', '.join(MODEL_TYPES)}",
+            "choose a checkpoint of one of these architectures",
+        )
+    return import_module(f".{model_type}", __name__)
+
+
+def parse_config(config: Mapping[str, Any]) -> ModelArgs:
+    """The arguments of a checkpoint's config.json, by its `model_type`."""
+    if "model_type" not in config:
+        raise UnsupportedModelError("`model_type` is missing from config.json")
+    return load_module(str(config["model_type"])).parse(config)
