@@ -1,0 +1,256 @@
+"""Checkpoint in, store out: one expert at a time, resumable, checked, renamed at the end.
+
+Follows a `ConversionPlan`. The order on disk is the order of work: experts by (layer, expert), then
+the trunk, then the small files, then a pass that reads everything back and compares every checksum,
+then store.json, then the rename. In memory are one expert being packed and the next being read.
+"""
+
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..runtime import kernels
+from ..runtime.checksum import crc32c
+from ..runtime.errors import BudgetError, CheckpointError
+from ..runtime.format import TILE_ROWS, QuantSpec, RecordLayout
+from ..runtime.index import (
+    EXPERTS_FILE,
+    TRUNK_FILE,
+    ExpertRecord,
+    PackedTensor,
+    StoreIndex,
+    save_index,
+)
+from .checkpoint import Checkpoint
+from .journal import (
+    Crcs,
+    Partial,
+    check_target,
+    fingerprint,
+    finish_published,
+    partial_path,
+    write_error,
+)
+from .plan import ConversionPlan, ConvertOptions, TrunkItem, make_plan
+from .progress import Progress, Silent
+from .quantize import quantize, to_16bit
+from .readback import check_experts, sha256_of
+
+_BLOCK_BYTES = 16 << 20  # of the trunk
+_DISK_MARGIN_BYTES = 32 << 20  # store.json, the journal, the file system's own tables
+
+
+def convert(
+    source: str | Path,
+    out: str | Path,
+    options: ConvertOptions | None = None,
+    progress: Progress | None = None,
+) -> Path:
+    """Convert the checkpoint folder `source` to the store `out` and return its path.
+
+    Goes on where an equal, interrupted conversion stopped. Raises CheckpointError for damaged input
+    (nothing is left behind), UsageError for a target that is there or options that do not fit,
+    BudgetError for a disk that is too small or full (what was written is kept for the next run).
+    """
+    target, options = Path(out), options or ConvertOptions()
+    progress = progress or Silent()
+    with Checkpoint(source) as checkpoint:
+        plan = make_plan(checkpoint, options)
+        wanted = fingerprint(checkpoint, options)
+        if finish_published(target, wanted):
+            return target
+        check_target(target)
+        _check_disk(target, plan, checkpoint.path)
+        partial = Partial.open(target, wanted)
+        try:
+            _write_experts(checkpoint, plan, partial, progress)
+            _write_trunk(checkpoint, plan, partial, progress)
+            index = _finish(checkpoint, plan, partial, progress)
+            save_index(index)
+            partial.publish()
+        except CheckpointError:
+            partial.discard()  # the same input cannot do better next time
+            raise
+        except OSError as error:
+            raise write_error(error, partial.path) from error
+        finally:
+            partial.close()
+            progress.close()
+    return target
+
+
+def _check_disk(target: Path, plan: ConversionPlan, source: Path) -> None:
+    copied = sum((source / file).stat().st_size for file in plan.copied)
+    needed = plan.output_bytes + copied + _DISK_MARGIN_BYTES
+    files = (partial_path(target) / name for name in (EXPERTS_FILE, TRUNK_FILE))
+    needed -= sum(file.stat().st_size for file in files if file.exists())
+    free = shutil.disk_usage(target.parent).free
+    if free < needed:
+        raise BudgetError(
+            f"the disk of `{target.parent}` is too small",
+            f"the store needs {needed:,} more bytes, {free:,} are free",
+            "free some space, or choose fewer --bits or another --out",
+        )
+
+
+# ---- experts ------------------------------------------------------------------------------------
+
+
+def _write_experts(
+    checkpoint: Checkpoint, plan: ConversionPlan, partial: Partial, progress: Progress
+) -> None:
+    done = [key for key in plan.layouts if key[0] in partial.layer_to_crcs]
+    todo = [key for key in plan.layouts if key[0] not in partial.layer_to_crcs]
+
+    def source_bytes(keys: list[tuple[int, int]]) -> int:
+        return sum(s.num_bytes for key in keys for s in checkpoint.expert_sources(*key))
+
+    finished = source_bytes(done)
+    if done:
+        layers = len(partial.layer_to_crcs)
+        progress.note(f"going on: {layers} of {len(checkpoint.args.moe_layers)} layers are done")
+    progress.start("experts", finished + source_bytes(todo), finished)
+    written = sum(plan.layouts[key].num_bytes for key in done)
+    file = partial.open_file(EXPERTS_FILE, plan.experts_header, written)
+    crcs: Crcs = []
+    try:
+        for key, weights in _read_ahead(checkpoint, todo):
+            layer, expert = key
+            record, pair = _pack(weights, plan.layouts[key])
+            file.write(record)
+            crcs.append(pair)
+            progress.advance(sum(weight.nbytes for weight in weights))
+            del weights, record
+            if expert == checkpoint.args.num_experts - 1:
+                file.sync()
+                partial.layer_to_crcs[layer] = crcs
+                partial.save()
+                crcs = []
+        file.sync()
+    finally:
+        file.close()
+
+
+def _read_ahead(
+    checkpoint: Checkpoint, keys: list[tuple[int, int]]
+) -> Iterator[tuple[tuple[int, int], tuple[Tensor, Tensor, Tensor]]]:
+    """Experts in order; the next one is read while the caller works on the last."""
+    with ThreadPoolExecutor(1) as reader:
+        pending = [reader.submit(checkpoint.expert, *key) for key in keys[:1]]
+        for number, key in enumerate(keys):
+            weights = pending.pop().result()
+            if number + 1 < len(keys):
+                pending.append(reader.submit(checkpoint.expert, *keys[number + 1]))
+            yield key, weights
+            del weights
+
+
+def _pack(
+    weights: tuple[Tensor, Tensor, Tensor], layout: RecordLayout
+) -> tuple[np.ndarray, tuple[int, int]]:
+    """The bytes of a record, and the crc32c of its two sections with their padding."""
+    specs = (layout.gate_up, layout.gate_up, layout.down)
+    parts = [_coded(weight, spec) for weight, spec in zip(weights, specs, strict=True)]
+    record = kernels.pack_record(*parts, layout)
+    middle = layout.down_offset
+    return record, (crc32c(record[:middle]), crc32c(record[middle:]))
+
+
+def _coded(weight: Tensor, spec: QuantSpec) -> np.ndarray | tuple[np.ndarray, ...]:
+    """What the packer takes: u16 words, or (codes, scales, mins or None)."""
+    if spec.is_16bit:
+        return to_16bit(weight, spec.mode).numpy()
+    codes, scales, mins = quantize(weight, spec)
+    return codes.numpy(), scales.numpy(), None if mins is None else mins.numpy()
+
+
+# ---- trunk and the rest -------------------------------------------------------------------------
+
+
+def _write_trunk(
+    checkpoint: Checkpoint, plan: ConversionPlan, partial: Partial, progress: Progress
+) -> None:
+    done = plan.trunk[: partial.num_trunk_tensors]
+    finished = sum(item.source.num_bytes for item in done)
+    total = sum(item.source.num_bytes for item in plan.trunk)
+    progress.start("trunk", total, finished)
+    written = sum(item.num_bytes for item in done)
+    file = partial.open_file(TRUNK_FILE, plan.trunk_header, written)
+    unsynced = 0
+    try:
+        for number, item in enumerate(plan.trunk[len(done) :], len(done) + 1):
+            for data in _trunk_blocks(checkpoint, item, progress.advance):
+                file.write(data)
+            unsynced += item.num_bytes
+            if unsynced >= file.sync_every_bytes or number == len(plan.trunk):
+                file.sync()
+                partial.num_trunk_tensors, unsynced = number, 0
+                partial.save()
+    finally:
+        file.close()
+
+
+def _trunk_blocks(
+    checkpoint: Checkpoint, item: TrunkItem, advance: Callable[[int], None]
+) -> Iterator[np.ndarray]:
+    """The stored bytes of a trunk tensor, in runs of rows so that a large one is never whole."""
+    multiple = TILE_ROWS if item.spec else 1
+    for block in checkpoint.read_blocks(item.source, _BLOCK_BYTES, multiple):
+        if item.spec is not None:
+            codes, scales, mins = _coded(block, item.spec)
+            yield kernels.pack_codes(codes, scales, mins, item.spec)
+        elif item.dtype != item.source.dtype:
+            yield to_16bit(block, "bf16").numpy()
+        else:
+            yield _bytes_of(block)
+        advance(block.nbytes)
+
+
+def _bytes_of(block: Tensor) -> np.ndarray:
+    return block.reshape(-1).view(torch.uint8).numpy()
+
+
+def _finish(
+    checkpoint: Checkpoint, plan: ConversionPlan, partial: Partial, progress: Progress
+) -> StoreIndex:
+    """Copy the small files, read everything back, and make the index."""
+    records: dict[tuple[int, int], ExpertRecord] = {}
+    offset = len(plan.experts_header)
+    for (layer, expert), layout in plan.layouts.items():
+        crcs = partial.layer_to_crcs[layer][expert]
+        records[layer, expert] = ExpertRecord(offset, layout, crcs)
+        offset += layout.num_bytes
+    for file in plan.copied:
+        (partial.path / file).parent.mkdir(exist_ok=True)
+        _copy(checkpoint.path / file, partial.path / file)
+    copied = sum((partial.path / file).stat().st_size for file in plan.copied)
+    progress.start("check", plan.output_bytes + copied)
+    sha256 = {EXPERTS_FILE: check_experts(partial.path, plan.experts_header, records, progress)}
+    for name in (TRUNK_FILE, *(file.as_posix() for file in plan.copied)):
+        sha256[name] = sha256_of(partial.path / name, progress)
+    packed = {
+        item.name: PackedTensor(item.source.shape[0], item.source.shape[1], item.spec)
+        for item in plan.trunk
+        if item.spec is not None
+    }
+    return StoreIndex(
+        path=partial.path,
+        config=checkpoint.config,
+        hidden=plan.hidden,
+        records=records,
+        packed_trunk=packed,
+        sha256=sha256,
+        plan=plan.to_json(),
+    )
+
+
+def _copy(source: Path, target: Path) -> None:
+    shutil.copyfile(source, target)
+    with open(target, "rb+") as file:
+        os.fsync(file.fileno())

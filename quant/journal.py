@@ -1,0 +1,285 @@
+"""The folder a conversion writes into, and the journal that lets it go on after any interruption.
+
+`NAME.edgemoe.partial/` lies beside the target. `journal.json` in it says what was asked for (the
+fingerprint) and what is on disk for certain: a layer enters the journal only after its bytes were
+synced. There is no store.json before the last step, so an unfinished folder never opens as a store.
+One process at a time: the folder itself is locked, and the lock dies with the process.
+"""
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+import struct
+from pathlib import Path
+from typing import Any
+
+from ..runtime.errors import BudgetError, FormatError, NotFoundError, UsageError
+from ..runtime.format import FORMAT_VERSION
+from .checkpoint import Checkpoint
+from .plan import ConvertOptions
+
+try:
+    import fcntl
+except ImportError:  # Windows: two conversions into one folder are not kept apart
+    fcntl = None  # type: ignore[assignment]
+
+JOURNAL_FILE = "journal.json"
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+WRITER_VERSION = 1  # raise it when the same input and options give other bytes
+
+Crcs = list[tuple[int, int]]
+
+
+def fingerprint(checkpoint: Checkpoint, options: ConvertOptions) -> dict[str, Any]:
+    """What must be equal for two runs to give the same bytes: options, sources, writer."""
+    files: dict[str, list[Any]] = {}
+    for name in sorted(checkpoint.files):
+        path = checkpoint.path / name
+        status = path.stat()
+        with open(path, "rb") as file:
+            word = file.read(8)
+            header = file.read(struct.unpack("<Q", word)[0])
+        files[name] = [status.st_size, status.st_mtime_ns, hashlib.sha256(header).hexdigest()]
+    config = json.dumps(checkpoint.config, sort_keys=True).encode()
+    return {
+        "writer_version": [WRITER_VERSION, FORMAT_VERSION],
+        "options": [options.bits, options.group_size, options.trunk_bits],
+        "config": hashlib.sha256(config).hexdigest(),
+        "files": files,
+    }
+
+
+def partial_path(target: Path) -> Path:
+    """Where a store is written before it has its name."""
+    return target.with_name(target.name + ".partial")
+
+
+def check_target(target: Path) -> None:
+    """Raise where `target` exists, or the folder it shall lie in does not."""
+    if target.exists() or target.is_symlink():
+        raise UsageError(
+            f"`{target}` already exists",
+            "a conversion never overwrites",
+            "choose another --out, or remove it first",
+        )
+    if not target.parent.is_dir():
+        raise NotFoundError(f"no folder `{target.parent}`", f"`{target.name}` was to be made in it")
+
+
+class Partial:
+    """An open, locked partial folder and its journal. Use `open`, then `publish` or `discard`."""
+
+    def __init__(self, target: Path, lock: int | None, wanted: dict[str, Any]) -> None:
+        self.target, self.path = target, partial_path(target)
+        self._lock = lock
+        self._fingerprint = wanted
+        self.layer_to_crcs: dict[int, Crcs] = {}
+        self.num_trunk_tensors = 0
+
+    @classmethod
+    def open(cls, target: Path, wanted: dict[str, Any]) -> "Partial":
+        """Make the folder or take up one that an equal conversion left.
+
+        Raises UsageError where another process writes it or another conversion left it.
+        """
+        path = partial_path(target)
+        path.mkdir(exist_ok=True)
+        partial = cls(target, _lock(path), wanted)
+        try:
+            check_target(target)  # once more: another process may have finished in between
+            partial._load()
+        except BaseException:
+            partial.close()
+            raise
+        return partial
+
+    def _load(self) -> None:
+        journal = self.path / JOURNAL_FILE
+        if not journal.exists():
+            strangers = [name for name in os.listdir(self.path) if name != JOURNAL_FILE + ".tmp"]
+            if strangers:
+                raise self._refuse(f"it holds `{strangers[0]}` but no `{JOURNAL_FILE}`")
+            self.save()
+            return
+        try:
+            document = json.loads(journal.read_text(encoding="utf-8"))
+            found = document["fingerprint"]
+            layers = {
+                int(layer): [(int(first), int(second)) for first, second in crcs]
+                for layer, crcs in document["layers"].items()
+            }
+            num_trunk_tensors = int(document["num_trunk_tensors"])
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise self._refuse(f"its `{JOURNAL_FILE}` does not parse") from error
+        if found != json.loads(json.dumps(self._fingerprint)):
+            raise self._refuse(_difference(found, self._fingerprint))
+        self.layer_to_crcs, self.num_trunk_tensors = layers, num_trunk_tensors
+
+    def _refuse(self, why: str) -> UsageError:
+        return UsageError(
+            f"`{self.path}` is not from this conversion",
+            why,
+            f"repeat the conversion it came from, or start anew after: rm -r {self.path}",
+        )
+
+    def save(self) -> None:
+        """Write the journal: temporary name, synced, renamed."""
+        document = {
+            "fingerprint": self._fingerprint,
+            "layers": {str(layer): crcs for layer, crcs in self.layer_to_crcs.items()},
+            "num_trunk_tensors": self.num_trunk_tensors,
+        }
+        journal = self.path / JOURNAL_FILE
+        temporary = journal.with_suffix(".json.tmp")
+        with open(temporary, "w", encoding="utf-8") as file:
+            json.dump(document, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, journal)
+        sync_folder(self.path)
+
+    def open_file(self, name: str, header: bytes, num_bytes: int) -> "OutputFile":
+        """The file `name`, cut to `header` and the `num_bytes` of data the journal vouches for."""
+        path = self.path / name
+        size = path.stat().st_size if path.exists() else 0
+        if num_bytes and size < len(header) + num_bytes:
+            raise FormatError(
+                f"`{path}` is shorter than its journal says",
+                f"expected at least {len(header) + num_bytes} bytes, got {size}",
+                f"start anew after: rm -r {self.path}",
+            )
+        return OutputFile(path, header, num_bytes)
+
+    def publish(self) -> None:
+        """Give the finished store its name. The journal goes last: till then the work is known."""
+        sync_folder(self.path)
+        os.rename(self.path, self.target)
+        sync_folder(self.target.parent)
+        (self.target / JOURNAL_FILE).unlink()
+        self.close()
+
+    def discard(self) -> None:
+        """Remove everything written."""
+        shutil.rmtree(self.path, ignore_errors=True)
+        self.close()
+
+    def close(self) -> None:
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+
+def finish_published(target: Path, wanted: dict[str, Any]) -> bool:
+    """Whether `target` is this very conversion, interrupted between its name and its last step."""
+    journal = target / JOURNAL_FILE
+    try:
+        found = json.loads(journal.read_text(encoding="utf-8"))["fingerprint"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+    if found != json.loads(json.dumps(wanted)):
+        return False
+    journal.unlink()
+    return True
+
+
+def _lock(path: Path) -> int | None:
+    if fcntl is None:
+        return None
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(descriptor)
+        if error.errno not in (errno.EAGAIN, errno.EACCES):
+            return None  # a file system without locks
+        raise UsageError(
+            f"`{path}` is being written", "another conversion is running", "wait for it to end"
+        ) from None
+    return descriptor
+
+
+def _difference(found: Any, wanted: dict[str, Any]) -> str:
+    keys = found if isinstance(found, dict) else {}
+    if keys.get("options") != wanted["options"]:
+        names = ("--bits", "--group-size", "--trunk-bits")
+        old = keys.get("options") or [None] * len(names)
+        pairs = zip(names, old, wanted["options"], strict=False)
+        changed = [f"{name} {a}, now {b}" for name, a, b in pairs if a != b]
+        return "it was made with other options: " + "; ".join(changed)
+    if keys.get("writer_version") != wanted["writer_version"]:
+        return "it was made by another version of edgemoe"
+    return "the checkpoint has changed since"
+
+
+class OutputFile:
+    """Appends to one file; keeps the bytes it has written out of the page cache."""
+
+    sync_every_bytes = 64 << 20
+
+    def __init__(self, path: Path, header: bytes, num_bytes: int) -> None:
+        self.path = path
+        flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0)
+        self._descriptor = os.open(path, flags, 0o666)
+        self._position = self._synced = 0
+        if num_bytes:
+            self._position = self._synced = len(header) + num_bytes
+            os.ftruncate(self._descriptor, self._position)
+            os.lseek(self._descriptor, self._position, os.SEEK_SET)
+        else:
+            os.ftruncate(self._descriptor, 0)
+            self.write(header)
+
+    def write(self, data: Any) -> None:
+        """Append a bytes-like object; a full disk raises BudgetError."""
+        view = memoryview(data).cast("B")
+        done = 0
+        try:
+            while done < len(view):
+                done += os.write(self._descriptor, view[done : done + self.sync_every_bytes])
+                if self._position + done - self._synced >= self.sync_every_bytes:
+                    self._drop(self._position + done)
+        except OSError as error:
+            raise write_error(error, self.path) from error
+        self._position += len(view)
+
+    def sync(self) -> None:
+        """Return when everything written is on the disk."""
+        try:
+            self._drop(self._position)
+        except OSError as error:
+            raise write_error(error, self.path) from error
+
+    def _drop(self, end: int) -> None:
+        # Only clean pages can be dropped, so the sync is what bounds the page cache.
+        getattr(os, "fdatasync", os.fsync)(self._descriptor)
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(self._descriptor, 0, end, os.POSIX_FADV_DONTNEED)
+        self._synced = end
+
+    def close(self) -> None:
+        os.close(self._descriptor)
+
+
+def write_error(error: OSError, path: Path) -> Exception:
+    """A full disk in words; any other error as it came."""
+    if error.errno not in DISK_FULL:
+        return error
+    return BudgetError(
+        f"the disk is full while writing `{path.name}`",
+        os.strerror(error.errno or 0),
+        "free some space and run the same command again: it goes on where it stopped",
+    )
+
+
+def sync_folder(path: Path) -> None:
+    """Make renames in `path` durable, where the system can."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except OSError:
+        return
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

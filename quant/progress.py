@@ -1,0 +1,126 @@
+"""How a long job tells how far it is: a bar on a terminal, a line every 5 seconds elsewhere.
+
+Always on stderr, so that answers on stdout stay clean. Knows bytes and phases, not what they are.
+"""
+
+import sys
+import time
+from typing import Any, Protocol, TextIO
+
+LINE_EVERY_S = 5.0
+
+
+class Progress(Protocol):
+    """What `convert` reports to. Phases follow each other; `note` is one line for people."""
+
+    def start(self, phase: str, total_bytes: int, done_bytes: int = 0) -> None: ...
+
+    def advance(self, num_bytes: int) -> None: ...
+
+    def note(self, line: str) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class Silent:
+    """Reports nothing: for programs and tests."""
+
+    def start(self, phase: str, total_bytes: int, done_bytes: int = 0) -> None:
+        pass
+
+    def advance(self, num_bytes: int) -> None:
+        pass
+
+    def note(self, line: str) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+class PlainLines:
+    """One line at the start and end of a phase and every `LINE_EVERY_S` between."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self._phase = ""
+        self._total = self._done = self._first = 0
+        self._began = self._printed = 0.0
+
+    def start(self, phase: str, total_bytes: int, done_bytes: int = 0) -> None:
+        self._finish()
+        self._phase, self._total = phase, total_bytes
+        self._done = self._first = done_bytes
+        self._began = self._printed = time.monotonic()
+
+    def advance(self, num_bytes: int) -> None:
+        self._done += num_bytes
+        if time.monotonic() - self._printed >= LINE_EVERY_S:
+            self._print()
+
+    def note(self, line: str) -> None:
+        print(line, file=self._stream, flush=True)
+
+    def close(self) -> None:
+        self._finish()
+
+    def _finish(self) -> None:
+        if self._phase:
+            self._print()
+        self._phase = ""
+
+    def _print(self) -> None:
+        self._printed = time.monotonic()
+        rate = (self._done - self._first) / max(1e-9, self._printed - self._began)
+        left = (self._total - self._done) / rate if rate > 0 else 0.0
+        text = f"{self._phase}: {self._done / 1e6:,.0f} of {self._total / 1e6:,.0f} MB"
+        text += f", {rate / 1e6:,.0f} MB/s"
+        if self._done < self._total and rate > 0:
+            text += f", {_clock(left)} left"
+        print(text, file=self._stream, flush=True)
+
+
+class Bar:
+    """A rich progress bar: bytes, rate and time left."""
+
+    def __init__(self, stream: TextIO) -> None:
+        from rich import progress
+        from rich.console import Console
+
+        self._bar = progress.Progress(
+            progress.TextColumn("{task.description}"),
+            progress.BarColumn(),
+            progress.DownloadColumn(),
+            progress.TransferSpeedColumn(),
+            progress.TimeRemainingColumn(),
+            console=Console(file=stream),
+        )
+        self._task: Any = None
+
+    def start(self, phase: str, total_bytes: int, done_bytes: int = 0) -> None:
+        if self._task is None:
+            self._bar.start()
+        self._task = self._bar.add_task(phase, total=total_bytes)
+        # Work of an earlier run: shown, but not counted as speed.
+        self._bar.reset(self._task, total=total_bytes, completed=done_bytes)
+
+    def advance(self, num_bytes: int) -> None:
+        self._bar.advance(self._task, num_bytes)
+
+    def note(self, line: str) -> None:
+        self._bar.console.print(line, markup=False, highlight=False)
+
+    def close(self) -> None:
+        self._bar.stop()
+
+
+def open_progress(stream: TextIO | None = None) -> Progress:
+    """A bar where `stream` (stderr by default) is a terminal, plain lines otherwise."""
+    stream = stream or sys.stderr
+    return Bar(stream) if stream.isatty() else PlainLines(stream)
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
