@@ -1,0 +1,68 @@
+"""Held-out questions with the answers that are expected, grouped for the evaluation."""
+
+from __future__ import annotations
+
+import random
+
+import chitchat
+import product
+import stories
+import topics
+from dialogues import REFUSAL, SYSTEMS, Message, held_out
+
+Case = tuple[list[Message], str]
+
+
+def _single(question: str, answer: str, rng: random.Random) -> Case:
+    messages = [{"role": "user", "content": question}]
+    if rng.random() < 0.5:
+        messages.insert(0, {"role": "system", "content": rng.choice(SYSTEMS)})
+    return messages, answer
+
+
+def _held(entries: list[topics.Entry], rng: random.Random, count: int) -> list[Case]:
+    pairs = [(q, e.answer) for e in entries for q in e.questions if held_out(q)]
+    rng.shuffle(pairs)
+    return [_single(q, a, rng) for q, a in pairs[:count]]
+
+
+def _remember(rng: random.Random, between: list[tuple[str, str]]) -> Case:
+    """Tell a made-up name, ask one held-out thing, and ask for the name."""
+    name = "".join(rng.choice(stories.SYLLABLES) for _ in range(3)).capitalize()
+    turns = [(f"My name is {name}.", f"Nice to meet you, {name}."), rng.choice(between)]
+    messages = []
+    for question, answer in turns:
+        messages.append({"role": "user", "content": question})
+        messages.append({"role": "assistant", "content": answer})
+    messages.append({"role": "user", "content": "What is my name?"})
+    return messages, f"Your name is {name}."
+
+
+def groups(count: int, seed: int) -> dict[str, list[Case]]:
+    """Up to `count` cases for each kind of question."""
+    rng = random.Random(f"evaluate-{seed}")
+    sums = [e for e in topics.arithmetic() if e.topic in ("plus", "minus", "times")]
+    facts = topics.everyday()
+    known = [topics.Entry("edgemoe", asks, answer) for asks, answer in product.blocks()]
+    out = {
+        "arithmetic": _held(sums, rng, count),
+        "everyday facts": _held(facts, rng, count),
+        "edgemoe and MoE": _held(known, rng, count),
+    }
+    # A follow-up on the same topic ("And of Italy?"): the topic stands in the turn before only.
+    follow: list[Case] = []
+    for _ in range(count):
+        first = rng.choice([e for e in facts + sums if e.follow])
+        then = rng.choice([e for e in facts + sums if e.topic == first.topic and e.follow])
+        messages, _ = _single(first.questions[0], "", rng)
+        messages.append({"role": "assistant", "content": first.answer})
+        messages.append({"role": "user", "content": then.follow[0]})
+        follow.append((messages, then.answer))
+    out["follow-up in context"] = follow
+    between = [(e.questions[0], e.answer) for e in facts + sums]
+    out["name remembered"] = [_remember(rng, between) for _ in range(count)]
+    asked = {chitchat.unknown(rng) for _ in range(20 * count)}
+    refused = sorted(q for q in asked if held_out(q))
+    rng.shuffle(refused)
+    out["refusal"] = [_single(q, REFUSAL, rng) for q in refused[:count]]
+    return out
