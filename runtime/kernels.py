@@ -1,0 +1,244 @@
+"""The Python face of the compute kernels: native where the core is there, else the twins of
+`reference.py`. Tensors are on the CPU; shape letters: T tokens, D hidden, F expert width. Floor 0.
+"""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from . import core, reference
+from .checksum import crc32c
+from .errors import EdgeMoeError, UsageError
+from .format import LINE_BYTES, QuantSpec
+from .packing import (
+    fail,
+    pack_16bit,
+    pack_16bit_into,
+    pack_codes,
+    pack_record,
+    unpack,
+    unpack_record,
+    unpack_rows_into,
+)
+
+__all__ = [
+    "PackedMatrix",
+    "ThreadPool",
+    "attention",
+    "crc32c",
+    "default_backend",
+    "pack_16bit",
+    "pack_codes",
+    "pack_record",
+    "rms_norm",
+    "unpack",
+    "unpack_record",
+]
+
+
+def default_backend() -> str:
+    """`native` where the core was loaded, else `reference`."""
+    return core.BACKEND
+
+
+class ThreadPool:
+    """The core's threads, the caller included; one call at a time. Nothing without the core."""
+
+    def __init__(self, num_threads: int) -> None:
+        if num_threads < 1:
+            raise UsageError(f"expected at least 1 thread, got {num_threads}")
+        self.num_threads = num_threads
+        self.handle: int | None = core.lib.em_pool_create(num_threads) if core.lib else None
+        if core.lib and not self.handle:
+            raise EdgeMoeError(
+                f"could not start {num_threads} threads",
+                "the system refused them",
+                "ask for fewer threads",
+            )
+
+    def close(self) -> None:
+        handle, self.handle = self.handle, None
+        if handle:
+            core.lib.em_pool_destroy(handle)
+
+    def __enter__(self) -> "ThreadPool":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class PackedMatrix:
+    """A resident matrix `[rows, cols]` in tiles: a linear layer or an embedding.
+
+    `data` u8 `[num_bytes]`, 64-byte aligned.
+    """
+
+    def __init__(
+        self, data: Tensor, rows: int, cols: int, spec: QuantSpec, backend: str | None = None
+    ) -> None:
+        expected = spec.matrix_bytes(rows, cols)
+        if data.dtype != torch.uint8 or data.numel() != expected:
+            raise UsageError(
+                f"a packed matrix of {rows} x {cols} takes {expected} bytes of u8, "
+                f"got {data.numel()} of {str(data.dtype).removeprefix('torch.')}"
+            )
+        data = data.contiguous()
+        # A line split over two cache lines costs twice; fresh tensors are aligned.
+        self.data = data if data.data_ptr() % LINE_BYTES == 0 else data.clone()
+        self.rows, self.cols, self.spec = rows, cols, spec
+        self._backend = backend or core.BACKEND
+        self._format = core.Format.of(spec)
+
+    @property
+    def num_bytes(self) -> int:
+        return self.data.numel()
+
+    @classmethod
+    def from_16bit(cls, weight: Tensor, backend: str | None = None) -> "PackedMatrix":
+        """Pack a bf16 or fp16 weight `[rows, cols]`; its bits are kept."""
+        modes = {torch.bfloat16: "bf16", torch.float16: "fp16"}
+        if weight.dtype not in modes or weight.dim() != 2:
+            raise UsageError(
+                f"expected a bf16 or fp16 matrix, got {weight.dtype} of shape {list(weight.shape)}"
+            )
+        spec = QuantSpec(16, 0, modes[weight.dtype])
+        rows, cols = weight.shape
+        spec.check_shape(rows, cols)
+        words = weight.contiguous().view(torch.int16).numpy().view(np.uint16)
+        data = torch.empty(spec.matrix_bytes(rows, cols), dtype=torch.uint8)
+        pack_16bit_into(words, data.numpy(), backend)
+        return cls(data, rows, cols, spec, backend)
+
+    @classmethod
+    def from_packed(
+        cls, data: Tensor, rows: int, cols: int, spec: QuantSpec, backend: str | None = None
+    ) -> "PackedMatrix":
+        """Tiles as they lie in a store, u8 `[num_bytes]`; not copied where aligned."""
+        return cls(data, rows, cols, spec, backend)
+
+    def linear(
+        self, x: Tensor, bias: Tensor | None = None, pool: ThreadPool | None = None
+    ) -> Tensor:
+        """x `[T, cols]` fp32 -> x . W^T + bias, `[T, rows]` fp32.
+
+        Native: a row of the result depends on neither T nor the threads, bit for bit; quantized
+        weights take x as int8 in groups of 32 columns.
+        """
+        if x.dim() != 2 or x.shape[1] != self.cols or x.dtype != torch.float32:
+            raise UsageError(
+                f"expected fp32 activations [T, {self.cols}], got {x.dtype} {list(x.shape)}"
+            )
+        if bias is not None:
+            if bias.shape != (self.rows,):
+                raise UsageError(f"expected a bias [{self.rows}], got {list(bias.shape)}")
+            bias = bias.to(torch.float32).contiguous()
+        if self._backend != "native":
+            return reference.linear(x, self.dequantize(), bias)
+        x = x.contiguous()
+        y = torch.empty((x.shape[0], self.rows), dtype=torch.float32)
+        status = core.lib.em_linear(
+            pool.handle if pool is not None else None,
+            self.data.data_ptr(),
+            self.rows,
+            self.cols,
+            self._format,
+            x.data_ptr(),
+            x.shape[0],
+            None if bias is None else bias.data_ptr(),
+            y.data_ptr(),
+        )
+        if status:
+            fail("em_linear", status)
+        return y
+
+    def rows_of(self, ids: Tensor) -> Tensor:
+        """Rows `ids` `[T]` as fp32 `[T, cols]`: an embedding lookup."""
+        out = torch.empty((ids.numel(), self.cols), dtype=torch.float32)
+        for i, row in enumerate(ids.reshape(-1).tolist()):
+            self._unpack(row, out[i : i + 1])
+        return out
+
+    def dequantize(self) -> Tensor:
+        """The whole matrix, fp32 `[rows, cols]`."""
+        out = torch.empty((self.rows, self.cols), dtype=torch.float32)
+        self._unpack(0, out)
+        return out
+
+    def _unpack(self, first: int, out: Tensor) -> None:
+        packed, rows, cols = self.data.numpy(), self.rows, self.cols
+        unpack_rows_into(packed, rows, cols, self.spec, first, out.numpy(), self._backend)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, backend: str | None = None) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension; x `[..., cols]` fp32."""
+    if x.dtype != torch.float32 or weight.shape != x.shape[-1:]:
+        raise UsageError(
+            f"rms_norm: expected fp32 [..., {weight.numel()}], got {x.dtype} {list(x.shape)}"
+        )
+    weight = weight.to(torch.float32).contiguous()
+    if (backend or core.BACKEND) != "native":
+        return reference.rms_norm(x, weight, eps)
+    x = x.contiguous()
+    y = torch.empty_like(x)
+    cols = x.shape[-1]
+    core.lib.em_rms_norm(
+        x.data_ptr(), weight.data_ptr(), x.numel() // cols, cols, eps, y.data_ptr()
+    )
+    return y
+
+
+def attention(
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    position: int,
+    window: int,
+    scale: float,
+    pool: ThreadPool | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Causal attention of q `[T, H, hd]` fp32 at `position` .. `position + T - 1`.
+
+    keys, values `[KV, capacity, hd]` (fp32 or bf16) already hold the T tokens; token p sees keys
+    p - window + 1 .. p (all where `window` is 0). Returns `[T, H * hd]` fp32.
+    """
+    num_tokens, num_heads, head_dim = q.shape
+    num_kv_heads, capacity, _ = keys.shape
+    bits = {torch.float32: 32, torch.bfloat16: 16}.get(keys.dtype)
+    if (
+        q.dtype != torch.float32
+        or bits is None
+        or values.dtype != keys.dtype
+        or values.shape != keys.shape
+        or keys.shape[2] != head_dim
+        or num_heads % num_kv_heads
+        or not 0 <= position <= capacity - num_tokens
+    ):
+        raise UsageError(
+            f"attention: q {list(q.shape)} at {position} does not go with keys of {keys.dtype} "
+            f"{list(keys.shape)} and values of {values.dtype} {list(values.shape)}"
+        )
+    if (backend or core.BACKEND) != "native":
+        return reference.attention(q, keys, values, position, window, scale)
+    q, keys, values = q.contiguous(), keys.contiguous(), values.contiguous()
+    out = torch.empty((num_tokens, num_heads * head_dim), dtype=torch.float32)
+    status = core.lib.em_attention(
+        pool.handle if pool is not None else None,
+        q.data_ptr(),
+        keys.data_ptr(),
+        values.data_ptr(),
+        bits,
+        num_tokens,
+        num_heads,
+        num_kv_heads,
+        head_dim,
+        capacity,
+        position,
+        window,
+        scale,
+        out.data_ptr(),
+    )
+    if status:
+        fail("em_attention", status)
+    return out
