@@ -1,7 +1,9 @@
 """Memory for expert records. Floor 0."""
 
 import contextlib
+import ctypes
 import mmap
+import sys
 
 import numpy as np
 
@@ -40,6 +42,19 @@ class Arena:
         if offset + num_bytes > self.num_bytes:
             raise UsageError(f"an arena of {self.num_bytes} bytes has no byte {offset + num_bytes}")
         return self._memory[offset : offset + num_bytes]
+
+    def discard(self, offset: int, num_bytes: int) -> None:
+        """Give whole pages back to the system; their bytes read as zeros afterwards.
+
+        Does nothing where the system has no such call; the memory is then merely unused.
+        """
+        page = mmap.PAGESIZE
+        start = -(-(self.address + offset) // page) * page
+        end = (self.address + offset + self.view(offset, num_bytes).size) // page * page
+        if sys.platform == "linux" and end > start:
+            madvise = ctypes.CDLL(None, use_errno=True).madvise
+            madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+            madvise(start, end - start, mmap.MADV_DONTNEED)
 
     def close(self) -> None:
         self._memory = None
