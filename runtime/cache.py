@@ -1,0 +1,300 @@
+"""The expert cache: which expert records are in memory, and where. Floor 1.
+
+One arena for all layers, accounted to the byte: records of different sizes share it, and
+`resident_bytes` (records being read included) never exceeds `capacity_bytes`.
+
+A record is absent, being read, or resident. `hint` takes the records that the router has just
+demanded: it counts hits and misses, pins the records, makes room and starts the reads; `release`
+unpins them. A pinned record or one being read is never evicted or moved, so an address is good from
+`hint` to `release`. Serves one thread at a time; the reads run in the reader's threads.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .errors import BudgetError, UsageError
+from .format import PAGE_BYTES
+from .index import ExpertRecord
+from .io import READING, READY, Arena, RecordReader
+from .policy import DEFAULT_POLICY, NO_VICTIM, make_policy
+from .records import RecordTable
+from .slots import Slots
+
+# Joining scattered free bytes by moving records is worth this many bytes moved per byte needed;
+# beyond it, the policy's next victim costs less than the copy.
+_MAX_MOVED_PER_BYTE = 2
+
+
+class HintResult(NamedTuple):
+    """Demand of one hint, in records and in bytes to read."""
+
+    num_hits: int
+    num_misses: int
+    bytes_read: int
+
+
+class ExpertCache:
+    """`capacity_bytes` of `arena` for the records of one store. Keys count them in (layer, expert)
+    order, as the reader does."""
+
+    def __init__(
+        self,
+        reader: RecordReader,
+        arena: Arena,
+        capacity_bytes: int,
+        records: Mapping[tuple[int, int], ExpertRecord],
+        policy: str = DEFAULT_POLICY,
+        max_moved_per_byte: float = _MAX_MOVED_PER_BYTE,
+    ) -> None:
+        self.reader = reader
+        self.table = table = RecordTable(records)
+        self._num_bytes_of = table.num_bytes
+        self._policy = make_policy(policy, table.place_of_key, max(1, len(table.first_key)))
+        self._arena_bytes = arena.num_bytes
+        self._status = reader.status
+        self._slots = Slots(arena, self._pages(capacity_bytes), self._num_bytes_of, reader.status)
+        self._address = self._slots.address  # by key; 0: absent
+        self._max_moved_per_byte = max_moved_per_byte
+        num_keys = len(table)
+        self._pins: dict[int, int] = {}
+        self._pinned_bytes = 0
+        self._blocked = np.ones(num_keys, dtype=np.bool_)  # not for the policy to take
+        self._unsettled: set[int] = set()  # released while being read
+        self._wanted: list[int] = []  # resident, needed later in this layer; first needed first
+        self._place, self._step, self._num_tokens = 0, 0, 1
+        self.hits = self.misses = self.bytes_read = self.evictions = 0
+
+    @property
+    def capacity_bytes(self) -> int:
+        return self._slots.extents.num_bytes
+
+    @property
+    def resident_bytes(self) -> int:
+        """Bytes of all records in memory or being read into it."""
+        return self._slots.extents.used_bytes
+
+    @property
+    def pinned_bytes(self) -> int:
+        return self._pinned_bytes
+
+    @property
+    def num_resident(self) -> int:
+        return self._slots.num_resident
+
+    @property
+    def moved_bytes(self) -> int:
+        """Bytes copied so far to join free memory."""
+        return self._slots.moved_bytes
+
+    def address(self, key: int) -> int:
+        """Where the record is or will be, 0 if it is absent. Good from `hint` to `release`."""
+        return self._address[key]
+
+    def fits(self, keys: Sequence[int]) -> bool:
+        """Whether these records can be pinned beside those that are pinned now."""
+        wanted = sum(self._num_bytes_of[key] for key in keys if key not in self._pins)
+        return self._pinned_bytes + wanted <= self.capacity_bytes
+
+    def begin_layer(self, layer: int, num_tokens: int = 1, keys: Sequence[int] = ()) -> None:
+        """Tell which layer the following hints belong to, and how many tokens go through it.
+
+        `keys`: all records that the layer will need, in the order of use, where they come in more
+        than one hint: those resident are kept for their turn as long as there is other room.
+        """
+        place = self.table.place_of_layer[layer]
+        if place <= self._place:
+            self._step += num_tokens
+        self._place, self._num_tokens = place, num_tokens
+        if self._wanted:
+            self._unblock(self._wanted)
+        self._wanted = [key for key in keys if not self._blocked[key]]
+        if self._wanted:
+            self._blocked[self._wanted] = True
+
+    def hint(self, keys: Sequence[int], counts: NDArray[np.int64] | None = None) -> HintResult:
+        """Pin the records of `keys` (each once), most urgent first, and start reading those absent.
+
+        `counts`: how many tokens want each record, where it is more than one token's demand. Raises
+        BudgetError where the records do not fit into the capacity together.
+        """
+        result = self.try_hint(keys, counts)
+        if result is None:
+            needed = sum(self._num_bytes_of[key] for key in keys)
+            raise BudgetError(
+                f"{needed} bytes of expert records do not fit into the expert cache at once",
+                f"it has {self.capacity_bytes} bytes, of which {self._pinned_bytes} are in use",
+                "give it a larger --memory",
+            )
+        return result
+
+    def try_hint(
+        self, keys: Sequence[int], counts: NDArray[np.int64] | None = None
+    ) -> HintResult | None:
+        """`hint`, or None and nothing changed but evictions where the records do not fit now."""
+        if self._unsettled:
+            self._settle(wait=False)
+        address = self._address
+        absent = [key for key in keys if not address[key]]
+        if absent:
+            if not self.fits(keys) or not self._read(keys, absent):
+                return None
+        else:
+            self._pin(keys)
+        index = np.array(keys, dtype=np.int64)
+        self._policy.touch(index, self._step, self._num_tokens, counts)
+        num_bytes = sum(self._num_bytes_of[key] for key in absent) if absent else 0
+        num_hits = len(index) - len(absent)
+        self.hits += num_hits
+        self.misses += len(absent)
+        self.bytes_read += num_bytes
+        return HintResult(num_hits, len(absent), num_bytes)
+
+    def view(self, key: int) -> np.ndarray:
+        """The bytes of a pinned record, u8 [num_bytes]."""
+        return self._slots.view(key)
+
+    def wait(self, key: int) -> None:
+        """Block until a pinned record is whole. Raises RecordError where its read failed."""
+        status = self.reader.wait(key)
+        if status != READY:
+            raise self.table.failure(key, status)
+
+    def release(self, keys: Sequence[int]) -> None:
+        """Unpin what one hint pinned. A record whose read failed loses its memory."""
+        pins = self._pins
+        freed = []
+        for key in keys:
+            count = pins[key] - 1
+            if count:
+                pins[key] = count
+            else:
+                del pins[key]
+                self._pinned_bytes -= self._num_bytes_of[key]
+                freed.append(key)
+        if not freed:
+            return
+        index = np.array(freed, dtype=np.int64)
+        if (self._status[index] == READY).all():
+            self._blocked[index] = False
+        else:
+            self._unsettled.update(freed)
+            self._settle(wait=False)
+
+    def trim(self, capacity_bytes: int) -> None:
+        """Change the capacity, within the arena, between two steps; what no longer fits is evicted
+        and its memory goes back to the system."""
+        if self._pins:
+            raise UsageError("the expert cache cannot change its capacity while records are in use")
+        new = self._pages(capacity_bytes)
+        self._settle(wait=True)
+        self._wanted = self._unblock(self._wanted)
+        while self.resident_bytes > new:
+            self._evict(self._policy.victim(self._place, self._blocked))
+        for key in self._slots.shrink(new):
+            self._evict(key)
+        self._slots.resize(new)
+
+    # ---- inside ------------------------------------------------------------------------------
+
+    def _pages(self, capacity_bytes: int) -> int:
+        if not 0 <= capacity_bytes <= self._arena_bytes:
+            raise UsageError(
+                f"an expert cache of {capacity_bytes} bytes does not fit into its arena",
+                f"the arena has {self._arena_bytes} bytes",
+            )
+        return capacity_bytes // PAGE_BYTES * PAGE_BYTES
+
+    def _pin(self, keys: Sequence[int]) -> None:
+        pins = self._pins
+        for key in keys:
+            if key in pins:
+                pins[key] += 1
+            else:
+                pins[key] = 1
+                self._pinned_bytes += self._num_bytes_of[key]
+        self._blocked[keys] = True
+        if self._wanted:
+            self._wanted = [key for key in self._wanted if key not in pins]
+
+    def _read(self, keys: Sequence[int], absent: list[int]) -> bool:
+        """Pin `keys`, give the absent ones memory and submit their reads; False: no room."""
+        fixed = set(self._pins)  # their addresses are known to others
+        self._pin(keys)
+        placed: list[int] = []
+        try:
+            for key in absent:
+                if not self._place_record(key, fixed):
+                    break
+                placed.append(key)
+            else:
+                addresses = np.array([self._address[key] for key in absent], dtype=np.uint64)
+                self.reader.submit(np.array(absent, dtype=np.int32), addresses)
+                for key in absent:
+                    self._policy.insert(key)
+                return True
+        except BaseException:
+            self._undo(keys, placed)
+            raise
+        self._undo(keys, placed)
+        return False
+
+    def _undo(self, keys: Sequence[int], placed: list[int]) -> None:
+        for key in placed:
+            self._drop(key)
+        self.release(keys)
+
+    def _place_record(self, key: int, fixed: set[int]) -> bool:
+        """Give a record memory: a free extent, else by moving or evicting others, or False."""
+        num_bytes = self._num_bytes_of[key]
+        while not self._slots.place(key):
+            moves = self._slots.plan(num_bytes, fixed)
+            limit = self._max_moved_per_byte * num_bytes
+            if moves is None or sum(move.num_bytes for move in moves) > limit:
+                victim = self._policy.victim(self._place, self._blocked)
+                if victim == NO_VICTIM and self._wanted:
+                    victim = self._wanted.pop()  # the last of them is needed last
+                if victim != NO_VICTIM:
+                    self._evict(victim)
+                    continue
+            if moves is not None:
+                self._slots.move(moves)
+            elif self._unsettled:
+                self._settle(wait=True)
+            else:
+                return False
+        return True
+
+    def _evict(self, key: int) -> None:
+        self._drop(key)
+        self._policy.remove(key)
+        self.evictions += 1
+
+    def _drop(self, key: int) -> None:
+        self._slots.drop(key)
+        self._blocked[key] = True
+
+    def _settle(self, wait: bool) -> None:
+        """Make records evictable whose reads have ended; `wait` for all of them."""
+        for key in list(self._unsettled):
+            if key in self._pins or not self._address[key]:
+                self._unsettled.discard(key)  # if pinned, settled when it is released again
+                continue
+            status = self.reader.wait(key) if wait else int(self._status[key])
+            if status == READING:
+                continue
+            self._unsettled.discard(key)
+            if status == READY:
+                self._blocked[key] = False
+            else:
+                self._drop(key)
+                self._policy.remove(key)
+
+    def _unblock(self, keys: Sequence[int]) -> list[int]:
+        """Leave those records to the policy that nothing else holds; returns an empty list."""
+        for key in keys:
+            if self._address[key] and key not in self._pins and key not in self._unsettled:
+                self._blocked[key] = False
+        return []
