@@ -7,7 +7,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 FLOORS = {
-    0: """runtime: __init__ budget core errors extents format index io kernels reference""",
+    0: """runtime: __init__ amounts budget checksum core errors extents files format index io
+        kernels memory process python_reader records reference slots""",
     1: """runtime: cache executor policy store""",
     2: """edgemoe: kv_cache models""",
     3: """edgemoe: chat_template config engine sampling session stats template_worker tokenizer""",

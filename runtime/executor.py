@@ -1,0 +1,264 @@
+"""Runs the routed experts of one layer: hint, wait, compute, release. Floor 1.
+
+The (token, expert) pairs are grouped by expert in ascending id and cut into waves, contiguous runs
+of experts whose records fit into the expert cache; the next wave is being read while one is
+computed. Outputs are added in ascending expert id whatever was resident and wherever a wave ends,
+so y has the same bits for every capacity, policy and number of threads.
+"""
+
+import ctypes
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from . import core
+from .budget import moe_workspace_bytes, wave_pairs
+from .cache import ExpertCache
+from .errors import EdgeMoeError, UsageError
+from .format import LINE_BYTES, RecordLayout
+
+if TYPE_CHECKING:
+    import torch
+
+    from .kernels import ThreadPool
+
+
+@dataclass(slots=True)
+class StepStats:
+    """Demand and time since the last `take_stats`. A hit or miss is one record in one `run`."""
+
+    hits: int = 0
+    misses: int = 0
+    bytes_read: int = 0
+    stall_s: float = 0.0  # nothing could be computed for want of a record
+    compute_s: float = 0.0
+    num_calls: int = 0
+
+
+class _Wave(NamedTuple):
+    """Experts `begin` .. `end` - 1 of the sorted list of one run."""
+
+    begin: int
+    end: int
+    keys: list[int]
+    counts: np.ndarray | None  # tokens of each expert; None: one
+
+
+class Executor:
+    """Computes expert outputs through one expert cache. Serves one thread at a time.
+
+    `chunk` is the largest number of tokens in one `run`; the workspace is allocated for it here.
+    """
+
+    def __init__(
+        self,
+        cache: ExpertCache,
+        pool: "ThreadPool | None" = None,
+        backend: str | None = None,
+        *,
+        hidden: int,
+        top_k: int,
+        chunk: int = 512,
+    ) -> None:
+        self._cache, self._pool = cache, pool
+        self._hidden, self._chunk = hidden, chunk
+        self._backend = backend or core.BACKEND
+        self._table = table = cache.table
+        max_experts = max(table.num_experts.values(), default=0)
+        self._max_pairs = wave_pairs(chunk, top_k)
+        self._keys = np.empty(max_experts, dtype=np.int32)
+        self._data = np.empty(max_experts, dtype=np.uint64)
+        self._pair_begin = np.empty(max_experts + 1, dtype=np.int64)
+        self._stats = StepStats()
+        self._args = core.MoeArgs()
+        if self._backend == "native":
+            num_bytes = moe_workspace_bytes(
+                chunk, self._max_pairs, hidden, max(table.width.values())
+            )
+            room = np.empty(num_bytes + LINE_BYTES, dtype=np.uint8)
+            start = -room.ctypes.data % LINE_BYTES
+            self._workspace = room[start:]
+            self._args.hidden = hidden
+            self._args.keys = self._keys.ctypes.data
+            self._args.data = self._data.ctypes.data
+            self._args.pair_begin = self._pair_begin.ctypes.data
+            self._args.workspace = self._workspace.ctypes.data
+            self._args_pointer = ctypes.byref(self._args)
+
+    def take_stats(self) -> StepStats:
+        """The statistics since the last call, which start again at zero."""
+        stats, self._stats = self._stats, StepStats()
+        return stats
+
+    def run(
+        self,
+        layer: int,
+        x: "torch.Tensor",
+        expert_ids: "torch.Tensor",
+        routing_weights: "torch.Tensor",
+    ) -> "torch.Tensor":
+        """y[t] = sum over k of routing_weights[t, k] * expert(expert_ids[t, k])(x[t]).
+
+        x [T, D] fp32, expert_ids [T, K] int64 (distinct within a token), routing_weights [T, K]
+        fp32, all on the CPU; returns [T, D] fp32. Each record is read at most once. Raises
+        RecordError for a record that cannot be read (the executor stays usable), BudgetError where
+        the largest record does not fit into the expert cache.
+        """
+        num_tokens, top_k = expert_ids.shape
+        self._check(layer, x, expert_ids, routing_weights)
+        x = x.contiguous()
+        y = x.new_zeros(x.shape)
+        if not num_tokens * top_k:
+            return y
+        ids = expert_ids.numpy().reshape(-1)
+        order = ids.argsort(kind="stable")  # by expert, then by token
+        ids = ids[order]
+        num_experts = self._table.num_experts[layer]
+        if ids[0] < 0 or ids[-1] >= num_experts:
+            raise UsageError(
+                f"layer {layer} has no expert {ids[0] if ids[0] < 0 else ids[-1]}",
+                f"expected 0 to {num_experts - 1}",
+            )
+        pair_token = (order // top_k).astype(np.int32)
+        pair_weight = routing_weights.numpy().reshape(-1)[order]
+        if num_tokens == 1:
+            begins = np.arange(top_k + 1)
+            experts = ids
+        else:
+            edges = (ids[1:] != ids[:-1]).nonzero()[0] + 1
+            begins = np.concatenate(([0], edges, [len(ids)]))
+            experts = ids[begins[:-1]]
+        keys = (experts + self._table.first_key[layer]).tolist()
+        waves = self._waves(keys, begins, num_tokens)
+        self._cache.begin_layer(layer, num_tokens, keys if len(waves) > 1 else ())
+        self._stats.num_calls += 1
+        compute = self._compute if self._backend == "native" else self._compute_reference
+        held: list[_Wave] = []
+        try:
+            for number, wave in enumerate(waves):
+                if not held:
+                    self._add(self._cache.hint(wave.keys, wave.counts))
+                    held.append(wave)
+                if number + 1 < len(waves):
+                    following = waves[number + 1]
+                    result = self._cache.try_hint(following.keys, following.counts)
+                    if result is not None:
+                        self._add(result)
+                        held.append(following)
+                compute(layer, x, y, wave, begins, pair_token, pair_weight)
+                self._cache.release(held.pop(0).keys)
+        finally:
+            for wave in held:
+                self._cache.release(wave.keys)
+        return y
+
+    def _check(self, layer: int, x: "torch.Tensor", ids: "torch.Tensor", w: "torch.Tensor") -> None:
+        num_tokens = ids.shape[0]
+        if layer not in self._table.first_key:
+            raise UsageError(f"layer {layer} has no expert records in this store")
+        if num_tokens > self._chunk:
+            raise UsageError(f"expected at most {self._chunk} tokens in one run, got {num_tokens}")
+        if x.shape != (num_tokens, self._hidden) or ids.shape != w.shape:
+            raise UsageError(
+                f"x {tuple(x.shape)}, expert_ids {tuple(ids.shape)} and routing_weights "
+                f"{tuple(w.shape)} do not go together with a hidden size of {self._hidden}"
+            )
+
+    def _waves(self, keys: list[int], begins: np.ndarray, num_tokens: int) -> list[_Wave]:
+        """Cut the experts into waves: one where all fit, else halves of the capacity, so that one
+        wave can be read while another is computed."""
+        sizes = self._table.num_bytes
+        counts = None if num_tokens == 1 else begins[1:] - begins[:-1]
+        capacity = self._cache.capacity_bytes
+        total = sum(sizes[key] for key in keys)
+        if total <= capacity and int(begins[-1]) <= self._max_pairs:
+            return [_Wave(0, len(keys), keys, counts)]
+        waves = []
+        begin, num_bytes = 0, 0
+        for i, key in enumerate(keys):
+            pairs = int(begins[i + 1] - begins[begin])
+            if i > begin and (num_bytes + sizes[key] > capacity // 2 or pairs > self._max_pairs):
+                waves.append(_Wave(begin, i, keys[begin:i], _part(counts, begin, i)))
+                begin, num_bytes = i, 0
+            num_bytes += sizes[key]
+        waves.append(_Wave(begin, len(keys), keys[begin:], _part(counts, begin, len(keys))))
+        return waves
+
+    def _add(self, result: tuple[int, int, int]) -> None:
+        self._stats.hits += result[0]
+        self._stats.misses += result[1]
+        self._stats.bytes_read += result[2]
+
+    def _compute(
+        self,
+        layer: int,
+        x: "torch.Tensor",
+        y: "torch.Tensor",
+        wave: _Wave,
+        begins: np.ndarray,
+        pair_token: np.ndarray,
+        pair_weight: np.ndarray,
+    ) -> None:
+        cache, args = self._cache, self._args
+        count, first = len(wave.keys), int(begins[wave.begin])
+        self._keys[:count] = wave.keys
+        self._data[:count] = [cache.address(key) for key in wave.keys]
+        np.subtract(begins[wave.begin : wave.end + 1], first, out=self._pair_begin[: count + 1])
+        args.num_tokens, args.width, args.num_experts = x.shape[0], self._table.width[layer], count
+        args.x, args.y = x.data_ptr(), y.data_ptr()
+        args.pair_token = pair_token.ctypes.data + first * pair_token.itemsize
+        args.pair_weight = pair_weight.ctypes.data + first * pair_weight.itemsize
+        args.stall_ns, args.failed = 0, -1
+        start = time.perf_counter()
+        status = core.lib.em_moe_run(
+            self._pool.handle if self._pool is not None else None,
+            cache.reader.handle,
+            None,
+            self._args_pointer,
+        )
+        elapsed = time.perf_counter() - start
+        if status < 0:
+            if args.failed < 0:
+                raise EdgeMoeError(f"the core refused to run layer {layer}", f"status {status}")
+            raise self._table.failure(wave.keys[args.failed], status)
+        stall = args.stall_ns * 1e-9
+        self._stats.stall_s += stall
+        self._stats.compute_s += elapsed - stall
+
+    def _compute_reference(
+        self,
+        layer: int,
+        x: "torch.Tensor",
+        y: "torch.Tensor",
+        wave: _Wave,
+        begins: np.ndarray,
+        pair_token: np.ndarray,
+        pair_weight: np.ndarray,
+    ) -> None:
+        import torch
+
+        from . import reference
+
+        tokens, weights = torch.from_numpy(pair_token).long(), torch.from_numpy(pair_weight)
+        stall_s = 0.0
+
+        def experts() -> "Iterator[tuple[np.ndarray, RecordLayout, torch.Tensor, torch.Tensor]]":
+            nonlocal stall_s
+            for i, key in enumerate(wave.keys, start=wave.begin):
+                start = time.perf_counter()
+                self._cache.wait(key)
+                stall_s += time.perf_counter() - start
+                pairs = slice(int(begins[i]), int(begins[i + 1]))
+                yield self._cache.view(key), self._table.layouts[key], tokens[pairs], weights[pairs]
+
+        start = time.perf_counter()
+        reference.experts_forward(x, experts(), y)
+        self._stats.stall_s += stall_s
+        self._stats.compute_s += time.perf_counter() - start - stall_s
+
+
+def _part(counts: np.ndarray | None, begin: int, end: int) -> np.ndarray | None:
+    return None if counts is None else counts[begin:end]
