@@ -1,0 +1,103 @@
+"""Reads the trunk's tensors into the form the wiring computes with, checking every shape."""
+
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ..runtime.errors import FormatError
+from ..runtime.kernels import PackedMatrix, ThreadPool
+from . import names
+from .args import ModelArgs
+
+# Gives a stored tensor by its name, raising where there is none (`Store.trunk_tensor`).
+ReadTensor = Callable[[str], Tensor | PackedMatrix]
+
+
+class Linear(Protocol):
+    """What the wiring asks of a matrix `[rows, cols]`."""
+
+    rows: int
+    cols: int
+
+    def linear(
+        self, x: Tensor, bias: Tensor | None, pool: ThreadPool | None
+    ) -> Tensor: ...  # [T, cols] -> [T, rows]
+
+
+class Fp32Matrix:
+    """A small fp32 matrix (a router of an fp32 checkpoint) without loss, on the 16-bit kernel.
+
+    24 bits of mantissa are three times 8: w = high + middle + low, each of them a bf16.
+    """
+
+    def __init__(self, weight: Tensor, backend: str | None) -> None:
+        self.rows, self.cols = weight.shape
+        parts, rest = [], weight
+        for _ in range(3):
+            parts.append(rest.to(torch.bfloat16))
+            rest = rest - parts[-1].float()
+        self._parts = [PackedMatrix.from_16bit(part, backend) for part in parts]
+
+    def linear(self, x: Tensor, bias: Tensor | None, pool: ThreadPool | None) -> Tensor:
+        high, middle, low = (part.linear(x, None, pool) for part in self._parts)
+        y = high + (middle + low)
+        return y if bias is None else y + bias
+
+
+class Trunk:
+    """The trunk of one model, by slot (see `names.py`)."""
+
+    def __init__(
+        self, args: ModelArgs, table: names.Names, read: ReadTensor, backend: str | None
+    ) -> None:
+        self._table, self._read, self._backend = table, read, backend
+        self._shapes = {(slot, layer): shape for slot, layer, shape in names.trunk_slots(args)}
+
+    def has(self, slot: str, layer: int = -1) -> bool:
+        return (slot, layer) in self._shapes
+
+    def vector(self, slot: str, layer: int = -1) -> Tensor:
+        """A norm or a bias, fp32 `[n]`."""
+        _, value = self._stored(slot, layer)
+        return value.to(torch.float32)
+
+    def optional_vector(self, slot: str, layer: int) -> Tensor | None:
+        return self.vector(slot, layer) if self.has(slot, layer) else None
+
+    def embedding(self, slot: str) -> PackedMatrix:
+        """A matrix whose rows can be looked up."""
+        name, value = self._stored(slot, -1)
+        if isinstance(value, PackedMatrix):
+            return value
+        if value.dtype not in (torch.bfloat16, torch.float16):
+            raise FormatError(
+                f"tensor `{name}` is stored as {str(value.dtype).removeprefix('torch.')}",
+                "expected 16 bits or tiles",
+                "convert the checkpoint again",
+            )
+        return PackedMatrix.from_16bit(value, self._backend)
+
+    def matrix(self, slot: str, layer: int = -1) -> Linear:
+        """A linear; the small ones (routers) may also be stored in fp32."""
+        _, value = self._stored(slot, layer)
+        if isinstance(value, PackedMatrix):
+            return value
+        if value.dtype == torch.float32:
+            return Fp32Matrix(value, self._backend)
+        return PackedMatrix.from_16bit(value, self._backend)
+
+    def _stored(self, slot: str, layer: int) -> tuple[str, Tensor | PackedMatrix]:
+        name = names.spellings(self._table, slot, layer)[0]  # a store uses the released names
+        value = self._read(name)
+        packed = isinstance(value, PackedMatrix)
+        expected = self._shapes[slot, layer]
+        got = (value.rows, value.cols) if packed else tuple(value.shape)
+        if got != expected:
+            raise FormatError(
+                f"tensor `{name}` has the wrong shape",
+                f"expected {list(expected)}, got {list(got)}",
+                "convert the checkpoint again",
+            )
+        return name, value
