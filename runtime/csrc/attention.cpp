@@ -1,47 +1,79 @@
-#include <cmath>
+#include <cerrno>
 #include <cstring>
-#include <vector>
+#include <memory>
+#include <new>
 
+#include "attention.h"
 #include "edgemoe_core.h"
 #include "thread_pool.h"
+
+namespace {
+
+em::AttentionKernel choose() {
+  em::AttentionKernel kernel = nullptr;
+  if (std::strcmp(em_isa(), "avx512vnni") == 0) kernel = em::attention_avx512vnni();
+  if (std::strcmp(em_isa(), "avx2") == 0) kernel = em::attention_avx2();
+  return kernel ? kernel : em::attention_scalar();
+}
+
+// Rows per item. More rows share one pass over the keys; fewer keep all threads busy and the scores
+// in the second cache. No bit depends on it.
+int rows_per_item(int64_t rows_per_head, int64_t num_kv_heads, int64_t num_keys, int num_threads) {
+  constexpr int64_t kMaxScores = 128 * 1024;
+  int rows = em::kMaxAttentionRows;
+  while (rows > 1 && (rows / 2 >= rows_per_head || rows * num_keys > kMaxScores ||
+                      num_kv_heads * ((rows_per_head + rows - 1) / rows) < num_threads)) {
+    rows /= 2;
+  }
+  return rows;
+}
+
+}  // namespace
 
 int32_t em_attention(em_pool *pool, const float *q, const void *keys, const void *values,
                      int32_t kv_bits, int64_t num_tokens, int64_t num_heads, int64_t num_kv_heads,
                      int64_t head_dim, int64_t capacity, int64_t position, int64_t window,
                      float scale, float *out) {
-  if (num_kv_heads < 1 || num_heads % num_kv_heads || (kv_bits != 16 && kv_bits != 32) ||
-      position + num_tokens > capacity) {
+  static const em::AttentionKernel kernel = choose();
+  if (!q || !keys || !values || !out || (kv_bits != 16 && kv_bits != 32) || num_tokens < 0 ||
+      num_kv_heads < 1 || num_heads < 1 || num_heads % num_kv_heads || head_dim < 1 ||
+      position < 0 || window < 0 || num_tokens > capacity || position > capacity - num_tokens) {
     return EM_ERR_ARG;
   }
-  const auto load = [&](const void *base, int64_t i) {
-    if (kv_bits == 32) return static_cast<const float *>(base)[i];
-    const uint32_t bits = uint32_t{static_cast<const uint16_t *>(base)[i]} << 16;
-    float value;
-    std::memcpy(&value, &bits, 4);
-    return value;
-  };
-  em::parallel_for(pool, num_tokens * num_heads, [&](int64_t item, int) {
-    const int64_t t = item / num_heads, h = item % num_heads;
-    const int64_t base = h / (num_heads / num_kv_heads) * capacity * head_dim;
-    const int64_t end = position + t + 1;
-    const int64_t begin = window > 0 && end > window ? end - window : 0;
-    std::vector<float> scores(end - begin);
-    const float *query = q + item * head_dim;
-    float *y = out + item * head_dim;
-    float highest = -INFINITY, sum = 0;
-    for (int64_t j = begin; j < end; ++j) {
-      float dot = 0;
-      for (int64_t k = 0; k < head_dim; ++k) dot += query[k] * load(keys, base + j * head_dim + k);
-      scores[j - begin] = dot * scale;
-      highest = std::fmax(highest, dot * scale);
+  if (num_tokens == 0) return 0;
+  const int64_t group = num_heads / num_kv_heads;  // query heads that share a key/value head
+  const int64_t rows_per_head = num_tokens * group;
+  const int num_threads = em::num_threads(pool);
+  int64_t num_keys = position + num_tokens;
+  if (window > 0 && window < num_keys) num_keys = window;
+  const int rows = rows_per_item(rows_per_head, num_kv_heads, num_keys, num_threads);
+  const int64_t items_per_head = (rows_per_head + rows - 1) / rows;
+  const int64_t thread_scratch = em::attention_scratch(rows, head_dim, num_keys);
+  const std::unique_ptr<float[]> scratch(new (std::nothrow) float[num_threads * thread_scratch]);
+  if (!scratch) return -ENOMEM;
+  const int64_t head_bytes = capacity * head_dim * (kv_bits / 8);
+  const int64_t num_items = items_per_head * num_kv_heads;
+  em::parallel_for(pool, num_items, [&](int64_t item, int thread) {
+    // The longest rows first, so that no thread is left with one at the end.
+    item = num_items - 1 - item;
+    const int64_t first = item / num_kv_heads * rows;
+    const int64_t kv_head = item % num_kv_heads;
+    em::AttentionRows block;
+    block.num_rows = static_cast<int>(rows_per_head - first < rows ? rows_per_head - first : rows);
+    for (int r = 0; r < block.num_rows; ++r) {
+      const int64_t t = (first + r) / group;
+      const int64_t offset = (t * num_heads + kv_head * group + (first + r) % group) * head_dim;
+      block.q[r] = q + offset;
+      block.out[r] = out + offset;
+      block.end[r] = position + t + 1;
+      block.begin[r] = window > 0 && block.end[r] > window ? block.end[r] - window : 0;
     }
-    for (float &score : scores) sum += score = std::exp(score - highest);
-    for (int64_t k = 0; k < head_dim; ++k) y[k] = 0;
-    for (int64_t j = begin; j < end; ++j) {
-      for (int64_t k = 0; k < head_dim; ++k) {
-        y[k] += scores[j - begin] / sum * load(values, base + j * head_dim + k);
-      }
-    }
+    block.keys = static_cast<const char *>(keys) + kv_head * head_bytes;
+    block.values = static_cast<const char *>(values) + kv_head * head_bytes;
+    block.is_bf16 = kv_bits == 16;
+    block.head_dim = head_dim;
+    block.scale = scale;
+    kernel(block, scratch.get() + thread * thread_scratch);
   });
   return 0;
 }
