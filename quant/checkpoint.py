@@ -10,44 +10,21 @@ import json
 import os
 import threading
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..models import load_module, parse_config
 from ..models.names import trunk_shapes
 from ..runtime.errors import CheckpointError, EdgeMoeError, FormatError, NotFoundError, UsageError
-from ..runtime.format import DTYPE_BYTES, PAGE_BYTES, TensorEntry, read_header
+from ..runtime.format import PAGE_BYTES, TensorEntry, read_header
+from .sources import READABLE, Source
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-READABLE = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 _AGAIN = "download the checkpoint again, or compare it with the released one"
-
-
-@dataclass(frozen=True, slots=True)
-class Source:
-    """A contiguous run of weights: a tensor, some of its rows, or one expert of a 3-D tensor."""
-
-    name: str
-    file: str
-    dtype: str
-    shape: tuple[int, ...]
-    offset: int  # from the start of the file
-
-    @property
-    def num_bytes(self) -> int:
-        return prod(self.shape) * DTYPE_BYTES[self.dtype]
-
-    def rows(self, begin: int, end: int) -> "Source":
-        """Rows `begin` .. `end` - 1 along the first axis."""
-        size = prod(self.shape[1:])
-        offset = self.offset + begin * size * DTYPE_BYTES[self.dtype]
-        return Source(self.name, self.file, self.dtype, (end - begin, *self.shape[1:]), offset)
 
 
 class Checkpoint:
@@ -210,8 +187,10 @@ class Checkpoint:
         weight = torch.empty(source.shape, dtype=getattr(torch, READABLE[source.dtype]))
         self._read_into(weight.view(-1).view(torch.uint8).numpy(), source)
         # A sum is one fast pass and carries every NaN and infinity; it may overflow by itself, so
-        # only a suspicious one is looked at closely.
-        if not torch.isfinite(weight.sum(dtype=torch.float32)):
+        # only a suspicious one is looked at closely. Parts are below torch's limit for threads.
+        parts = weight.view(-1).split(1 << 14)
+        sums = torch.stack([part.sum(dtype=torch.float32) for part in parts])
+        if not torch.isfinite(sums).all():
             _refuse_not_finite(weight, source)
         return weight
 

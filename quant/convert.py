@@ -2,11 +2,12 @@
 
 Follows a `ConversionPlan`. The order on disk is the order of work: experts by (layer, expert), then
 the trunk, then the small files, then a pass that reads everything back and compares every checksum,
-then store.json, then the rename. In memory are one expert being packed and the next being read.
+then store.json, then the rename. In memory are a few experts, less than a layer.
 """
 
 import os
 import shutil
+from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -37,11 +38,15 @@ from .journal import (
     partial_path,
     write_error,
 )
-from .plan import ConversionPlan, ConvertOptions, TrunkItem, make_plan
+from .options import ConvertOptions
+from .plan import ConversionPlan, TrunkItem, make_plan
 from .progress import Progress, Silent
 from .quantize import quantize, to_16bit
 from .readback import check_experts, sha256_of
 
+Record = tuple[np.ndarray, tuple[int, int]]  # its bytes, the crc32c of its sections
+
+_IN_FLIGHT_BYTES = 512 << 20  # of experts as they came
 _BLOCK_BYTES = 16 << 20  # of the trunk
 _DISK_MARGIN_BYTES = 32 << 20  # store.json, the journal, the file system's own tables
 
@@ -51,6 +56,7 @@ def convert(
     out: str | Path,
     options: ConvertOptions | None = None,
     progress: Progress | None = None,
+    num_threads: int | None = None,
 ) -> Path:
     """Convert the checkpoint folder `source` to the store `out` and return its path.
 
@@ -59,7 +65,7 @@ def convert(
     BudgetError for a disk that is too small or full (what was written is kept for the next run).
     """
     target, options = Path(out), options or ConvertOptions()
-    progress = progress or Silent()
+    progress, num_threads = progress or Silent(), num_threads or _num_cpus()
     with Checkpoint(source) as checkpoint:
         plan = make_plan(checkpoint, options)
         wanted = fingerprint(checkpoint, options)
@@ -69,7 +75,7 @@ def convert(
         _check_disk(target, plan, checkpoint.path)
         partial = Partial.open(target, wanted)
         try:
-            _write_experts(checkpoint, plan, partial, progress)
+            _write_experts(checkpoint, plan, partial, progress, num_threads)
             _write_trunk(checkpoint, plan, partial, progress)
             index = _finish(checkpoint, plan, partial, progress)
             save_index(index)
@@ -83,6 +89,12 @@ def convert(
             partial.close()
             progress.close()
     return target
+
+
+def _num_cpus() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def _check_disk(target: Path, plan: ConversionPlan, source: Path) -> None:
@@ -103,57 +115,64 @@ def _check_disk(target: Path, plan: ConversionPlan, source: Path) -> None:
 
 
 def _write_experts(
-    checkpoint: Checkpoint, plan: ConversionPlan, partial: Partial, progress: Progress
+    checkpoint: Checkpoint,
+    plan: ConversionPlan,
+    partial: Partial,
+    progress: Progress,
+    num_threads: int,
 ) -> None:
+    sizes = {
+        key: sum(source.num_bytes for source in checkpoint.expert_sources(*key))
+        for key in plan.layouts
+    }
     done = [key for key in plan.layouts if key[0] in partial.layer_to_crcs]
     todo = [key for key in plan.layouts if key[0] not in partial.layer_to_crcs]
-
-    def source_bytes(keys: list[tuple[int, int]]) -> int:
-        return sum(s.num_bytes for key in keys for s in checkpoint.expert_sources(*key))
-
-    finished = source_bytes(done)
     if done:
         layers = len(partial.layer_to_crcs)
         progress.note(f"going on: {layers} of {len(checkpoint.args.moe_layers)} layers are done")
-    progress.start("experts", finished + source_bytes(todo), finished)
+    progress.start("experts", sum(sizes.values()), sum(sizes[key] for key in done))
     written = sum(plan.layouts[key].num_bytes for key in done)
     file = partial.open_file(EXPERTS_FILE, plan.experts_header, written)
+    # As many as there are threads, but few enough that wide experts do not add up to a layer.
+    workers = max(1, min(num_threads, _IN_FLIGHT_BYTES // max(sizes.values())))
     crcs: Crcs = []
     try:
-        for key, weights in _read_ahead(checkpoint, todo):
-            layer, expert = key
-            record, pair = _pack(weights, plan.layouts[key])
+        for (layer, expert), (record, pair) in _records(checkpoint, plan, todo, workers):
             file.write(record)
             crcs.append(pair)
-            progress.advance(sum(weight.nbytes for weight in weights))
-            del weights, record
+            progress.advance(sizes[layer, expert])
+            del record
             if expert == checkpoint.args.num_experts - 1:
                 file.sync()
                 partial.layer_to_crcs[layer] = crcs
                 partial.save()
                 crcs = []
-        file.sync()
     finally:
         file.close()
 
 
-def _read_ahead(
-    checkpoint: Checkpoint, keys: list[tuple[int, int]]
-) -> Iterator[tuple[tuple[int, int], tuple[Tensor, Tensor, Tensor]]]:
-    """Experts in order; the next one is read while the caller works on the last."""
-    with ThreadPoolExecutor(1) as reader:
-        pending = [reader.submit(checkpoint.expert, *key) for key in keys[:1]]
-        for number, key in enumerate(keys):
-            weights = pending.pop().result()
-            if number + 1 < len(keys):
-                pending.append(reader.submit(checkpoint.expert, *keys[number + 1]))
-            yield key, weights
-            del weights
+def _records(
+    checkpoint: Checkpoint, plan: ConversionPlan, keys: list[tuple[int, int]], workers: int
+) -> Iterator[tuple[tuple[int, int], Record]]:
+    """Packed experts in the order of `keys`; `workers` threads each read and pack a whole one."""
+
+    def make(key: tuple[int, int]) -> Record:
+        return _pack(checkpoint.expert(*key), plan.layouts[key])
+
+    pool = ThreadPoolExecutor(workers)
+    try:
+        ahead = deque(pool.submit(make, key) for key in keys[:workers])
+        for number, key in enumerate(keys, workers):
+            record = ahead.popleft().result()
+            if number < len(keys):
+                ahead.append(pool.submit(make, keys[number]))
+            yield key, record
+            del record
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
-def _pack(
-    weights: tuple[Tensor, Tensor, Tensor], layout: RecordLayout
-) -> tuple[np.ndarray, tuple[int, int]]:
+def _pack(weights: tuple[Tensor, Tensor, Tensor], layout: RecordLayout) -> Record:
     """The bytes of a record, and the crc32c of its two sections with their padding."""
     specs = (layout.gate_up, layout.gate_up, layout.down)
     parts = [_coded(weight, spec) for weight, spec in zip(weights, specs, strict=True)]

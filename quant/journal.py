@@ -18,7 +18,7 @@ from typing import Any
 from ..runtime.errors import BudgetError, FormatError, NotFoundError, UsageError
 from ..runtime.format import FORMAT_VERSION
 from .checkpoint import Checkpoint
-from .plan import ConvertOptions
+from .options import ConvertOptions
 
 try:
     import fcntl

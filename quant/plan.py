@@ -10,7 +10,6 @@ from typing import Any
 
 from ..runtime.errors import UsageError
 from ..runtime.format import (
-    BITS,
     DTYPE_BYTES,
     GROUP_SIZES,
     MAX_HEADER_BYTES,
@@ -21,35 +20,10 @@ from ..runtime.format import (
     encode_header,
     record_name,
 )
-from .checkpoint import Checkpoint, Source
+from .checkpoint import Checkpoint
+from .options import DEFAULT_GROUP_SIZE, MODE, ConvertOptions
+from .sources import Source
 from .summary import PlanRow, class_of, storage_text, table
-
-DEFAULT_BITS = 4
-DEFAULT_GROUP_SIZE = 64  # quantize.py says why, and why every width is symmetric
-MODE = "sym"
-TRUNK_BITS = (4, 8, 16)
-
-
-@dataclass(frozen=True, slots=True)
-class ConvertOptions:
-    """`group_size` is 32, 64, 128, "channel" (one scale a row), or None: 64 where it divides.
-
-    Raises UsageError for a value that is none of these.
-    """
-
-    bits: int = DEFAULT_BITS
-    group_size: int | str | None = None
-    trunk_bits: int = 16
-
-    def __post_init__(self) -> None:
-        for value, allowed, name in (
-            (self.bits, BITS, "--bits"),
-            (self.group_size, (None, *GROUP_SIZES, "channel"), "--group-size"),
-            (self.trunk_bits, TRUNK_BITS, "--trunk-bits"),
-        ):
-            if value not in allowed:
-                choices = ", ".join(str(choice) for choice in allowed if choice is not None)
-                raise UsageError(f"`{name} {value}` is not possible", f"expected one of {choices}")
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,7 +27,10 @@ from torch import Tensor
 from ..runtime.format import QuantSpec
 
 _MAX_FP16 = 65504.0
-_BLOCK_WEIGHTS = 1 << 18  # fp32 temporaries of one block stay in the second-level cache
+# Below torch's limit for threads: the callers run one expert per thread, where threads inside an
+# operation only wait for each other (5x slower beside another busy process), and 128 KiB of fp32
+# temporaries stay in the second-level cache.
+_BLOCK_WEIGHTS = (1 << 15) - 1
 
 
 class Quantized(NamedTuple):
@@ -108,4 +111,12 @@ def to_16bit(weight: Tensor, mode: str) -> Tensor:
     Other dtypes are rounded to nearest even; the conversion plan says so.
     """
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[mode]
-    return weight.to(dtype).contiguous().view(torch.uint16)
+    if weight.dtype == dtype:
+        return weight.contiguous().view(torch.uint16)
+    out = torch.empty(weight.shape, dtype=dtype)
+    flat = weight.reshape(-1)
+    for source, target in zip(
+        flat.split(_BLOCK_WEIGHTS), out.view(-1).split(_BLOCK_WEIGHTS), strict=True
+    ):
+        target.copy_(source)
+    return out.view(torch.uint16)
