@@ -1,0 +1,187 @@
+"""Eviction policies, against their definitions, against each other, and against Belady."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from replay import Trace, belady_hits, replay_hits, skewed_trace
+
+from edgemoe.runtime.errors import UsageError
+from edgemoe.runtime.policy import NO_VICTIM, POLICIES, CycleAware, Fifo, Lfu, Lru, make_policy
+
+TRACES = os.environ.get("EDGEMOE_TRACES")
+L, E, K = 8, 16, 2  # one token's cycle: 16 of 128 records
+
+
+def places(num_layers: int, num_experts: int) -> list[int]:
+    return [layer for layer in range(num_layers) for _ in range(num_experts)]
+
+
+def drain(policy, layer: int, num_keys: int) -> list[int]:
+    """All keys in the order of eviction."""
+    blocked = np.zeros(num_keys, dtype=np.bool_)
+    order = []
+    while (key := policy.victim(layer, blocked)) != NO_VICTIM:
+        order.append(key)
+        blocked[key] = True
+    return order
+
+
+def test_what_has_just_run_goes_first_and_what_runs_next_stays():
+    policy = CycleAware(places(6, 1), 6)
+    policy.touch(np.arange(6), 0)
+    assert drain(policy, 2, 6) == [2, 1, 0, 5, 4, 3]
+    assert drain(policy, 5, 6) == [5, 4, 3, 2, 1, 0]
+
+
+def test_frequency_weighs_against_distance():
+    policy = CycleAware(places(4, 2), 4)
+    policy.touch(np.arange(8), 0)
+    for _ in range(2):
+        policy.touch(np.array([1]), 0)  # 3 uses, layer 0 runs: 3/4; key 6 of layer 3: 1/3
+    assert drain(policy, 0, 8) == [0, 6, 7, 4, 5, 1, 2, 3]
+
+
+def test_the_frequency_halves_every_half_life():
+    policy = CycleAware(places(1, 3), 1, half_life=8)
+    for _ in range(2):
+        policy.touch(np.array([0]), 0)
+    policy.touch(np.array([1]), 7)  # weighs 2 ** (7 / 8) < 2
+    policy.touch(np.array([2]), 9)  # weighs 2 ** (9 / 8) > 2
+    assert drain(policy, 0, 3) == [1, 0, 2]
+
+
+def test_equal_scores_go_by_recency():
+    policy = CycleAware(places(1, 3), 1)
+    for key in (1, 2, 0):
+        policy.touch(np.array([key]), 5)
+    assert drain(policy, 0, 3) == [1, 2, 0]
+
+
+def test_a_long_session_neither_overflows_nor_forgets_the_order():
+    policy = CycleAware(places(2, 4), 2, half_life=4)
+    with np.errstate(all="raise", under="ignore"):
+        for step in range(0, 40_000, 100):
+            policy.touch(np.array([step // 100 % 8]), step)
+    assert drain(policy, 0, 8) == list(range(8))
+
+
+@given(num_tokens=st.integers(1, 64), start=st.integers(0, 100))
+def test_a_chunk_weighs_what_its_tokens_weigh_one_by_one(num_tokens, start):
+    chunk, single = (CycleAware(places(1, 2), 1) for _ in range(2))
+    end = start + num_tokens - 1
+    chunk.touch(np.array([0]), end, num_tokens, np.array([num_tokens]))
+    for step in range(start, end + 1):
+        single.touch(np.array([0]), step)
+    assert chunk._frequency[0] == pytest.approx(single._frequency[0])
+
+
+def test_lru_fifo_lfu():
+    lru, fifo, lfu = (cls(places(1, 4), 1) for cls in (Lru, Fifo, Lfu))
+    for policy in (lru, fifo, lfu):
+        for step, key in enumerate((2, 0, 3, 1, 2, 2, 0)):
+            policy.touch(np.array([key]), step)
+            if step < 4:
+                policy.insert(key)
+    assert drain(lru, 0, 4) == [3, 1, 2, 0]
+    assert drain(fifo, 0, 4) == [2, 0, 3, 1]
+    assert drain(lfu, 0, 4) == [3, 1, 0, 2]
+
+
+def test_lfu_counts_tokens():
+    policy = Lfu(places(1, 2), 1)
+    policy.touch(np.array([0, 1]), 9, 10, np.array([3, 10]))
+    policy.touch(np.array([0]), 10)
+    assert drain(policy, 0, 2) == [0, 1]
+
+
+@pytest.mark.parametrize("name", POLICIES)
+@settings(max_examples=40, deadline=None)
+@given(data=st.data())
+def test_a_victim_is_never_blocked(name, data):
+    policy = make_policy(name, places(3, 4), 3)
+    for step in range(data.draw(st.integers(0, 10))):
+        keys = data.draw(st.sets(st.integers(0, 11), min_size=1))
+        policy.touch(np.array(sorted(keys)), step)
+    blocked = np.array(data.draw(st.lists(st.booleans(), min_size=12, max_size=12)))
+    key = policy.victim(data.draw(st.integers(0, 2)), blocked)
+    assert (key == NO_VICTIM) == blocked.all()
+    assert key == NO_VICTIM or not blocked[key]
+
+
+def test_an_unknown_policy_is_named():
+    with pytest.raises(UsageError, match="`arc`.*cycle, fifo, lfu, lru"):
+        make_policy("arc", [0], 1)
+
+
+def rates(trace: Trace, capacity: int, num_layers: int, num_experts: int) -> dict[str, float]:
+    demand = sum(len(keys) for _, keys in trace)
+    found = {"belady": belady_hits(trace, capacity) / demand}
+    for name in POLICIES:
+        policy = make_policy(name, places(num_layers, num_experts), num_layers)
+        hits = replay_hits(trace, capacity, policy, num_layers * num_experts)
+        found[name] = hits / demand
+    return found
+
+
+@pytest.mark.parametrize("capacity", [8, 12])
+def test_below_one_cycle_the_cycle_aware_policy_beats_lru(capacity):
+    found = rates(skewed_trace(300, L, E, K), capacity, L, E)
+    assert found["lru"] == 0
+    assert found["cycle"] > 0.5 * found["belady"] > 0
+    assert found["cycle"] >= max(found[name] for name in ("lru", "fifo", "lfu"))
+
+
+@pytest.mark.parametrize("capacity", [16, 32, 64])
+def test_above_one_cycle_it_does_not_lose(capacity):
+    found = rates(skewed_trace(300, L, E, K), capacity, L, E)
+    assert found["belady"] >= found["cycle"] >= max(found["lru"], found["fifo"])
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    trace=st.lists(st.sets(st.integers(0, 5), min_size=1, max_size=2), min_size=1, max_size=7),
+    capacity=st.integers(2, 4),
+)
+def test_belady_is_the_best_of_all_evictions(trace, capacity):
+    def best(position: int, resident: frozenset[int]) -> int:
+        if position == len(trace):
+            return 0
+        keys = frozenset(trace[position])
+        union = resident | keys
+        room = [union]
+        while len(next(iter(room))) > capacity:
+            room = {rest - {key} for rest in room for key in rest - keys}
+        return len(keys & resident) + max(best(position + 1, rest) for rest in room)
+
+    groups = [(0, sorted(keys)) for keys in trace]
+    assert belady_hits(groups, capacity) == best(0, frozenset())
+
+
+@pytest.mark.skipif(not TRACES, reason="EDGEMOE_TRACES names no folder of recorded routings")
+@pytest.mark.parametrize(
+    ("name", "shares"),
+    [("qwen3-30b-a3b.npz", (0.02, 0.03, 0.08, 0.25)), ("gpt-oss-120b.npz", (0.01, 0.03, 0.125))],
+)
+def test_recorded_routings(name, shares):
+    path = Path(TRACES) / name
+    if not path.is_file():
+        pytest.skip(f"EDGEMOE_TRACES has no {name}")
+    with np.load(path) as file:
+        experts = file["experts"][file["phase"] == 1]
+        num_experts = int(file["num_experts"])
+    _, num_layers, _ = experts.shape
+    trace = [
+        (layer, (layer * num_experts + np.unique(row[row >= 0])).tolist())
+        for token in experts
+        for layer, row in enumerate(token)
+        if (row >= 0).any()
+    ]
+    for share in shares:
+        capacity = int(share * num_layers * num_experts)
+        found = rates(trace, capacity, num_layers, num_experts)
+        assert found["belady"] >= found["cycle"] > found["lru"]
+        assert found["cycle"] >= max(found["lfu"], found["fifo"])
