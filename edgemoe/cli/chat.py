@@ -1,0 +1,94 @@
+"""`edgemoe chat [MODEL]`: a conversation; the prefix stays in the KV cache between turns."""
+
+import argparse
+import sys
+
+from ..runtime.errors import EdgeMoeError
+from . import options
+from .chat_commands import Leave, handle
+from .chat_input import read_turn
+from .conversation import Conversation
+from .render import dim, model_name, note, open_output, print_notes, report_error
+
+EPILOG = """Inside: /help lists the commands. The first Ctrl-C stops an answer, the second leaves.
+Standard input may be a pipe: one turn a line, answers on standard output.
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    options.add_model(parser)
+    parser.add_argument("--system", metavar="TEXT", help="system message")
+    options.add_sampling_options(parser)
+    options.add_engine_options(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    path = options.model_path(args)
+    open_output()
+    from ..engine import Engine
+    from ..sampling import SamplingParams
+
+    params = SamplingParams(**options.sampling_arguments(args))
+    with Engine.from_pretrained(path, **options.engine_arguments(args)) as engine:
+        print_notes(engine, args.verbose)
+        if sys.stdin.isatty():
+            note(dim(f"{model_name(engine)} · /help for help, /bye or Ctrl-D to leave", sys.stderr))
+        return talk(Conversation(engine, params, args.system))
+
+
+def talk(conversation: Conversation) -> int:
+    """The loop: read a turn, answer it, until /bye, the end of input, or a second Ctrl-C."""
+    code = 0
+    interrupted = False
+    while True:
+        try:
+            line = read_turn()
+        except KeyboardInterrupt:
+            if interrupted:
+                note("")
+                return 130
+            interrupted = True
+            note("\n(Ctrl-C again leaves)")
+            continue
+        if line is None:
+            return code
+        if not line.strip():
+            continue
+        interrupted = False
+        try:
+            if line.startswith("/"):
+                if not handle(conversation, line):
+                    continue
+            else:
+                conversation.ask(line)
+            interrupted = answer(conversation)
+        except Leave:
+            return code
+        except EdgeMoeError as error:
+            failed = report_error(error)
+            code = code or (0 if sys.stdin.isatty() else failed)
+
+
+def answer(conversation: Conversation) -> bool:
+    """Print the answer to the last turn; returns whether Ctrl-C stopped it."""
+    text, stopped = "", False
+    events = conversation.stream()
+    try:
+        for event in events:
+            text = event.text or text
+            sys.stdout.write(event.text)
+            sys.stdout.flush()
+    except KeyboardInterrupt:  # the engine raises it between two layers, and stays whole
+        stopped = True
+    finally:
+        events.close()
+    if text and not text.endswith("\n"):
+        sys.stdout.write("\n")
+        sys.stdout.flush()
+    if stopped:
+        note(dim("(stopped; Ctrl-C again leaves)", sys.stderr))
+    elif conversation.finish_reason == "length":
+        note(dim("(cut at its length limit; /set max_tokens N allows more)", sys.stderr))
+    if conversation.stats is not None:
+        note(dim(conversation.stats.footer(), sys.stderr))
+    return stopped

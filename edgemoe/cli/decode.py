@@ -1,0 +1,68 @@
+"""Greedy decoding of an exact number of tokens, with a hash of every logit: what verify and bench
+share. There is no end of text here: a measured or compared run has the length it was asked for.
+"""
+
+import hashlib
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(slots=True)
+class Decoded:
+    """Tokens, what they cost, and a hash of the fp32 logits of every step.
+
+    `prefill` and `decode` hold the expert cache's hits, misses, bytes_read, stall_s and compute_s.
+    """
+
+    token_ids: list[int] = field(default_factory=list)
+    logits_hash: str = ""
+    prefill_s: float = 0.0
+    step_s: list[float] = field(default_factory=list)  # one per token after the first
+    prefill: dict[str, float] = field(default_factory=dict)
+    decode: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def decode_s(self) -> float:
+        return sum(self.step_s)
+
+
+def greedy(session: Any, prompt: Sequence[int], num_tokens: int) -> Decoded:
+    """Decode `num_tokens` tokens after the token ids of `prompt`."""
+    import torch
+
+    result, digest = Decoded(), hashlib.sha256()
+    ids = list(prompt)
+    session.engine.take_step_stats()  # what others did before is not ours
+    while True:
+        begin = time.perf_counter()
+        logits = session.logits(ids)
+        token = int(torch.argmax(logits))
+        seconds = time.perf_counter() - begin
+        cost = _counters(session.engine.take_step_stats())
+        if not result.token_ids:
+            result.prefill_s, result.prefill = seconds, cost
+            result.decode = dict.fromkeys(cost, 0)
+        else:
+            result.step_s.append(seconds)
+            for name, value in cost.items():
+                result.decode[name] += value
+        result.token_ids.append(token)
+        digest.update(logits.contiguous().numpy())
+        if len(result.token_ids) >= num_tokens:
+            break
+        ids.append(token)
+    result.logits_hash = digest.hexdigest()
+    return result
+
+
+def _counters(step: Any) -> dict[str, float]:
+    names = ("hits", "misses", "bytes_read", "stall_s", "compute_s")
+    return {name: getattr(step, name) for name in names}
+
+
+def text_tokens(tokenizer: Any, text: str, num_tokens: int, start: int = 0) -> list[int]:
+    """`num_tokens` tokens of a text from token `start` on; it begins again where it ends."""
+    ids = tokenizer.encode(text)
+    return [ids[(start + i) % len(ids)] for i in range(num_tokens)]

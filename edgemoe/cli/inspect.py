@@ -1,0 +1,206 @@
+"""`edgemoe inspect STORE`: what a store holds. Reads headers, no weights; imports no torch."""
+
+import argparse
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from ..runtime.amounts import format_bytes
+from ..runtime.format import DTYPE_BYTES, QuantSpec, TensorEntry, read_header
+from ..runtime.index import TRUNK_FILE, StoreIndex, load_index
+from . import options
+from .render import open_output, table
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    options.add_model(parser)
+    parser.add_argument("--layers", action="store_true", help="one line per layer")
+    parser.add_argument("--json", action="store_true", help="one JSON object instead of a table")
+
+
+def run(args: argparse.Namespace) -> int:
+    path = options.model_path(args)
+    open_output()
+    from ..models import load_module
+
+    index = load_index(path or options.bundled_model())
+    with open(index.path / TRUNK_FILE, "rb") as file:
+        trunk, _ = read_header(file, str(index.path / TRUNK_FILE))
+    model = load_module(index.model_type).parse(index.config)
+    document = describe(index, trunk, model)
+    if args.json:
+        print(json.dumps(document, indent=1))
+    else:
+        print(_text(document, args.layers))
+    return 0
+
+
+def spec_name(spec: QuantSpec) -> str:
+    """`4-bit sym g32`, or `bf16`."""
+    return spec.mode if spec.is_16bit else f"{spec.bits}-bit {spec.mode} g{spec.group_size}"
+
+
+def describe(index: StoreIndex, trunk: dict[str, TensorEntry], model: Any) -> dict[str, Any]:
+    """Everything `inspect` says, as one JSON object."""
+    shapes = {
+        name: getattr(model, name)
+        for name in ("num_layers", "hidden", "num_heads", "num_kv_heads", "head_dim", "vocab")
+        + ("max_context", "top_k")
+    }
+    classes = [_expert_class(index), *_trunk_classes(index, trunk)]
+    weights = sum(each["weights"] for each in classes)
+    num_bytes = sum(each["bytes"] for each in classes)
+    return {
+        "path": str(index.path),
+        "model_type": index.model_type,
+        "shapes": shapes,
+        "num_moe_layers": len(index.layer_to_num_experts),
+        "num_experts": len(index.records),
+        "weights": weights,
+        "bytes": num_bytes,
+        "bpw": 8 * num_bytes / weights,
+        "classes": classes,
+        "layers": _layers(index),
+        "files": [
+            {"name": file.name, "bytes": file.stat().st_size, "sha256": index.sha256.get(file.name)}
+            for file in sorted(Path(index.path).iterdir())
+            if file.is_file()
+        ],
+        "provenance": index.plan,
+    }
+
+
+def _row(name: str, formats: Counter[str], weights: int, num_bytes: int) -> dict[str, Any]:
+    return {
+        "name": name,
+        "formats": dict(formats.most_common()),  # format -> number of matrices
+        "weights": weights,
+        "bytes": num_bytes,
+        "bpw": 8 * num_bytes / weights if weights else 0.0,
+    }
+
+
+def _expert_class(index: StoreIndex) -> dict[str, Any]:
+    formats: Counter[str] = Counter()
+    for record in index.records.values():
+        formats[spec_name(record.layout.gate_up)] += 2
+        formats[spec_name(record.layout.down)] += 1
+    weights = sum(3 * r.layout.hidden * r.layout.width for r in index.records.values())
+    return _row("experts", formats, weights, index.expert_bytes)
+
+
+def _trunk_classes(index: StoreIndex, trunk: dict[str, TensorEntry]) -> list[dict[str, Any]]:
+    """Trunk tensors grouped by what they are for."""
+    groups: dict[str, tuple[Counter[str], list[int]]] = {}
+    for name, entry in trunk.items():
+        formats, sums = groups.setdefault(_trunk_class(name), (Counter(), [0, 0]))
+        packed = index.packed_trunk.get(name)
+        formats[spec_name(packed.spec) if packed else entry.dtype.lower()] += 1
+        sums[0] += packed.rows * packed.cols if packed else _num_weights(entry)
+        sums[1] += entry.num_bytes
+    return [_row(f"trunk: {name}", f, *sums) for name, (f, sums) in sorted(groups.items())]
+
+
+def _num_weights(entry: TensorEntry) -> int:
+    return entry.num_bytes // DTYPE_BYTES.get(entry.dtype, 1)
+
+
+def _trunk_class(name: str) -> str:
+    for part, group in (
+        ("embed_tokens", "embedding"),
+        ("lm_head", "output head"),
+        ("self_attn", "attention"),
+        ("shared_expert", "shared experts"),
+        (".gate.weight", "routers"),
+        ("norm", "norms"),
+        (".mlp.", "dense layers"),
+    ):
+        if part in name:
+            return group
+    return "other"
+
+
+def _layers(index: StoreIndex) -> list[dict[str, Any]]:
+    rows = []
+    for layer, num_experts in index.layer_to_num_experts.items():
+        records = [index.records[layer, expert] for expert in range(num_experts)]
+        formats = Counter(
+            (spec_name(r.layout.gate_up), spec_name(r.layout.down)) for r in records
+        ).most_common()
+        rows.append(
+            {
+                "layer": layer,
+                "num_experts": num_experts,
+                "width": records[0].layout.width,
+                "formats": [[gate_up, down, count] for (gate_up, down), count in formats],
+                "bytes": sum(r.num_bytes for r in records),
+                "record_bytes": max(r.num_bytes for r in records),
+            }
+        )
+    return rows
+
+
+def _text(document: dict[str, Any], with_layers: bool) -> str:
+    parts = [_head(document), _class_table(document["classes"])]
+    if with_layers:
+        parts.append(_layer_table(document["layers"]))
+    parts.append(_file_table(document["files"]))
+    if document["provenance"]:
+        parts.append("how it was made\n" + "\n".join(_provenance(document["provenance"])))
+    return "\n\n".join(parts)
+
+
+def _head(document: dict[str, Any]) -> str:
+    shapes = document["shapes"]
+    largest = format_bytes(max(layer["record_bytes"] for layer in document["layers"]))
+    counts = sorted({layer["num_experts"] for layer in document["layers"]})
+    experts = f"{counts[0]} to {counts[-1]}" if len(counts) > 1 else str(counts[0])
+    heads = f"{shapes['num_heads']} heads of {shapes['head_dim']}"
+    rows = [
+        ("store", document["path"]),
+        ("model", document["model_type"]),
+        ("layers", f"{shapes['num_layers']}, {document['num_moe_layers']} with experts"),
+        ("experts", f"{experts} a layer, {shapes['top_k']} used for a token, {largest} each"),
+        ("hidden", f"{shapes['hidden']}, {heads} ({shapes['num_kv_heads']} for keys and values)"),
+        ("vocabulary", f"{shapes['vocab']} tokens"),
+        ("context", f"up to {shapes['max_context']} tokens"),
+        (
+            "weights",
+            f"{document['weights'] / 1e6:,.1f} M in {format_bytes(document['bytes'])} "
+            f"({document['bpw']:.2f} bits a weight)",
+        ),
+    ]
+    return "\n".join(f"{name:<11} {value}" for name, value in rows)
+
+
+def _class_table(classes: list[dict[str, Any]]) -> str:
+    rows = []
+    for each in classes:
+        millions = f"{each['weights'] / 1e6:,.2f} M"
+        formats = ", ".join(f"{count} x {name}" for name, count in each["formats"].items())
+        cells = (millions, format_bytes(each["bytes"]), f"{each['bpw']:.2f}", formats)
+        rows.append((each["name"], *cells))
+    return table(rows, ("part", "weights", "size", "bpw", "matrices and formats"), (0, -1))
+
+
+def _layer_table(layers: list[dict[str, Any]]) -> str:
+    rows = []
+    for each in layers:
+        formats = ", ".join(f"{n} x {a} / {b}" for a, b, n in each["formats"])
+        sizes = (format_bytes(each["record_bytes"]), format_bytes(each["bytes"]))
+        rows.append((each["layer"], each["num_experts"], each["width"], *sizes, formats))
+    return table(rows, ("layer", "experts", "width", "largest", "all", "gate|up / down"), (0, -1))
+
+
+def _file_table(files: list[dict[str, Any]]) -> str:
+    rows = [(f["name"], format_bytes(f["bytes"]), (f["sha256"] or "")[:16]) for f in files]
+    return table(rows, ("file", "size", "sha256"))
+
+
+def _provenance(plan: dict[str, Any]) -> list[str]:
+    lines = []
+    for name, value in plan.items():
+        if isinstance(value, (str, int, float)):
+            lines.append(f"{name:<11} {value}")
+    return lines + [f"note        {line}" for line in plan.get("notes", ())]

@@ -1,0 +1,207 @@
+"""Options that several commands share, environment variables, and what a positional means."""
+
+import argparse
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from ..runtime.errors import NotFoundError, UsageError
+
+POLICIES = ("cycle", "lru", "lfu", "fifo")
+BACKENDS = ("native", "reference")
+_TRUE, _FALSE = ("1", "true", "yes", "on"), ("", "0", "false", "no", "off")
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose mistakes are `UsageError`s, printed like every other error."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(message, "", f"see: {self.prog} --help")
+
+
+def parse(name: str, about: str, module: Any, argv: Sequence[str]) -> argparse.Namespace:
+    """Parse the arguments of one command; environment variables fill in what no flag says."""
+    parser = Parser(
+        prog=f"edgemoe {name}",
+        description=getattr(module, "DESCRIPTION", about[0].upper() + about[1:] + "."),
+        epilog=getattr(module, "EPILOG", None),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    module.add_arguments(parser)
+    parser.add_argument(
+        "-v", "--verbose", action="count", default=0, help="more detail on standard error"
+    )
+    _read_environment(parser)
+    return parser.parse_args(argv)
+
+
+def variable_of(option: str) -> str:
+    """The environment variable of a long option: `--kv-bits` is `EDGEMOE_KV_BITS`."""
+    return "EDGEMOE_" + option.lstrip("-").replace("-", "_").upper()
+
+
+def _read_environment(parser: argparse.ArgumentParser) -> None:
+    for action in parser._actions:
+        long = [option for option in action.option_strings if option.startswith("--")]
+        value = os.environ.get(variable_of(long[0])) if long else None
+        if value is None or action.dest in ("help", "verbose", "model_option"):
+            continue
+        variable = variable_of(long[0])
+        if action.nargs == 0:
+            if value.lower() not in _TRUE + _FALSE:
+                raise UsageError(f"`{variable}` is `{value}`", f"expected one of {_TRUE + _FALSE}")
+            action.default = value.lower() in _TRUE
+        elif value:
+            action.default = _converted(action, variable, value)
+
+
+def _converted(action: argparse.Action, variable: str, value: str) -> Any:
+    try:
+        result = action.type(value) if callable(action.type) else value
+    except (ValueError, TypeError, argparse.ArgumentTypeError) as error:
+        raise UsageError(f"`{variable}` is `{value}`", str(error)) from error
+    if action.choices is not None and result not in action.choices:
+        choices = ", ".join(str(choice) for choice in action.choices)
+        raise UsageError(f"`{variable}` is `{value}`", f"expected one of {choices}")
+    return [result] if isinstance(action, argparse._AppendAction) else result
+
+
+def add_engine_options(parser: argparse.ArgumentParser) -> None:
+    """--memory and what else decides how an engine is opened."""
+    group = parser.add_argument_group("engine")
+    group.add_argument(
+        "--memory", metavar="SIZE", help="bound of the whole process, such as 4GiB (default: none)"
+    )
+    group.add_argument(
+        "--context", type=count, metavar="N", help="tokens the KV cache holds (8k is 8192)"
+    )
+    group.add_argument("--policy", choices=POLICIES, default="cycle", help="expert cache eviction")
+    group.add_argument("--threads", type=count, metavar="N", help="compute threads")
+    group.add_argument(
+        "--chat-template", metavar="FILE", help="instead of the one that came with the model"
+    )
+    add_numeric_options(group)
+
+
+def add_numeric_options(group: Any) -> None:
+    """Options that name a numeric path or how the store is read."""
+    group.add_argument("--backend", choices=BACKENDS, help="default: native where it was built")
+    group.add_argument(
+        "--kv-bits", type=int, choices=(16, 32), default=16, help="KV cache precision (default: 16)"
+    )
+    group.add_argument(
+        "--io", choices=("auto", "direct", "buffered"), default="auto", help="how experts are read"
+    )
+
+
+def engine_arguments(args: argparse.Namespace) -> dict[str, Any]:
+    """The keyword arguments of `Engine.from_pretrained` that the options name."""
+    names = ("memory", "context", "policy", "threads", "backend", "kv_bits", "io")
+    names += ("chat_template",)
+    return {name: getattr(args, name) for name in names if getattr(args, name, None) is not None}
+
+
+SAMPLING = {
+    "max_tokens": (int, "N", "at most N new tokens"),
+    "temperature": (float, "X", "0 is greedy"),
+    "top_k": (int, "N", "keep the N likeliest tokens (0: all)"),
+    "top_p": (float, "X", "keep the likeliest tokens that hold X of the probability"),
+    "min_p": (float, "X", "drop tokens below X times the likeliest"),
+    "repetition_penalty": (float, "X", "1 is none"),
+    "presence_penalty": (float, "X", "0 is none"),
+    "frequency_penalty": (float, "X", "0 is none"),
+    "seed": (int, "N", "makes sampling repeatable"),
+}
+
+
+def add_sampling_options(parser: argparse.ArgumentParser) -> None:
+    """One flag per field of `SamplingParams`."""
+    group = parser.add_argument_group("sampling")
+    for name, (kind, metavar, about) in SAMPLING.items():
+        flag = "--" + name.replace("_", "-")
+        flags = ("-n", flag) if name == "max_tokens" else (flag,)
+        group.add_argument(*flags, type=kind, metavar=metavar, help=about)
+    group.add_argument(
+        "--stop", action="append", metavar="TEXT", help="end before TEXT (may be repeated)"
+    )
+
+
+def sampling_arguments(args: argparse.Namespace) -> dict[str, Any]:
+    """The keyword arguments of `SamplingParams` that the options name."""
+    names = (*SAMPLING, "logprobs")
+    given = {n: getattr(args, n) for n in names if getattr(args, n, None) is not None}
+    if args.stop:
+        given["stop"] = tuple(args.stop)
+    return given
+
+
+def count(text: str) -> int:
+    """A positive whole number; `8k` is 8192."""
+    scale = 1024 if text[-1:] in ("k", "K") else 1
+    try:
+        value = int(text[:-1] if scale > 1 else text) * scale
+    except ValueError:
+        value = 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"expected a positive whole number, got `{text}`")
+    return value
+
+
+def counts(text: str) -> list[int]:
+    """`1,2` as positive whole numbers."""
+    return [count(word) for word in word_list(text)]
+
+
+def word_list(text: str) -> list[str]:
+    """`a,b,c` as a list without empty words."""
+    return [word.strip() for word in text.split(",") if word.strip()]
+
+
+def add_model(parser: argparse.ArgumentParser, about: str = "a store (default: bundled)") -> None:
+    """The MODEL positional and its unmistakable form."""
+    parser.add_argument("model", nargs="?", metavar="MODEL", help=about)
+    parser.add_argument(
+        "-m", "--model", dest="model_option", metavar="STORE", help="the same as MODEL"
+    )
+
+
+def model_path(args: argparse.Namespace) -> str | None:
+    """The store to open: MODEL, else --model, else EDGEMOE_MODEL; None is the bundled model."""
+    if args.model is not None and args.model_option is not None:
+        raise UsageError("two models given", f"`{args.model}` and `{args.model_option}`")
+    chosen = args.model if args.model is not None else args.model_option
+    return existing(chosen or os.environ.get("EDGEMOE_MODEL") or None)
+
+
+def existing(
+    path: str | None,
+    expected: str = "a folder NAME.edgemoe",
+    next_step: str = "edgemoe convert HF_DIR --out NAME.edgemoe makes one",
+) -> str | None:
+    """`path`, which must be there; None stays None."""
+    if path is not None and not Path(path).exists():
+        raise NotFoundError(f"no model at `{path}`", f"expected {expected}", next_step)
+    return path
+
+
+def bundled_model() -> Path:
+    """The store of the model that comes with edgemoe; NotFoundError where it was left out."""
+    from ..engine import DEMO
+
+    if not DEMO.is_dir():
+        raise NotFoundError(
+            "no model given, and none came with this edgemoe",
+            f"expected it at `{DEMO}`",
+            "name a store: a folder made by edgemoe convert",
+        )
+    return DEMO
+
+
+def looks_like_model(text: str) -> bool:
+    """Whether a lone positional of `run` is a model: an existing folder, or a NAME.edgemoe."""
+    try:
+        return text.rstrip("/\\").endswith(".edgemoe") or Path(text).is_dir()
+    except (OSError, ValueError):  # longer than a file name can be
+        return False

@@ -1,0 +1,129 @@
+"""What people read: errors, notes, tables, sizes, the line under an answer."""
+
+import errno
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, is_dataclass
+from typing import Any, TextIO
+
+from ..runtime.errors import EdgeMoeError
+
+
+def report_error(error: Exception) -> int:
+    """Print what, why and what next, one line each, on standard error; returns the exit code."""
+    if isinstance(error, EdgeMoeError):
+        what, why, next_step, code = error.what, error.why, error.next_step, error.exit_code
+    else:
+        what, why, next_step, code = _foreign(error)
+    lines = [f"edgemoe: {one_line(what)}"]
+    table = getattr(error, "table", None)  # a floor, line by line
+    if table:
+        lines += ["  why:  it needs", *(f"    {line}" for line in table)]
+    elif why:
+        lines.append(f"  why:  {one_line(why)}")
+    lines += [f"  next: {one_line(next_step)}"] if next_step else []
+    try:
+        print("\n".join(lines), file=sys.stderr, flush=True)
+    except (OSError, ValueError):
+        pass
+    return code
+
+
+def _foreign(error: Exception) -> tuple[str, str, str, int]:
+    debug = "EDGEMOE_DEBUG=1 shows where it happened"
+    if isinstance(error, FileNotFoundError):
+        return f"`{error.filename}` is not there", "", "check the path", 4
+    if isinstance(error, MemoryError):
+        return "out of memory", str(error), "give a smaller --memory or --context", 1
+    if isinstance(error, OSError):
+        name = f"`{error.filename}`: " if error.filename else ""
+        step = "free some disk space" if error.errno == errno.ENOSPC else debug
+        return f"{name}{error.strerror or error}", "the operating system refused", step, 1
+    return f"internal error: {type(error).__name__}", str(error), debug, 1
+
+
+def one_line(text: str) -> str:
+    """`text` without line breaks and control characters, so that a name cannot draw on a screen."""
+    return "".join(c if c.isprintable() else " " for c in " ".join(text.split()))
+
+
+def note(text: str) -> None:
+    """One line on standard error."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def open_output() -> None:
+    """Let standard output carry any character, whatever the terminal's encoding."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
+
+
+def dim(text: str, stream: TextIO) -> str:
+    """`text` in faint letters where the stream is a terminal that may have colour."""
+    plain = not stream.isatty() or os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
+    return text if plain else f"\x1b[2m{text}\x1b[0m"
+
+
+def table(rows: Sequence[Sequence[Any]], header: Sequence[str], text: Sequence[int] = (0,)) -> str:
+    """Rows under a header; the columns numbered in `text` flush left, the others flush right."""
+    lines = [[str(cell) for cell in row] for row in (header, *rows)]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
+    left = {i % len(header) for i in text}
+    out = []
+    for line in lines:
+        cells = [
+            cell.ljust(width) if i in left else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ]
+        out.append("  ".join(cells).rstrip())
+    out.insert(1, "  ".join("-" * width for width in widths))
+    return "\n".join(out)
+
+
+def markdown(rows: Sequence[Sequence[Any]], header: Sequence[str]) -> str:
+    """The same as a Markdown table."""
+    lines = ["| " + " | ".join(map(str, line)) + " |" for line in (header, *rows)]
+    lines.insert(1, "|---" + "|---:" * (len(header) - 1) + "|")
+    return "\n".join(lines)
+
+
+def output_hash(token_ids: Sequence[int]) -> str:
+    """16 hexadecimal digits that two runs share when they produced the same tokens."""
+    import hashlib
+    from array import array
+
+    words = array("i", token_ids)
+    if sys.byteorder == "big":
+        words.byteswap()
+    return hashlib.sha256(words.tobytes()).hexdigest()[:16]
+
+
+def model_name(engine: Any) -> str:
+    """The store's folder name without its ending."""
+    return engine.path.name.removesuffix(".edgemoe")
+
+
+def print_notes(engine: Any, verbose: int) -> None:
+    """What the engine could not do as asked, one line each; with -v, all it reports."""
+    report = engine.report()
+    for line in report.get("notes", ()):
+        note(f"note: {line}")
+    if verbose:
+        for name, value in report.items():
+            if name != "notes":
+                note(f"{name}: {value}")
+
+
+def as_json(value: Any) -> Any:
+    """Dataclasses, tuples and paths as what the json module writes."""
+    if is_dataclass(value) and not isinstance(value, type):
+        return as_json(asdict(value))
+    if isinstance(value, dict):
+        return {str(key): as_json(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [as_json(item) for item in value]
+    if isinstance(value, float) and (value != value or abs(value) == float("inf")):
+        return None
+    return value if isinstance(value, (str, int, float, bool, type(None))) else str(value)
