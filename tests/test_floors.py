@@ -11,7 +11,8 @@ FLOORS = {
         kernels memory process python_reader records reference slots""",
     1: """runtime: cache executor policy store""",
     2: """edgemoe: kv_cache models""",
-    3: """edgemoe: chat_template config engine sampling session stats template_worker tokenizer""",
+    3: """edgemoe: chat_template config control_tokens engine interrupts preflight report sampling
+        session stats stop_strings template_worker tokenizer tokenizer_files""",
     4: """quant: *""",
     5: """edgemoe: __init__ __main__ cli""",
 }

@@ -1,0 +1,122 @@
+"""How an engine is opened: validated once, at the border. Floor 3; imports no torch.
+
+A value that is not given comes from the environment (EDGEMOE_MEMORY, _CONTEXT, _POLICY, _THREADS,
+_BACKEND, _KV_BITS, _IO, _CHAT_TEMPLATE), else from the default.
+"""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from .runtime import core
+from .runtime.amounts import parse_bytes
+from .runtime.errors import UsageError
+from .runtime.io import IO_MODES
+from .runtime.policy import DEFAULT_POLICY, POLICIES
+
+# Two outstanding whole-record reads fill a drive's queue; more only take time from compute.
+READER_THREADS = 2
+DEFAULT_CONTEXT = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """Options of `Engine.from_pretrained`. Raises UsageError naming the one that is wrong.
+
+    `memory_bytes` None: as much as keeps every expert resident. `context` None: what the model was
+    trained for, 4096 at most. `threads` None: one per core. `cache_bytes`: less expert cache than
+    the budget allows, for measurements.
+    """
+
+    memory_bytes: int | None = None
+    context: int | None = None
+    policy: str = DEFAULT_POLICY
+    threads: int = 0  # after validation at least 1
+    backend: str = ""  # after validation "native" or "reference"
+    kv_bits: int = 16
+    io: str = "auto"
+    cache_bytes: int | None = None
+    chat_template: str | None = None
+
+    def __post_init__(self) -> None:
+        if not self.threads:
+            object.__setattr__(self, "threads", num_cores())
+        if not self.backend:
+            object.__setattr__(self, "backend", core.BACKEND)
+        _one_of("policy", self.policy, POLICIES)
+        _one_of("io", self.io, IO_MODES)
+        _one_of("kv_bits", self.kv_bits, (16, 32))
+        _one_of("backend", self.backend, ("native", "reference"))
+        if self.backend == "native" and core.lib is None:
+            raise UsageError(
+                "the native core is not there",
+                "no shared library was built or found",
+                "reinstall edgemoe, or use --backend reference",
+            )
+        for name, least in (
+            ("memory_bytes", 1),
+            ("context", 1),
+            ("threads", 1),
+            ("cache_bytes", 0),
+        ):
+            value = getattr(self, name)
+            if value is not None and (not _is_int(value) or value < least):
+                raise UsageError(
+                    f"bad option `{name}`",
+                    f"expected a whole number from {least} up, got {value!r}",
+                )
+        if self.threads > 256:
+            raise UsageError("bad option `threads`", f"expected 256 or fewer, got {self.threads}")
+
+    @classmethod
+    def make(cls, environment: Mapping[str, str] | None = None, **given: Any) -> "EngineConfig":
+        """From keyword arguments of `from_pretrained` (None: not given) and the environment."""
+        environment = os.environ if environment is None else environment
+        values = {name: value for name, value in given.items() if value is not None}
+        known = {"memory", *(item.name for item in fields(cls))} - {"memory_bytes"}
+        for name in values:
+            if name not in known:
+                raise UsageError(
+                    f"unknown option `{name}`", f"known are {', '.join(sorted(known))}"
+                )
+        for name in known - {"cache_bytes"}:
+            text = environment.get(f"EDGEMOE_{name.upper()}")
+            if text and name not in values:
+                values[name] = _from_text(name, text)
+        if "memory" in values:
+            values["memory_bytes"] = parse_bytes(values.pop("memory"))
+        if isinstance(values.get("cache_bytes"), str):
+            values["cache_bytes"] = parse_bytes(values["cache_bytes"])
+        if "chat_template" in values:
+            values["chat_template"] = os.fspath(values["chat_template"])
+        return cls(**values)
+
+
+def num_cores() -> int:
+    """Physical cores this process may use; a second thread of a core adds nothing here."""
+    import psutil
+
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return max(1, min(allowed or 1, psutil.cpu_count(logical=False) or allowed or 1))
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _one_of(name: str, value: Any, choices: Any) -> None:
+    if value not in choices:
+        listed = ", ".join(map(str, choices))
+        raise UsageError(f"bad option `{name}`", f"expected one of {listed}, got {value!r}")
+
+
+def _from_text(name: str, text: str) -> Any:
+    if name not in ("context", "threads", "kv_bits"):
+        return text
+    try:
+        return int(text)
+    except ValueError:
+        raise UsageError(
+            f"`EDGEMOE_{name.upper()}` is `{text}`", "expected a whole number"
+        ) from None

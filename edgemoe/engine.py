@@ -1,0 +1,283 @@
+"""A loaded model: trunk, expert cache and what runs them, under one memory budget. Floor 3.
+
+Opening goes from cheap to expensive, so that what cannot work is refused early (preflight.py). The
+budget bounds the process: what it holds above the plan once the trunk is loaded is taken from the
+expert cache.
+"""
+
+import threading
+import weakref
+from collections.abc import Generator, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .chat_template import ChatTemplate, TemplateWorker
+from .config import READER_THREADS, EngineConfig
+from .interrupts import DeferredInterrupt
+from .preflight import Preflight, cache_capacity, line_bytes, preflight, release_free_memory
+from .report import engine_report, notes_on
+from .runtime.amounts import format_bytes
+from .runtime.errors import BudgetError, NotFoundError, TemplateError, UsageError
+from .runtime.format import PAGE_BYTES
+from .sampling import SamplingParams
+from .stats import memory_bytes, peak_memory_bytes
+from .tokenizer import Tokenizer
+from .tokenizer_files import eos_ids, read_json
+
+if TYPE_CHECKING:
+    import torch
+
+    from .kv_cache import KVCache
+    from .runtime.executor import StepStats
+    from .session import Completion, Event, Prompt, Session
+
+DEMO = Path(__file__).with_name("demo") / "demo.edgemoe"
+
+
+class Engine:
+    """Weights and expert cache, shared by its sessions. Made by `from_pretrained`; serves one
+    thread at a time (a lock makes others wait). Close it, or use it as a context manager."""
+
+    def __init__(self, config: EngineConfig, checked: Preflight) -> None:
+        self.config, self.path, self.plan = config, checked.path, checked.plan
+        self.args, self._index = checked.args, checked.index
+        self.context, self.chunk_tokens = checked.plan.context, checked.plan.chunk
+        self.tokenizer: Tokenizer | None = checked.tokenizer
+        self.eos_ids = frozenset(eos_ids(checked.path))  # where there is no tokenizer to ask
+        self.notes: list[str] = list(checked.plan.notes)
+        self.closed = False
+        self._template: ChatTemplate | TemplateError | None = None
+        self.template_worker = TemplateWorker()
+        self._interrupt = DeferredInterrupt()
+        self._lock = threading.RLock()
+        self._sessions: weakref.WeakSet[Session] = weakref.WeakSet()
+        self._session: Session | None = None
+        self._resources = ExitStack()
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | Path | None = None,
+        *,
+        memory: str | int | None = None,
+        context: int | None = None,
+        policy: str | None = None,
+        threads: int | None = None,
+        backend: str | None = None,
+        kv_bits: int | None = None,
+        io: str | None = None,
+        cache_bytes: int | None = None,
+        chat_template: str | Path | None = None,
+    ) -> "Engine":
+        """Open a store (None: the bundled demo model); `memory` such as "4GiB" bounds the process.
+
+        Raises BudgetError where the budget is below the floor, before any weight is read;
+        NotFoundError, FormatError, UnsupportedModelError, UsageError.
+        """
+        config = EngineConfig.make(
+            memory=memory,
+            context=context,
+            policy=policy,
+            threads=threads,
+            backend=backend,
+            kv_bits=kv_bits,
+            io=io,
+            cache_bytes=cache_bytes,
+            chat_template=chat_template,
+        )
+        if path is None:
+            path = DEMO
+            if not path.is_dir():
+                raise NotFoundError(
+                    "the bundled demo model is not there",
+                    f"expected it at `{DEMO}`",
+                    "name a store: edgemoe chat NAME.edgemoe",
+                )
+        engine = cls(config, preflight(Path(path), config))
+        try:
+            engine._load()
+        except BaseException:
+            engine.close()
+            raise
+        return engine
+
+    # ---- opening -------------------------------------------------------------------------------
+
+    def _load(self) -> None:
+        from .models.causal_lm import CausalLM
+        from .runtime.cache import ExpertCache
+        from .runtime.executor import Executor
+        from .runtime.io import Arena
+        from .runtime.kernels import ThreadPool
+        from .runtime.store import Store
+
+        config, args = self.config, self.args
+        store = Store(self.path, READER_THREADS, config.io, config.backend)
+        self._resources.callback(store.close)
+        self.reader = store.reader
+        pool = ThreadPool(config.threads)
+        self._resources.callback(pool.close)
+        self._experts = _Experts(self._interrupt)
+        self._model = CausalLM(args, store.trunk_tensor, self._experts, pool, config.backend)
+        release_free_memory()
+        capacity, notes = cache_capacity(self.plan, config)
+        self._full_capacity = capacity
+        self.notes += notes
+        arena = Arena(max(capacity, PAGE_BYTES), config.backend)
+        self._resources.callback(arena.close)
+        self.cache = ExpertCache(store.reader, arena, capacity, self._index.records, config.policy)
+        self._experts.executor = self._executor = Executor(
+            self.cache,
+            pool,
+            config.backend,
+            hidden=args.hidden,
+            top_k=args.top_k,
+            chunk=self.chunk_tokens,
+        )
+        self.notes += notes_on(self)
+
+    # ---- what it is ----------------------------------------------------------------------------
+
+    @property
+    def chat_template(self) -> ChatTemplate:
+        """The model's chat template; raises TemplateError where there is none."""
+        if self._template is None:
+            try:
+                self._template = ChatTemplate.load(self.path, self.config.chat_template)
+                self._template.worker = self.template_worker
+            except TemplateError as error:
+                self._template = error
+        if isinstance(self._template, TemplateError):
+            raise self._template
+        return self._template
+
+    @property
+    def generation_config(self) -> dict[str, Any]:
+        """The model's `generation_config.json`, for `SamplingParams.from_config`."""
+        return read_json(self.path / "generation_config.json")
+
+    def need_tokenizer(self) -> Tokenizer:
+        """The tokenizer; raises UsageError where the store has none."""
+        if self.tokenizer is None:
+            raise UsageError(
+                "this store has no tokenizer",
+                f"`{self.path}` holds no tokenizer.json",
+                "prompt with token ids, or convert a checkpoint that has one",
+            )
+        return self.tokenizer
+
+    def memory_bytes(self) -> int:
+        """Resident bytes of this process and its template worker now."""
+        return memory_bytes(self.template_worker.pid)
+
+    def peak_memory_bytes(self) -> int:
+        """The largest resident bytes of this process so far, and of its template worker now."""
+        return peak_memory_bytes(self.template_worker.pid)
+
+    def report(self) -> dict[str, Any]:
+        """What runs and how, and `notes` on everything that is not as asked, as JSON values."""
+        return engine_report(self)
+
+    # ---- running -------------------------------------------------------------------------------
+
+    def forward(
+        self, token_ids: Sequence[int], kv_cache: "KVCache", logits: str = "last", **options: Any
+    ) -> "torch.Tensor":
+        """Append tokens to a KV cache; see `CausalLM.forward`. Ctrl-C comes between two layers."""
+        if self.closed:
+            raise UsageError("this engine is closed")
+        with self._lock, self._interrupt.deferred():
+            return self._model.forward(token_ids, kv_cache, logits, **options)
+
+    def take_step_stats(self) -> "StepStats":
+        """Demand on the expert cache since the last call."""
+        return self._executor.take_stats()
+
+    def lend_kv_cache(self, session: "Session") -> "KVCache":
+        """A KV cache for a session. The plan holds one; each further one is taken from the expert
+        cache. Raises BudgetError where that would leave too little."""
+        from .kv_cache import KVCache
+
+        if self.closed:
+            raise UsageError("this engine is closed")
+        with self._lock:
+            self._resize_cache(len(self._sessions) + 1)
+            self._sessions.add(session)
+            return KVCache.for_model(self.args, self.context, self.config.kv_bits)
+
+    def return_kv_cache(self, session: "Session") -> None:
+        with self._lock:
+            self._sessions.discard(session)
+            if not self.closed:
+                self._resize_cache(len(self._sessions))
+
+    def _resize_cache(self, num_sessions: int) -> None:
+        if self.config.memory_bytes is None:
+            return
+        kv_bytes = line_bytes(self.plan, "KV cache")
+        extra = max(0, num_sessions - 1) * kv_bytes
+        capacity = self._full_capacity - extra
+        if extra and capacity < self.plan.min_cache_bytes:
+            raise BudgetError(
+                f"no memory for {num_sessions} sessions at once",
+                f"each has a KV cache of {format_bytes(kv_bytes)}",
+                "close one, or give a larger --memory or a shorter --context",
+            )
+        if capacity != self.cache.capacity_bytes:
+            self.cache.trim(capacity)
+
+    def session(self) -> "Session":
+        """A new session."""
+        from .session import Session
+
+        return Session(self)
+
+    @property
+    def own_session(self) -> "Session":
+        """The session of `stream` and `generate`, made when first used."""
+        if self._session is None:
+            self._session = self.session()
+        return self._session
+
+    def stream(
+        self, prompt: "Prompt", params: SamplingParams | None = None, **options: Any
+    ) -> "Generator[Event, None, None]":
+        """Answer in the engine's own session; see `Session.stream`."""
+        return self.own_session.stream(prompt, params, **options)
+
+    def generate(
+        self, prompt: "Prompt", params: SamplingParams | None = None, **options: Any
+    ) -> "Completion":
+        """Answer in the engine's own session; see `Session.generate`."""
+        return self.own_session.generate(prompt, params, **options)
+
+    def close(self) -> None:
+        """Give back memory, threads and files. May be called again."""
+        if self.closed:
+            return
+        with self._lock:
+            self.closed = True
+            self.template_worker.close()
+            self._session = self._model = None
+            self._resources.close()
+
+    def __enter__(self) -> "Engine":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class _Experts:
+    """The executor as the wiring sees it: before each layer, a noted Ctrl-C is delivered."""
+
+    def __init__(self, interrupt: DeferredInterrupt) -> None:
+        self.executor: Any = None
+        self._interrupt = interrupt
+
+    def run(
+        self, layer: int, x: "torch.Tensor", ids: "torch.Tensor", weights: "torch.Tensor"
+    ) -> "torch.Tensor":
+        self._interrupt.safe_point()
+        return self.executor.run(layer, x, ids, weights)

@@ -1,0 +1,46 @@
+"""Ctrl-C only where the engine is consistent: between two layers. Floor 3.
+
+A KeyboardInterrupt may be raised between any two steps of Python, also in the middle of the expert
+cache's accounting. While a model runs, a signal is therefore noted, and delivered at the next safe
+point, a layer later.
+"""
+
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+
+class DeferredInterrupt:
+    """One per engine; serves the main thread, the only one that Python interrupts."""
+
+    def __init__(self) -> None:
+        self._pending: Callable[[], None] | None = None
+
+    @contextmanager
+    def deferred(self) -> Iterator[None]:
+        """Note SIGINT inside the block; deliver it at `safe_point`, or after the block."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        handler = signal.getsignal(signal.SIGINT)
+        if not callable(handler):  # ignored, or left to the system
+            yield
+            return
+
+        def note(number: int, frame: Any) -> None:
+            self._pending = lambda: handler(number, frame)
+
+        signal.signal(signal.SIGINT, note)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, handler)
+        self.safe_point()
+
+    def safe_point(self) -> None:
+        """Run the handler of a signal that was noted; the usual one raises KeyboardInterrupt."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending()

@@ -1,0 +1,54 @@
+"""What an engine says about itself: nothing falls back silently. Floor 3."""
+
+from typing import TYPE_CHECKING, Any
+
+from .runtime import core
+from .runtime.errors import TemplateError
+
+if TYPE_CHECKING:
+    from .engine import Engine
+
+
+def notes_on(engine: "Engine") -> list[str]:
+    """One line for each thing that is not as a user would expect it."""
+    config, notes = engine.config, []
+    if core.lib is None:
+        notes.append("no native core: the slow reference runs; reinstall edgemoe")
+    elif config.backend == "reference":
+        notes.append("the slow reference runs, as asked")
+    if not engine.reader.is_direct and config.io != "buffered":
+        notes.append(f"expert reads are {engine.reader.io_note}; the page cache grows with them")
+    if engine.tokenizer is None:
+        notes.append("this store has no tokenizer.json: prompts and answers are token ids")
+    return notes
+
+
+def engine_report(engine: "Engine") -> dict[str, Any]:
+    """The report as JSON values."""
+    config, plan, worker = engine.config, engine.plan, engine.template_worker
+    try:
+        template = engine.chat_template.origin
+    except TemplateError as error:
+        template = f"none: {error.what}"
+    return {
+        "store": str(engine.path),
+        "model_type": engine.args.model_type,
+        "backend": config.backend,
+        "isa": core.lib.em_isa().decode() if core.lib is not None else None,
+        "core": core.library_path,
+        "threads": config.threads,
+        "io": engine.reader.io_note,
+        "direct": engine.reader.is_direct,
+        "policy": config.policy,
+        "context": engine.context,
+        "kv_bits": config.kv_bits,
+        "budget_bytes": plan.budget_bytes,
+        "floor_bytes": plan.floor_bytes,
+        "expert_cache_bytes": engine.cache.capacity_bytes,
+        "expert_bytes": plan.max_cache_bytes,
+        "resident": engine.cache.capacity_bytes >= plan.max_cache_bytes,
+        "lossless": True,  # nothing that changes the output can be asked for
+        "memory_bytes": engine.memory_bytes(),
+        "chat_template": template,
+        "notes": [*engine.notes, *([worker.note] if worker.note else [])],
+    }
