@@ -9,7 +9,7 @@ unpins them. A pinned record or one being read is never evicted or moved, so an 
 `hint` to `release`. Serves one thread at a time; the reads run in the reader's threads.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -37,8 +37,7 @@ class HintResult(NamedTuple):
 
 
 class ExpertCache:
-    """`capacity_bytes` of `arena` for the records of one store. Keys count them in (layer, expert)
-    order, as the reader does."""
+    """`capacity_bytes` of `arena` for one store's records; keys are those of the reader."""
 
     def __init__(
         self,
@@ -58,12 +57,12 @@ class ExpertCache:
         self._slots = Slots(arena, self._pages(capacity_bytes), self._num_bytes_of, reader.status)
         self._address = self._slots.address  # by key; 0: absent
         self._max_moved_per_byte = max_moved_per_byte
-        num_keys = len(table)
         self._pins: dict[int, int] = {}
         self._pinned_bytes = 0
-        self._blocked = np.ones(num_keys, dtype=np.bool_)  # not for the policy to take
+        self._blocked = np.ones(len(table), dtype=np.bool_)  # not for the policy to take
         self._unsettled: set[int] = set()  # released while being read
         self._wanted: list[int] = []  # resident, needed later in this layer; first needed first
+        self._victims: Iterator[int] = iter(())
         self._place, self._step, self._num_tokens = 0, 0, 1
         self.hits = self.misses = self.bytes_read = self.evictions = 0
 
@@ -86,11 +85,10 @@ class ExpertCache:
 
     @property
     def moved_bytes(self) -> int:
-        """Bytes copied so far to join free memory."""
         return self._slots.moved_bytes
 
     def address(self, key: int) -> int:
-        """Where the record is or will be, 0 if it is absent. Good from `hint` to `release`."""
+        """Where the record is or will be, 0: absent. Good from `hint` to `release`."""
         return self._address[key]
 
     def fits(self, keys: Sequence[int]) -> bool:
@@ -192,7 +190,7 @@ class ExpertCache:
         self._settle(wait=True)
         self._wanted = self._unblock(self._wanted)
         while self.resident_bytes > new:
-            self._evict(self._policy.victim(self._place, self._blocked))
+            self._evict(next(self._policy.victims(self._place, self._blocked)))
         for key in self._slots.shrink(new):
             self._evict(key)
         self._slots.resize(new)
@@ -224,6 +222,7 @@ class ExpertCache:
         fixed = set(self._pins)  # their addresses are known to others
         self._pin(keys)
         placed: list[int] = []
+        self._victims = self._policy.victims(self._place, self._blocked)
         try:
             for key in absent:
                 if not self._place_record(key, fixed):
@@ -253,7 +252,7 @@ class ExpertCache:
             moves = self._slots.plan(num_bytes, fixed)
             limit = self._max_moved_per_byte * num_bytes
             if moves is None or sum(move.num_bytes for move in moves) > limit:
-                victim = self._policy.victim(self._place, self._blocked)
+                victim = next(self._victims, NO_VICTIM)
                 if victim == NO_VICTIM and self._wanted:
                     victim = self._wanted.pop()  # the last of them is needed last
                 if victim != NO_VICTIM:
@@ -263,6 +262,7 @@ class ExpertCache:
                 self._slots.move(moves)
             elif self._unsettled:
                 self._settle(wait=True)
+                self._victims = self._policy.victims(self._place, self._blocked)
             else:
                 return False
         return True

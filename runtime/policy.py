@@ -1,7 +1,7 @@
 """Which resident record goes when room is needed. Floor 1.
 
 Pure bookkeeping: no I/O, no memory, no knowledge of what is resident. A policy sees demand
-(`touch`), arrivals (`insert`) and departures (`remove`), and names a victim among the keys that the
+(`touch`), arrivals (`insert`) and departures (`remove`), and orders for eviction the keys that the
 cache does not block. Keys are dense integers; layers are places in the cycle of MoE layers, 0 to
 L - 1.
 
@@ -15,7 +15,7 @@ of those of gpt-oss-120b (right).
     cycle     .280   .376   .494   .627   .833        .350   .455   .548   .643
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -48,8 +48,11 @@ class Policy(Protocol):
     def remove(self, key: int) -> None:
         """The key lost its memory. What is known of its demand stays known."""
 
-    def victim(self, layer: int, blocked: NDArray[np.bool_]) -> int:
-        """The key to evict while `layer` runs, of those not blocked; NO_VICTIM: there is none."""
+    def victims(self, layer: int, blocked: NDArray[np.bool_]) -> Iterator[int]:
+        """The keys not blocked, in the order to evict them while `layer` runs.
+
+        Good as long as nothing but `remove` is called; later changes of `blocked` are not seen.
+        """
 
 
 class _Lowest:
@@ -82,16 +85,24 @@ class _Lowest:
     def _score(self, layer: int, scores: NDArray[np.float64]) -> None:
         raise NotImplementedError
 
-    def victim(self, layer: int, blocked: NDArray[np.bool_]) -> int:
+    def victims(self, layer: int, blocked: NDArray[np.bool_]) -> Iterator[int]:
         scores = self._scratch
         self._score(layer, scores)
         np.copyto(scores, np.inf, where=blocked)
-        key = int(scores.argmin())
-        lowest = scores[key]
-        if lowest == np.inf:
-            return NO_VICTIM
-        ties = (scores == lowest).nonzero()[0]
-        return int(ties[self._last_use[ties].argmin()]) if len(ties) > 1 else key
+        while True:
+            key = int(scores.argmin())
+            lowest = scores[key]
+            if lowest == np.inf:
+                return
+            ties = (scores == lowest).nonzero()[0]
+            if len(ties) > 1:
+                key = int(ties[self._last_use[ties].argmin()])
+            yield key
+            scores[key] = np.inf
+
+    def victim(self, layer: int, blocked: NDArray[np.bool_]) -> int:
+        """The first of `victims`, or NO_VICTIM."""
+        return next(self.victims(layer, blocked), NO_VICTIM)
 
 
 class Lru(_Lowest):
