@@ -215,7 +215,14 @@ def read_header(file: BinaryIO, name: str) -> tuple[dict[str, TensorEntry], dict
         header = json.loads(file.read(length))
         metadata = header.pop("__metadata__", {})
         tensors = {key: _entry(value, 8 + length) for key, value in header.items()}
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        OverflowError,
+        RecursionError,
+    ) as error:
         raise FormatError(f"`{name}` is damaged", f"its header does not parse: {error}") from error
     position = 8 + length
     for key, entry in sorted(tensors.items(), key=lambda item: item[1].offset):

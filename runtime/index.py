@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .errors import FormatError, NotFoundError
+from .errors import FormatError, NotFoundError, UsageError
 from .format import FORMAT_VERSION, PAGE_BYTES, QuantSpec, RecordLayout, read_header, record_name
 
 STORE_FILE = "store.json"
@@ -144,8 +144,10 @@ def load_index(path: str | Path) -> StoreIndex:
         )
     try:
         index = _parse(path, document)
-    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError, OverflowError) as error:
         raise FormatError(f"`{path / STORE_FILE}` is malformed", str(error)) from error
+    except UsageError as error:  # a shape that could not have been stored
+        raise FormatError(f"`{path / STORE_FILE}` is malformed", error.what) from error
     _check_experts_file(index)
     return index
 
@@ -159,9 +161,10 @@ def _parse(path: Path, document: Mapping[str, Any]) -> StoreIndex:
         entry = document["layers"][layer]
         for expert, (gate_up, down, crc_gate_up, crc_down) in enumerate(entry["experts"]):
             layout = RecordLayout(specs[gate_up], specs[down], hidden, int(entry["width"]))
-            records[int(layer), expert] = ExpertRecord(
-                offset, layout, (int(crc_gate_up), int(crc_down))
-            )
+            crcs = int(crc_gate_up), int(crc_down)
+            if min(gate_up, down, *crcs) < 0 or max(crcs) >= 1 << 32:
+                raise ValueError(f"layer {layer}, expert {expert}: {crcs} are no checksums")
+            records[int(layer), expert] = ExpertRecord(offset, layout, crcs)
             offset += layout.num_bytes
     packed = {
         str(name): PackedTensor(int(rows), int(cols), specs[spec])
@@ -183,8 +186,11 @@ def _check_experts_file(index: StoreIndex) -> None:
     name = index.path / EXPERTS_FILE
     if not name.is_file():
         raise FormatError(f"`{index.path}` is incomplete", f"it has no `{EXPERTS_FILE}`")
-    with open(name, "rb") as file:
-        tensors, _ = read_header(file, str(name))
+    try:
+        with open(name, "rb") as file:
+            tensors, _ = read_header(file, str(name))
+    except OSError as error:
+        raise FormatError(f"`{name}` cannot be read", str(error.strerror)) from error
     if len(tensors) != len(index.records):
         raise FormatError(
             f"`{name}` and `{STORE_FILE}` disagree",
@@ -211,6 +217,8 @@ def _read_json(path: Path) -> dict[str, Any]:
         document = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise FormatError(f"`{path.parent}` is incomplete", f"it has no `{path.name}`") from error
+    except OSError as error:
+        raise FormatError(f"`{path}` cannot be read", str(error.strerror)) from error
     except (ValueError, RecursionError) as error:
         raise FormatError(f"`{path}` does not parse", str(error)) from error
     if not isinstance(document, dict):

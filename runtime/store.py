@@ -61,10 +61,12 @@ class Store:
         try:
             # Kept open: a store that is replaced on disk stays readable to the end.
             self._trunk_file = open(trunk, "rb", buffering=0)  # noqa: SIM115
-        except OSError as error:
+        except FileNotFoundError as error:
             raise FormatError(
                 f"`{self.path}` is incomplete", f"it has no `{TRUNK_FILE}`"
             ) from error
+        except OSError as error:
+            raise FormatError(f"`{trunk}` cannot be read", str(error.strerror)) from error
         try:
             self._trunk, _ = read_header(self._trunk_file, str(trunk))
             self._check_trunk()
@@ -194,6 +196,6 @@ def file_sha256(path: Path) -> str:
                 offset += got
     except FileNotFoundError as error:
         raise NotFoundError(f"no file `{path}`") from error
-    except OSError as error:
+    except (OSError, ValueError) as error:  # ValueError: no such name can be
         raise EdgeMoeError(f"`{path}` cannot be read", str(error)) from error
     return digest.hexdigest()
