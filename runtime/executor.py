@@ -166,6 +166,9 @@ class Executor:
                 f"x {tuple(x.shape)}, expert_ids {tuple(ids.shape)} and routing_weights "
                 f"{tuple(w.shape)} do not go together with a hidden size of {self._hidden}"
             )
+        for name, part in (("x", x), ("routing_weights", w)):
+            if part.element_size() != 4 or not part.is_floating_point():
+                raise UsageError(f"`{name}`: expected fp32, got {part.dtype}")
 
     def _waves(self, keys: list[int], begins: np.ndarray, num_tokens: int) -> list[_Wave]:
         """Cut the experts into waves: one where all fit, else halves of the capacity, so that one
