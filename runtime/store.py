@@ -150,12 +150,13 @@ class Store:
         if not self.records:
             return
         slot_bytes = self.index.max_record_bytes
-        # A reader of its own: the open one checks a record only the first time it reads it.
+        # A reader of its own: the open one checks a record only the first time it reads it. It is
+        # closed before the memory that it writes to.
         with (
+            Arena(2 * slot_bytes, self._backend) as arena,
             RecordReader(
                 self.path / EXPERTS_FILE, self.records, self._num_threads, self._io, self._backend
             ) as reader,
-            Arena(2 * slot_bytes, self._backend) as arena,
         ):
             addresses = np.array([arena.address, arena.address + slot_bytes], dtype=np.uint64)
             keys = np.arange(len(self.records), dtype=np.int32)
