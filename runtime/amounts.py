@@ -33,7 +33,7 @@ def parse_bytes(text: str | int) -> int:
 def format_bytes(num_bytes: int) -> str:
     """`3.25 GiB`, `12 MiB`, `700 B`: three digits and a binary unit."""
     for unit, size in (("TiB", TIB), ("GiB", GIB), ("MiB", MIB), ("KiB", KIB)):
-        if abs(num_bytes) >= size:
+        if abs(num_bytes) * 2048 >= size * 2047:  # 1024 of the smaller unit is never written
             value = num_bytes / size
             digits = max(0, 2 - int(math.log10(abs(value))))
             return f"{value:.{digits}f} {unit}"
