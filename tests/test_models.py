@@ -5,6 +5,8 @@ the order of fp32 additions: at most 1e-3 in the logits (they span about +-4), a
 tokens. With quantized experts the oracle computes with our own dequantized weights.
 """
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -25,12 +27,13 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS  # noqa: E402
 
 from edgemoe.kv_cache import KVCache  # noqa: E402
 from edgemoe.models import parse_config  # noqa: E402
-from edgemoe.models.causal_lm import CHUNK_TOKENS, CausalLM  # noqa: E402
+from edgemoe.models.causal_lm import CausalLM  # noqa: E402
 from edgemoe.models.layers import sigmoid, silu  # noqa: E402
 from edgemoe.models.rope import frequencies  # noqa: E402
 from edgemoe.quant.convert import convert  # noqa: E402
 from edgemoe.quant.plan import ConvertOptions  # noqa: E402
 from edgemoe.runtime import core, kernels  # noqa: E402
+from edgemoe.runtime.budget import CHUNK  # noqa: E402
 from edgemoe.runtime.errors import FormatError, UsageError  # noqa: E402
 
 TOLERANCE = 1e-3
@@ -110,6 +113,7 @@ CASES = {
             "tie_word_embeddings": True,
         },
     ),
+    "mixtral narrow keys": Case("mixtral", {"num_key_value_heads": 1, "head_dim": 8}),
     "mixtral fused linear": Case("mixtral", {"rope_parameters": ROPES["linear"]}, fused=True),
 }
 
@@ -193,17 +197,24 @@ def test_16_bits_agree_with_transformers(name, stores, running):
     assert tokens == expected_tokens
 
 
-def test_an_fp32_checkpoint_keeps_its_router(stores, running):
-    path, model = stores(Case("qwen2_moe", fp32=True))
-    model.load_state_dict(
-        {
-            name: value if value.ndim < 2 or "gate.weight" in name else value.bfloat16().float()
-            for name, value in model.state_dict().items()
-        }
-    )
+@pytest.mark.parametrize("backend", ["reference", pytest.param("native", marks=native)])
+@pytest.mark.parametrize("name", ["qwen2_moe", "mixtral narrow keys"])
+def test_an_fp32_checkpoint_keeps_its_small_matrices(name, backend, stores, running):
+    """Experts and large matrices are rounded to bf16; routers and fewer than 16 rows are not."""
+    case = replace(CASES[name], fp32=True)
+    path, _ = stores(case)
+    model = make_model(case)
+    exact = oracle(model, PROMPT, 1)[0]
+    with torch.no_grad():
+        for weight_name, weight in model.named_parameters():
+            if weight.ndim > 1 and not weight_name.endswith("gate.weight") and len(weight) >= 16:
+                weight.copy_(weight.bfloat16())
+            elif weight.ndim == 3:  # experts, however few
+                weight.copy_(weight.bfloat16())
     expected, expected_tokens = oracle(model, PROMPT, NUM_GREEDY)
-    got, tokens = greedy(running(path), PROMPT, NUM_GREEDY)
+    got, tokens = greedy(running(path, backend), PROMPT, NUM_GREEDY)
     assert (got - expected).abs().max() <= TOLERANCE and tokens == expected_tokens
+    assert (exact - expected).abs().max() > TOLERANCE
 
 
 @pytest.mark.parametrize("options", [{"bits": 4, "group_size": 32}, {"bits": 8}], ids=str)
@@ -349,7 +360,7 @@ def test_native_logits_do_not_depend_on_how_a_prompt_is_split(
 def test_chunks_are_not_seen_in_the_logits(stores, running):
     path, _ = stores(CASES["qwen2_moe"], bits=4, group_size=32)
     ours = running(path, "native")
-    prompt = (PROMPT * 14)[: CHUNK_TOKENS + 5]
+    prompt = (PROMPT * 14)[: CHUNK + 5]
     whole = ours.model.forward(prompt, ours.kv_cache(600), logits="all")
     kv_cache = ours.kv_cache(600)
     first = ours.model.forward(prompt[:300], kv_cache, logits="all")

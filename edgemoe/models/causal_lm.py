@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ..kv_cache import KVCache
 from ..runtime import kernels
+from ..runtime.budget import CHUNK
 from ..runtime.errors import UsageError
 from . import load_module
 from .args import ModelArgs
@@ -14,9 +15,6 @@ from .layers import Attention, DenseMlp, RMSNorm
 from .moe import Experts, MoEBlock, OnRoute
 from .rope import Rotary
 from .trunk import ReadTensor, Trunk
-
-# Belongs to the numeric path and to the plan of memory: one value for every budget.
-CHUNK_TOKENS = 512
 
 
 class DecoderLayer:
@@ -56,7 +54,8 @@ class CausalLM:
     """A model whose trunk is resident and whose experts are asked of an executor.
 
     `trunk` gives a stored tensor by its checkpoint name (`trunk.ReadTensor`); it is called once per
-    tensor, in the order of computation, so that the transient stays one tensor.
+    tensor. The largest come first: while a tensor is packed it is in memory twice, and that must
+    not be on top of all the others.
     """
 
     def __init__(
@@ -71,13 +70,13 @@ class CausalLM:
         self._pool = pool
         weights = Trunk(args, load_module(args.model_type).TRUNK, trunk, backend)
         self._embed = weights.embedding("embed")
+        self._lm_head = self._embed if args.tie_embeddings else weights.matrix("lm_head")
         self._rotary = Rotary(args.rope)
         self._layers = [
             DecoderLayer(args, weights, layer, executor, pool, backend)
             for layer in range(args.num_layers)
         ]
         self._norm = RMSNorm(weights.vector("norm"), args.rms_eps, backend)
-        self._lm_head = self._embed if args.tie_embeddings else weights.matrix("lm_head")
 
     @torch.inference_mode()
     def forward(
@@ -106,8 +105,8 @@ class CausalLM:
             )
         kv_cache.check_room(len(ids))
         rows: list[Tensor] = []
-        for begin in range(0, len(ids), CHUNK_TOKENS):
-            x = self._run_layers(ids[begin : begin + CHUNK_TOKENS], kv_cache, on_route)
+        for begin in range(0, len(ids), CHUNK):
+            x = self._run_layers(ids[begin : begin + CHUNK], kv_cache, on_route)
             if logits == "all":
                 rows.append(self._logits(x))
         if logits == "last":

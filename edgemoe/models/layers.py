@@ -50,25 +50,39 @@ class Attention:
         backend: str | None,
     ) -> None:
         self._layer, self._pool, self._backend = layer, pool, backend
-        self._head_dim, self._num_kv_heads = args.head_dim, args.num_kv_heads
+        self._head_dim, self._num_heads = args.head_dim, args.num_heads
+        self._num_kv_heads = args.num_kv_heads
         self._clip, self._window = args.clip_qkv, args.window[layer]
-        self._projections = {slot: trunk.matrix(f"layer.{slot}", layer) for slot in "qkvo"}
-        self._biases = {slot: trunk.optional_vector(f"layer.{slot}_bias", layer) for slot in "qkvo"}
-        self._norms: dict[str, RMSNorm] = {}
+        self._qkv = trunk.stacked(("layer.q", "layer.k", "layer.v"), layer)
+        self._qkv_bias = trunk.stacked_vector(
+            ("layer.q_bias", "layer.k_bias", "layer.v_bias"), layer
+        )
+        self._o = trunk.matrix("layer.o", layer)
+        self._o_bias = trunk.stacked_vector(("layer.o_bias",), layer)
+        self._norms: tuple[RMSNorm, ...] = ()
         if args.qk_norm != "none":
-            for slot in "qk":
-                weight = trunk.vector(f"layer.{slot}_norm", layer)
-                self._norms[slot] = RMSNorm(weight, args.rms_eps, backend)
+            weights = (trunk.vector(f"layer.{slot}_norm", layer) for slot in "qk")
+            self._norms = tuple(RMSNorm(weight, args.rms_eps, backend) for weight in weights)
         self._norm_per_head = args.qk_norm == "head"
 
     def __call__(self, x: Tensor, kv_cache: KVCache, angles: tuple[Tensor, Tensor]) -> Tensor:
         """x, result `[T, D]`; angles: cosine and sine of the T positions from `offset` on."""
-        queries = rotate(self._heads(x, "q"), *angles).contiguous()
-        keys, values = kv_cache.append(
-            self._layer, rotate(self._heads(x, "k"), *angles), self._heads(x, "v")
+        num_tokens = x.shape[0]
+        y = self._qkv.linear(x, self._qkv_bias, self._pool)  # [T, (H + 2 KV) hd]
+        if self._norms and not self._norm_per_head:
+            y = self._norm_whole(y)
+        if self._clip is not None:
+            y = y.clamp(-self._clip, self._clip)
+        heads = y.view(num_tokens, -1, self._head_dim)
+        to_rotate, values = heads.split(
+            [self._num_heads + self._num_kv_heads, self._num_kv_heads], dim=1
         )
+        if self._norms and self._norm_per_head:
+            to_rotate = self._norm_heads(to_rotate)
+        rotated = rotate(to_rotate, *angles)
+        keys, values = kv_cache.append(self._layer, rotated[:, self._num_heads :], values)
         mixed = kernels.attention(
-            queries,
+            rotated[:, : self._num_heads],
             keys,
             values,
             kv_cache.offset,
@@ -77,21 +91,19 @@ class Attention:
             self._pool,
             self._backend,
         )
-        return self._linear(mixed, "o")
+        return self._o.linear(mixed, self._o_bias, self._pool)
 
-    def _heads(self, x: Tensor, slot: str) -> Tensor:
-        """A projection split into heads, `[T, H or KV, hd]`, normed and clipped."""
-        y = self._linear(x, slot)
-        norm = self._norms.get(slot)
-        if norm is not None and not self._norm_per_head:
-            y = norm(y)
-        if self._clip is not None:
-            y = y.clamp(-self._clip, self._clip)
-        y = y.reshape(len(y), -1, self._head_dim)
-        return norm(y) if norm is not None and self._norm_per_head else y
+    def _norm_whole(self, y: Tensor) -> Tensor:
+        """Norm all query heads of a token together, and all key heads."""
+        key_width = self._num_kv_heads * self._head_dim
+        query, key, value = y.split([self._num_heads * self._head_dim, key_width, key_width], -1)
+        norm_query, norm_key = self._norms
+        return torch.cat((norm_query(query), norm_key(key), value), dim=-1)
 
-    def _linear(self, x: Tensor, slot: str) -> Tensor:
-        return self._projections[slot].linear(x, self._biases[slot], self._pool)
+    def _norm_heads(self, heads: Tensor) -> Tensor:
+        norm_query, norm_key = self._norms
+        queries, keys = heads.split([self._num_heads, self._num_kv_heads], dim=1)
+        return torch.cat((norm_query(queries), norm_key(keys)), dim=1)
 
 
 class DenseMlp:
@@ -100,11 +112,10 @@ class DenseMlp:
     def __init__(
         self, trunk: Trunk, layer: int, prefix: str, pool: kernels.ThreadPool | None
     ) -> None:
-        self._gate, self._up, self._down = (
-            trunk.matrix(f"layer.{prefix}{slot}", layer) for slot in ("gate", "up", "down")
-        )
+        self._gate_up = trunk.stacked((f"layer.{prefix}gate", f"layer.{prefix}up"), layer)
+        self._down = trunk.matrix(f"layer.{prefix}down", layer)
         self._pool = pool
 
     def __call__(self, x: Tensor) -> Tensor:
-        gated = silu(self._gate.linear(x, None, self._pool))
-        return self._down.linear(gated * self._up.linear(x, None, self._pool), None, self._pool)
+        gate, up = self._gate_up.linear(x, None, self._pool).chunk(2, dim=-1)
+        return self._down.linear(silu(gate) * up, None, self._pool)

@@ -1,12 +1,13 @@
 """Reads the trunk's tensors into the form the wiring computes with, checking every shape."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from ..runtime.errors import FormatError
+from ..runtime.format import TILE_ROWS
 from ..runtime.kernels import PackedMatrix, ThreadPool
 from . import names
 from .args import ModelArgs
@@ -46,6 +47,18 @@ class Fp32Matrix:
         return y if bias is None else y + bias
 
 
+class Rows:
+    """Matrices of one input, their rows one after the other."""
+
+    def __init__(self, parts: Sequence[Linear]) -> None:
+        self._parts = list(parts)
+        self.rows, self.cols = sum(part.rows for part in parts), parts[0].cols
+
+    def linear(self, x: Tensor, bias: Tensor | None, pool: ThreadPool | None) -> Tensor:
+        y = torch.cat([part.linear(x, None, pool) for part in self._parts], dim=-1)
+        return y if bias is None else y + bias
+
+
 class Trunk:
     """The trunk of one model, by slot (see `names.py`)."""
 
@@ -55,16 +68,10 @@ class Trunk:
         self._table, self._read, self._backend = table, read, backend
         self._shapes = {(slot, layer): shape for slot, layer, shape in names.trunk_slots(args)}
 
-    def has(self, slot: str, layer: int = -1) -> bool:
-        return (slot, layer) in self._shapes
-
     def vector(self, slot: str, layer: int = -1) -> Tensor:
         """A norm or a bias, fp32 `[n]`."""
         _, value = self._stored(slot, layer)
         return value.to(torch.float32)
-
-    def optional_vector(self, slot: str, layer: int) -> Tensor | None:
-        return self.vector(slot, layer) if self.has(slot, layer) else None
 
     def embedding(self, slot: str) -> PackedMatrix:
         """A matrix whose rows can be looked up."""
@@ -87,6 +94,28 @@ class Trunk:
         if value.dtype == torch.float32:
             return Fp32Matrix(value, self._backend)
         return PackedMatrix.from_16bit(value, self._backend)
+
+    def stacked(self, slots: Sequence[str], layer: int) -> Linear:
+        """Several matrices of one input as one, which is one call instead of several.
+
+        Tiles hold whole rows, so matrices of one format are joined by joining their bytes.
+        """
+        parts = [self.matrix(slot, layer) for slot in slots]
+        first = parts[0]
+        if not all(
+            isinstance(part, PackedMatrix) and part.spec == first.spec and not part.rows % TILE_ROWS
+            for part in parts
+        ):
+            return Rows(parts)
+        data = torch.cat([part.data for part in parts])
+        rows = sum(part.rows for part in parts)
+        return PackedMatrix.from_packed(data, rows, first.cols, first.spec, self._backend)
+
+    def stacked_vector(self, slots: Sequence[str], layer: int) -> Tensor | None:
+        """The biases of `stacked`, or None where the model has none."""
+        if (slots[0], layer) not in self._shapes:
+            return None
+        return torch.cat([self.vector(slot, layer) for slot in slots])
 
     def _stored(self, slot: str, layer: int) -> tuple[str, Tensor | PackedMatrix]:
         name = names.spellings(self._table, slot, layer)[0]  # a store uses the released names
