@@ -195,8 +195,8 @@ class Engine:
         return self._executor.take_stats()
 
     def lend_kv_cache(self, session: "Session") -> "KVCache":
-        """A KV cache for a session. The plan holds one; each further one is taken from the expert
-        cache. Raises BudgetError where that would leave too little."""
+        """A KV cache for a session. The plan holds one; further ones are taken from what is unused,
+        then from the expert cache. Raises BudgetError where that would leave too little."""
         from .kv_cache import KVCache
 
         if self.closed:
@@ -216,7 +216,7 @@ class Engine:
         if self.config.memory_bytes is None:
             return
         kv_bytes = line_bytes(self.plan, "KV cache")
-        extra = max(0, num_sessions - 1) * kv_bytes
+        extra = max(0, (num_sessions - 1) * kv_bytes - line_bytes(self.plan, "unused"))
         capacity = self._full_capacity - extra
         if extra and capacity < self.plan.min_cache_bytes:
             raise BudgetError(

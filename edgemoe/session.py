@@ -89,7 +89,7 @@ class Session:
         """
         if isinstance(prompt, str):
             ids = self.engine.need_tokenizer().encode(prompt, add_special_tokens=True)
-        elif prompt and isinstance(prompt[0], Mapping):
+        elif isinstance(prompt, Sequence) and prompt and isinstance(prompt[0], Mapping):
             template = self.engine.chat_template
             ids = template.encode(self.engine.need_tokenizer(), prompt, **options)
         else:
