@@ -2,7 +2,7 @@
 
 Opening reads config.json and the headers of the shards, checks that every tensor the model needs is
 there with its shape and dtype, and imports no torch. Weights are read with one positioned read each
-and dropped from the page cache behind it. Both layouts of experts end here: one tensor per matrix,
+and dropped from the page cache soon after. Both layouts of experts end here: one tensor per matrix,
 or one 3-D tensor per layer of which only the slice of an expert is read. Knows no quantization.
 """
 
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from ..models import load_module, parse_config
 from ..models.names import trunk_shapes
 from ..runtime.errors import CheckpointError, EdgeMoeError, FormatError, NotFoundError, UsageError
-from ..runtime.format import PAGE_BYTES, TensorEntry, read_header
+from ..runtime.format import TensorEntry, read_header
 from .sources import READABLE, Source
 
 if TYPE_CHECKING:
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+_MAX_CACHED_BYTES = 64 << 20  # of page cache
 _AGAIN = "download the checkpoint again, or compare it with the released one"
 
 
@@ -33,6 +34,7 @@ class Checkpoint:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self._files: dict[str, int] = {}
+        self._num_cached_bytes = 0
         self._lock = threading.Lock()
         if not self.path.is_dir():
             raise NotFoundError(
@@ -222,10 +224,20 @@ class Checkpoint:
                     _AGAIN,
                 )
             done += count
-        if hasattr(os, "posix_fadvise"):
-            begin = source.offset // PAGE_BYTES * PAGE_BYTES
-            length = source.offset + len(view) - begin + PAGE_BYTES
-            os.posix_fadvise(descriptor, begin, length, os.POSIX_FADV_DONTNEED)
+        self._forget(len(view))
+
+    def _forget(self, num_bytes: int) -> None:
+        """Count what was read, and now and then drop the files from the page cache."""
+        if not hasattr(os, "posix_fadvise"):
+            return
+        with self._lock:
+            self._num_cached_bytes += num_bytes
+            if self._num_cached_bytes < _MAX_CACHED_BYTES:
+                return
+            self._num_cached_bytes = 0
+            # Whole files: the kernel keeps any large page that a smaller range only touches.
+            for descriptor in self._files.values():
+                os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
 
     def _pread(self, descriptor: int, view: memoryview, offset: int) -> int:
         if hasattr(os, "preadv"):
@@ -244,9 +256,8 @@ class Checkpoint:
             return self._files[file]
 
     def close(self) -> None:
+        self._forget(_MAX_CACHED_BYTES)
         for descriptor in self._files.values():
-            if hasattr(os, "posix_fadvise"):  # what the kernel read ahead
-                os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
             os.close(descriptor)
         self._files.clear()
 

@@ -8,11 +8,11 @@ import numpy as np
 
 from ..runtime.checksum import crc32c
 from ..runtime.errors import RecordError
-from ..runtime.format import PAGE_BYTES
 from ..runtime.index import EXPERTS_FILE, ExpertRecord
 from .progress import Progress
 
 _BLOCK_BYTES = 16 << 20
+_MAX_CACHED_BYTES = 64 << 20  # of page cache
 
 
 def check_experts(
@@ -23,6 +23,7 @@ def check_experts(
 ) -> str:
     """The sha256 of experts.safetensors; RecordError where the disk gives back other bytes."""
     digest = hashlib.sha256()
+    unforgotten = 0
     with open(path / EXPERTS_FILE, "rb", buffering=0) as file:
         header = file.read(len(expected))
         digest.update(header)
@@ -45,8 +46,12 @@ def check_experts(
                     f"check the disk, then start anew after: rm -r {path}",
                 )
             digest.update(data)
-            _forget(file.fileno(), record.offset, record.num_bytes)
+            unforgotten += len(view)
+            if unforgotten >= _MAX_CACHED_BYTES:
+                _forget(file.fileno())
+                unforgotten = 0
             progress.advance(len(view))
+        _forget(file.fileno())
     return digest.hexdigest()
 
 
@@ -56,11 +61,10 @@ def sha256_of(path: Path, progress: Progress) -> str:
         while block := file.read(_BLOCK_BYTES):
             digest.update(block)
             progress.advance(len(block))
-        _forget(file.fileno(), 0, 0)
+        _forget(file.fileno())
     return digest.hexdigest()
 
 
-def _forget(descriptor: int, offset: int, num_bytes: int) -> None:
+def _forget(descriptor: int) -> None:
     if hasattr(os, "posix_fadvise"):
-        begin = offset // PAGE_BYTES * PAGE_BYTES
-        os.posix_fadvise(descriptor, begin, num_bytes, os.POSIX_FADV_DONTNEED)
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
