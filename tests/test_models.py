@@ -5,6 +5,7 @@ the order of fp32 additions: at most 1e-3 in the logits (they span about +-4), a
 tokens. With quantized experts the oracle computes with our own dequantized weights.
 """
 
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -34,7 +35,7 @@ from edgemoe.quant.convert import convert  # noqa: E402
 from edgemoe.quant.plan import ConvertOptions  # noqa: E402
 from edgemoe.runtime import core, kernels  # noqa: E402
 from edgemoe.runtime.budget import CHUNK  # noqa: E402
-from edgemoe.runtime.errors import FormatError, UsageError  # noqa: E402
+from edgemoe.runtime.errors import FormatError, RecordError, UsageError  # noqa: E402
 
 TOLERANCE = 1e-3
 PROMPT = np.random.default_rng(7).integers(0, 128, 40).tolist()
@@ -422,6 +423,22 @@ def test_bad_steps_are_refused_and_leave_the_context_alone(stores, running):
     with pytest.raises(UsageError, match="`logits` must be"):
         ours.model.forward([1], kv_cache, logits="some")
     assert kv_cache.offset == 2
+
+
+def test_a_damaged_record_fails_the_step_and_leaves_the_context_alone(stores, running, tmp_path):
+    path, _ = stores(CASES["olmoe"])
+    copy = shutil.copytree(path, tmp_path / "damaged.edgemoe")
+    layer, expert = 2, 5
+    offset = running(copy).store.index.records[layer, expert].offset
+    with open(copy / "experts.safetensors", "r+b") as file:
+        file.seek(offset + 100)
+        file.write(b"damage")
+    ours = running(copy)
+    kv_cache = ours.kv_cache(600)
+    ours.model.forward(PROMPT[:1], kv_cache)
+    with pytest.raises(RecordError, match="layers.2.experts.5"):
+        ours.model.forward((PROMPT * 14)[: CHUNK + 5], kv_cache)
+    assert kv_cache.offset == 1
 
 
 def test_a_trunk_of_the_wrong_shape_is_named(stores, running):

@@ -91,6 +91,7 @@ class CausalLM:
         `logits`: "last" (n = 1), "all" (n = T) or "none" (n = 0). The bits of a row depend on
         neither T nor how a text is split into calls (native backend). Raises UsageError before
         anything is computed where the ids are not of the vocabulary or the context is too short.
+        A call that fails leaves the cache as it was.
         """
         if logits not in ("last", "all", "none"):
             raise UsageError(f"`logits` must be last, all or none, got `{logits}`")
@@ -104,11 +105,15 @@ class CausalLM:
                 f"token id {wrong} is not in the vocabulary", f"expected 0 to {self.args.vocab - 1}"
             )
         kv_cache.check_room(len(ids))
-        rows: list[Tensor] = []
-        for begin in range(0, len(ids), CHUNK):
-            x = self._run_layers(ids[begin : begin + CHUNK], kv_cache, on_route)
-            if logits == "all":
-                rows.append(self._logits(x))
+        start, rows = kv_cache.offset, []
+        try:
+            for begin in range(0, len(ids), CHUNK):
+                x = self._run_layers(ids[begin : begin + CHUNK], kv_cache, on_route)
+                if logits == "all":
+                    rows.append(self._logits(x))
+        except BaseException:
+            kv_cache.trim(start)
+            raise
         if logits == "last":
             return self._logits(x[-1:])
         return torch.cat(rows) if rows else torch.empty((0, self.args.vocab))
