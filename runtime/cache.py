@@ -87,9 +87,9 @@ class ExpertCache:
     def moved_bytes(self) -> int:
         return self._slots.moved_bytes
 
-    def address(self, key: int) -> int:
-        """Where the record is or will be, 0: absent. Good from `hint` to `release`."""
-        return self._address[key]
+    def addresses(self, keys: Sequence[int]) -> list[int]:
+        """Where the records are or will be, 0: absent. Good from `hint` to `release`."""
+        return [self._address[key] for key in keys]
 
     def fits(self, keys: Sequence[int]) -> bool:
         """Whether these records can be pinned beside those that are pinned now."""

@@ -64,7 +64,7 @@ class Executor:
         chunk: int = 512,
     ) -> None:
         self._cache, self._pool = cache, pool
-        self._hidden, self._chunk = hidden, chunk
+        self._hidden, self._chunk, self._top_k = hidden, chunk, top_k
         self._backend = backend or core.BACKEND
         self._table = table = cache.table
         max_experts = max(table.num_experts.values(), default=0)
@@ -72,6 +72,11 @@ class Executor:
         self._keys = np.empty(max_experts, dtype=np.int32)
         self._data = np.empty(max_experts, dtype=np.uint64)
         self._pair_begin = np.empty(max_experts + 1, dtype=np.int64)
+        self._pair_token = np.empty(chunk * top_k, dtype=np.int32)
+        self._pair_weight = np.empty(chunk * top_k, dtype=np.float32)
+        self._token_address = self._pair_token.ctypes.data
+        self._weight_address = self._pair_weight.ctypes.data
+        self._one_each = np.arange(top_k + 1)  # where each expert has one pair
         self._stats = StepStats()
         self._args = core.MoeArgs()
         if self._backend == "native":
@@ -113,25 +118,7 @@ class Executor:
         y = x.new_zeros(x.shape)
         if not num_tokens * top_k:
             return y
-        ids = expert_ids.numpy().reshape(-1)
-        order = ids.argsort(kind="stable")  # by expert, then by token
-        ids = ids[order]
-        num_experts = self._table.num_experts[layer]
-        if ids[0] < 0 or ids[-1] >= num_experts:
-            raise UsageError(
-                f"layer {layer} has no expert {ids[0] if ids[0] < 0 else ids[-1]}",
-                f"expected 0 to {num_experts - 1}",
-            )
-        pair_token = (order // top_k).astype(np.int32)
-        pair_weight = routing_weights.numpy().reshape(-1)[order]
-        if num_tokens == 1:
-            begins = np.arange(top_k + 1)
-            experts = ids
-        else:
-            edges = (ids[1:] != ids[:-1]).nonzero()[0] + 1
-            begins = np.concatenate(([0], edges, [len(ids)]))
-            experts = ids[begins[:-1]]
-        keys = (experts + self._table.first_key[layer]).tolist()
+        keys, begins = self._group(layer, expert_ids.numpy(), routing_weights.numpy())
         waves = self._waves(keys, begins, num_tokens)
         self._cache.begin_layer(layer, num_tokens, keys if len(waves) > 1 else ())
         self._stats.num_calls += 1
@@ -148,7 +135,7 @@ class Executor:
                     if result is not None:
                         self._add(result)
                         held.append(following)
-                compute(layer, x, y, wave, begins, pair_token, pair_weight)
+                compute(layer, x, y, wave, begins)
                 self._cache.release(held.pop(0).keys)
         finally:
             for wave in held:
@@ -159,8 +146,11 @@ class Executor:
         num_tokens = ids.shape[0]
         if layer not in self._table.first_key:
             raise UsageError(f"layer {layer} has no expert records in this store")
-        if num_tokens > self._chunk:
-            raise UsageError(f"expected at most {self._chunk} tokens in one run, got {num_tokens}")
+        if num_tokens > self._chunk or ids.shape[1] > self._top_k:
+            raise UsageError(
+                f"expected at most {self._chunk} tokens in one run and {self._top_k} experts each, "
+                f"got {num_tokens} and {ids.shape[1]}"
+            )
         if x.shape != (num_tokens, self._hidden) or ids.shape != w.shape:
             raise UsageError(
                 f"x {tuple(x.shape)}, expert_ids {tuple(ids.shape)} and routing_weights "
@@ -169,6 +159,30 @@ class Executor:
         for name, part in (("x", x), ("routing_weights", w)):
             if part.element_size() != 4 or not part.is_floating_point():
                 raise UsageError(f"`{name}`: expected fp32, got {part.dtype}")
+
+    def _group(
+        self, layer: int, expert_ids: np.ndarray, routing_weights: np.ndarray
+    ) -> tuple[list[int], np.ndarray]:
+        """Sort the pairs by expert, then token; returns the keys, ascending, and where the pairs of
+        each begin, [n + 1]."""
+        num_tokens, top_k = expert_ids.shape
+        ids = expert_ids.reshape(-1)
+        order = ids.argsort(kind="stable")
+        ids = ids[order]
+        num_experts = self._table.num_experts[layer]
+        if ids[0] < 0 or ids[-1] >= num_experts:
+            raise UsageError(
+                f"layer {layer} has no expert {ids[0] if ids[0] < 0 else ids[-1]}",
+                f"expected 0 to {num_experts - 1}",
+            )
+        self._pair_token[: len(ids)] = order // top_k
+        self._pair_weight[: len(ids)] = routing_weights.reshape(-1)[order]
+        keys = (ids + self._table.first_key[layer]).tolist()
+        if num_tokens == 1 and len(set(keys)) == top_k:
+            return keys, self._one_each[: top_k + 1]
+        edges = (ids[1:] != ids[:-1]).nonzero()[0] + 1
+        begins = np.concatenate(([0], edges, [len(ids)]))
+        return [keys[begin] for begin in begins[:-1]], begins
 
     def _waves(self, keys: list[int], begins: np.ndarray, num_tokens: int) -> list[_Wave]:
         """Cut the experts into waves: one where all fit, else halves of the capacity, so that one
@@ -202,18 +216,16 @@ class Executor:
         y: "torch.Tensor",
         wave: _Wave,
         begins: np.ndarray,
-        pair_token: np.ndarray,
-        pair_weight: np.ndarray,
     ) -> None:
         cache, args = self._cache, self._args
         count, first = len(wave.keys), int(begins[wave.begin])
         self._keys[:count] = wave.keys
-        self._data[:count] = [cache.address(key) for key in wave.keys]
+        self._data[:count] = cache.addresses(wave.keys)
         np.subtract(begins[wave.begin : wave.end + 1], first, out=self._pair_begin[: count + 1])
         args.num_tokens, args.width, args.num_experts = x.shape[0], self._table.width[layer], count
         args.x, args.y = x.data_ptr(), y.data_ptr()
-        args.pair_token = pair_token.ctypes.data + first * pair_token.itemsize
-        args.pair_weight = pair_weight.ctypes.data + first * pair_weight.itemsize
+        args.pair_token = self._token_address + 4 * first
+        args.pair_weight = self._weight_address + 4 * first
         args.stall_ns, args.failed = 0, -1
         start = time.perf_counter()
         status = core.lib.em_moe_run(
@@ -238,14 +250,13 @@ class Executor:
         y: "torch.Tensor",
         wave: _Wave,
         begins: np.ndarray,
-        pair_token: np.ndarray,
-        pair_weight: np.ndarray,
     ) -> None:
         import torch
 
         from . import reference
 
-        tokens, weights = torch.from_numpy(pair_token).long(), torch.from_numpy(pair_weight)
+        tokens = torch.from_numpy(self._pair_token).long()
+        weights = torch.from_numpy(self._pair_weight)
         stall_s = 0.0
 
         def experts() -> "Iterator[tuple[np.ndarray, RecordLayout, torch.Tensor, torch.Tensor]]":

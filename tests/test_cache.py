@@ -51,7 +51,8 @@ class Rig:
         self.reader.close()
 
     def resident(self) -> set[int]:
-        return {key for key in range(len(self.sizes)) if self.cache.address(key)}
+        addresses = self.cache.addresses(range(len(self.sizes)))
+        return {key for key, address in enumerate(addresses) if address}
 
     def check(self) -> None:
         """Accounts are exact, nothing overlaps, and what is whole has the bytes of the file."""
@@ -60,7 +61,11 @@ class Rig:
         assert cache.resident_bytes <= cache.capacity_bytes
         assert cache.num_resident == len(resident)
         start = self.arena.address
-        spans = sorted((cache.address(key) - start, self.sizes[key]) for key in resident)
+        keys = sorted(resident)
+        spans = sorted(
+            (address - start, self.sizes[key])
+            for key, address in zip(keys, cache.addresses(keys), strict=True)
+        )
         position = 0
         for offset, num_bytes in spans:
             assert offset >= position
@@ -178,7 +183,7 @@ def test_any_history_of_hints_keeps_its_promises(index, backend, data):
                     assert rig.resident() <= before
                     assert (rig.cache.hits, rig.cache.misses) == counters
                 else:
-                    held.append((keys, [rig.cache.address(key) for key in keys]))
+                    held.append((keys, rig.cache.addresses(keys)))
                     assert result.num_hits == len(before & set(keys))
             elif action == "release" and held:
                 rig.cache.release(held.pop(data.draw(st.integers(0, len(held) - 1)))[0])
@@ -189,7 +194,7 @@ def test_any_history_of_hints_keeps_its_promises(index, backend, data):
                 later = data.draw(st.sets(st.integers(0, 31), max_size=5))
                 rig.cache.begin_layer(data.draw(st.integers(0, 3)), keys=sorted(later))
             for keys, addresses in held:
-                assert [rig.cache.address(key) for key in keys] == addresses
+                assert rig.cache.addresses(keys) == addresses
             pinned = {key for keys, _ in held for key in keys}
             assert rig.cache.pinned_bytes == sum(rig.sizes[key] for key in pinned)
             rig.check()

@@ -168,6 +168,16 @@ def test_a_row_has_the_same_bits_alone_and_in_a_chunk(index):
 
 
 @native
+def test_an_expert_chosen_twice_counts_twice(index):
+    layer, x, _, weights = make_steps([1])[0]
+    with Rig(index, index.expert_bytes) as rig:
+        found = rig.executor.run(layer, x, torch.tensor([[5, 2, 5]]), weights)
+        total = torch.stack([weights[:, 1], weights[:, 0] + weights[:, 2]], dim=1)
+        wanted = rig.executor.run(layer, x, torch.tensor([[2, 5]]), total)
+    torch.testing.assert_close(found, wanted)
+
+
+@native
 def test_more_pairs_than_one_wave_takes(index):
     """A chunk of 4 has waves of 8 pairs: 12 pairs need two waves even where all is resident."""
     (layer, x, ids, weights), *_ = make_steps([4])
@@ -239,6 +249,7 @@ def test_what_cannot_be_meant_is_refused(index):
             ((layer, x.double(), ids, weights), "expected fp32"),
             ((layer, x, ids, weights.half()), "expected fp32"),
             (make_steps([65])[0], "at most 64 tokens"),
+            ((layer, x, ids[:, :1].repeat(1, 4), weights[:, :1].repeat(1, 4)), "3 experts each"),
         ):
             with pytest.raises(UsageError, match=found):
                 run(*wrong)
