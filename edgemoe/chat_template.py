@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 
 RENDER_LIMIT_S = 2.0
 START_LIMIT_S = 30.0  # a cold disk under load; nothing hostile runs before the worker is ready
-WORKER_BYTES = 24 << 20  # resident memory of an idle worker, for the memory plan
 
 _NEXT_STEP = "use another template with --chat-template FILE, or prompt without one"
 _WHAT = {

@@ -7,6 +7,7 @@ _BACKEND, _KV_BITS, _IO, _CHAT_TEMPLATE), else from the default.
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
 from .runtime import core
@@ -97,8 +98,19 @@ def num_cores() -> int:
     """Physical cores this process may use; a second thread of a core adds nothing here."""
     import psutil
 
-    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return max(1, min(allowed or 1, psutil.cpu_count(logical=False) or allowed or 1))
+    limits = [psutil.cpu_count(logical=False), os.cpu_count(), _cpu_quota()]
+    if hasattr(os, "sched_getaffinity"):
+        limits.append(len(os.sched_getaffinity(0)))
+    return max(1, min(limit for limit in limits if limit))
+
+
+def _cpu_quota() -> int | None:
+    """Whole cores that a container may use; None without a limit."""
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="ascii").split()
+        return max(1, int(quota) // int(period))
+    except (OSError, ValueError):  # another system, or "max"
+        return None
 
 
 def _is_int(value: Any) -> bool:

@@ -201,13 +201,13 @@ class Engine:
 
         if self.closed:
             raise UsageError("this engine is closed")
-        with self._lock:
+        with self._lock, self._interrupt.deferred():
             self._resize_cache(len(self._sessions) + 1)
             self._sessions.add(session)
             return KVCache.for_model(self.args, self.context, self.config.kv_bits)
 
     def return_kv_cache(self, session: "Session") -> None:
-        with self._lock:
+        with self._lock, self._interrupt.deferred():
             self._sessions.discard(session)
             if not self.closed:
                 self._resize_cache(len(self._sessions))

@@ -30,7 +30,11 @@ class DeferredInterrupt:
             return
 
         def note(number: int, frame: Any) -> None:
-            self._pending = lambda: handler(number, frame)
+            if self._pending is None:
+                self._pending = lambda: handler(number, frame)
+            else:  # insisted on: the layer may never end
+                self._pending = None
+                handler(number, frame)
 
         signal.signal(signal.SIGINT, note)
         try:

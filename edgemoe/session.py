@@ -155,7 +155,7 @@ class Session:
             logits = self._prefill(ids, meter)
             meter.prefilled()
             if not limit:
-                yield Event("", finish_reason="length", stats=meter.stats())
+                yield Event("", finish_reason="length", stats=meter.finish())
             while limit:
                 choice = sampler.choose(logits[0])
                 meter.drew_token()
@@ -178,13 +178,13 @@ class Session:
                     choice.logprob,
                     choice.top_logprobs,
                     reason,
-                    meter.stats() if reason else None,
+                    meter.finish() if reason else None,
                 )
                 if reason:
                     return
                 logits = self._feed([choice.token_id], "last", meter)
         finally:
-            self.last_stats = meter.stats()
+            self.last_stats = meter.finish()
 
     # ---- the KV cache and the tokens in it, kept alike -----------------------------------------
 
@@ -238,6 +238,7 @@ class _Meter:
         self._start = time.perf_counter() - encode_s
         self._prefill_s = 0.0
         self._first = self._last = 0.0
+        self._result: GenerationStats | None = None
         self._sums = dict.fromkeys(("hits", "misses", "bytes_read", "stall_s", "compute_s"), 0)
 
     def add(self, step: Any) -> None:
@@ -252,7 +253,13 @@ class _Meter:
         self._first = self._first or self._last
         self.generated_tokens += 1
 
-    def stats(self) -> GenerationStats:
+    def finish(self) -> GenerationStats:
+        """The statistics; they do not change after the first call."""
+        if self._result is None:
+            self._result = self._stats()
+        return self._result
+
+    def _stats(self) -> GenerationStats:
         return GenerationStats(
             prompt_tokens=self.prompt_tokens,
             cached_tokens=self.cached_tokens,

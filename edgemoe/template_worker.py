@@ -10,9 +10,10 @@ import json
 import sys
 
 MAX_OUTPUT_BYTES = 8 << 20
-# Address space on top of what interpreter and jinja2 take (about 25 MiB): the largest output is
-# held as parts, as one text and as one line.
-WORK_BYTES = 72 << 20
+# Address space on top of what interpreter and jinja2 take (about 25 MiB): room to hold the largest
+# output as parts, as one text and as one line. A template that fills it stays near the memory that
+# the plan has for this process and its headroom.
+WORK_BYTES = 40 << 20
 
 
 def _limit_memory() -> str:

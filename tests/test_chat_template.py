@@ -9,6 +9,7 @@ import pytest
 from tokenizers_small import CHATML, byte_fallback, byte_level, write
 
 from edgemoe.chat_template import ChatTemplate, TemplateWorker
+from edgemoe.runtime.budget import TEMPLATE_BYTES
 from edgemoe.runtime.errors import FormatError, NotFoundError, TemplateError, UsageError
 from edgemoe.tokenizer import Tokenizer
 
@@ -109,6 +110,14 @@ def test_real_dialects_equal_transformers(worker, source, add_generation_prompt,
     assert text
 
 
+@pytest.mark.parametrize("char", ["a", "é", "记", "🙂"])
+def test_output_up_to_the_cap_is_fine(worker, char):
+    count = (7 << 20) // len(char.encode()) // 1000
+    source = "{% for i in range(n) %}{{ messages[0].content }}{% endfor %}"
+    text = template(source, worker).render([{"role": "user", "content": char * 1000}], n=count)
+    assert len(text) == count * 1000
+
+
 def test_options_reach_the_template(worker):
     ours = template(QWEN, worker)
     assert ours.render(CHAT[:1], enable_thinking=False).endswith("<think>\n\n</think>\n\n")
@@ -193,7 +202,7 @@ def test_hostile_templates_end_in_one_error(worker, name):
 
 
 def test_a_breach_of_the_time_limit_kills_the_process():
-    worker = TemplateWorker(limit_s=0.2)
+    worker = TemplateWorker(limit_s=0.5)
     assert template("x", worker).render(CHAT) == "x"
     pid = worker.pid
     with pytest.raises(TemplateError, match="did not end"):
@@ -208,15 +217,13 @@ def test_a_breach_of_the_time_limit_kills_the_process():
 
 def test_one_worker_serves_many_renders_and_stays_small(worker):
     psutil = pytest.importorskip("psutil")
-    from edgemoe.chat_template import WORKER_BYTES
-
     ours = template(QWEN, worker)
     ours.render(CHAT)
     pid = worker.pid
     for _ in range(20):
         ours.render(CHAT)
     assert worker.pid == pid
-    assert psutil.Process(pid).memory_info().rss < WORKER_BYTES
+    assert psutil.Process(pid).memory_info().rss < TEMPLATE_BYTES
 
 
 def test_a_worker_that_dies_is_replaced():

@@ -13,12 +13,11 @@ import pytest
 from stores_small import make_store
 
 import edgemoe.engine
-from edgemoe.chat_template import WORKER_BYTES
 from edgemoe.config import EngineConfig
 from edgemoe.engine import Engine
 from edgemoe.preflight import preflight
 from edgemoe.runtime import core
-from edgemoe.runtime.budget import RUNTIME_BYTES, TEMPLATE_BYTES
+from edgemoe.runtime.budget import RUNTIME_BYTES
 from edgemoe.runtime.errors import (
     BudgetError,
     FormatError,
@@ -181,10 +180,6 @@ def test_report(path):
         assert not [n for n in report["notes"] if "reads" in n]  # buffered was asked for
     with Engine.from_pretrained(path, backend="reference") as engine:
         assert any("reference" in note for note in engine.report()["notes"])
-
-
-def test_the_template_worker_is_inside_its_line(path):
-    assert WORKER_BYTES <= TEMPLATE_BYTES
 
 
 def test_closing(path):
