@@ -173,6 +173,19 @@ def test_qwen3_moe():
     assert parse_config(config | {"num_local_experts": 128}) == args  # as transformers 5 writes it
 
 
+def test_qwen3_coder():
+    coder = QWEN3_MOE | {
+        "max_position_embeddings": 262144,
+        "rope_theta": 10000000,
+        "qkv_bias": False,
+    }
+    coder |= {"shared_expert_intermediate_size": 0, "use_qk_norm": True, "max_window_layers": 28}
+    del coder["attention_bias"]
+    args = parse_config(coder)
+    assert args.max_context == 262144 and args.rope.theta == 1e7
+    assert not args.attention_bias and not args.shared_width
+
+
 def test_mixtral():
     args = parse_config(MIXTRAL)
     assert args.norm_topk and args.head_dim == 128 and args.window == (0,) * 32
@@ -233,7 +246,7 @@ REQUIRED = {
     "olmoe": ("attention_bias", "norm_topk_prob", "intermediate_size", "num_experts"),
     "qwen2_moe": ("moe_intermediate_size", "shared_expert_intermediate_size", "norm_topk_prob")
     + ("decoder_sparse_step", "use_sliding_window", "num_experts"),
-    "qwen3_moe": ("attention_bias", "moe_intermediate_size", "norm_topk_prob", "num_experts"),
+    "qwen3_moe": ("decoder_sparse_step", "moe_intermediate_size", "norm_topk_prob", "num_experts"),
     "mixtral": ("num_local_experts", "intermediate_size"),
 }
 COMMON = ("hidden_act", "hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
@@ -294,6 +307,9 @@ def test_what_is_not_supported_is_named_with_its_value(model_type, key, value, w
         (QWEN3_MOE | {"decoder_sparse_step": 0}, "`decoder_sparse_step` = `0`"),
         (QWEN3_MOE | {"mlp_only_layers": [48]}, "`mlp_only_layers` = `[48]`"),
         (QWEN3_MOE | {"mlp_only_layers": list(range(48))}, "mlp_only_layers"),
+        (QWEN3_MOE | {"qkv_bias": True}, "`qkv_bias` = `True`"),
+        (QWEN3_MOE | {"use_qk_norm": False}, "`use_qk_norm` = `False`"),
+        (QWEN3_MOE | {"shared_expert_intermediate_size": 64}, "`64`"),
         (QWEN3_MOE | {"norm_topk_prob": 1}, "`norm_topk_prob` = `1`"),
         (QWEN2_MOE | {"use_sliding_window": True, "sliding_window": 0}, "`sliding_window` = `0`"),
         (QWEN2_MOE | {"layer_types": ["sliding_attention"] * 24}, "sliding_attention"),

@@ -107,6 +107,11 @@ class Config:
     def real(self, *keys: str) -> float:
         return _real(keys[0], self.get(*keys))
 
+    def only(self, key: str, *allowed: object) -> None:
+        """Refuse a key that is there with any other value."""
+        if self.has(key) and self.values[key] not in allowed:
+            raise unsupported(key, self.values[key], f"expected {allowed[0]}")
+
     def quotient(self, key: str, by: str) -> int:
         value, divisor = self.integer(key), self.integer(by)
         if value % divisor:

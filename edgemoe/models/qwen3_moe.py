@@ -39,7 +39,14 @@ def parse(config: Mapping[str, Any]) -> ModelArgs:
     moe_layers = sparse_layers(values, num_layers)
     head_dim = values.head_dim()
     rope, max_context = rope_and_context(values, head_dim)
-    bias = values.flag("attention_bias")
+    # The Coder releases say `qkv_bias` and leave `attention_bias` out; no release has biases.
+    bias = values.flag("attention_bias", default=False)
+    for key, allowed in (
+        ("qkv_bias", bias),
+        ("use_qk_norm", True),
+        ("shared_expert_intermediate_size", 0),
+    ):
+        values.only(key, allowed)
     window = 0
     if values.flag("use_sliding_window", default=False) and values.has("sliding_window"):
         window = values.integer("sliding_window")
