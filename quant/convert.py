@@ -85,6 +85,9 @@ def convert(
             raise
         except OSError as error:
             raise write_error(error, partial.path) from error
+        except KeyboardInterrupt:
+            progress.note("stopped; the same command goes on where it was")
+            raise
         finally:
             partial.close()
             progress.close()

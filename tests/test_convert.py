@@ -1,9 +1,11 @@
 """Conversion end to end: what is in the store, what is refused. Interruptions: test_resume.py."""
 
 import filecmp
+import io
 import json
 import os
 import shutil
+import time
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +19,7 @@ from edgemoe.quant.convert import convert
 from edgemoe.quant.journal import Partial, partial_path
 from edgemoe.quant.options import ConvertOptions
 from edgemoe.quant.plan import plan_conversion
+from edgemoe.quant.progress import Silent, open_progress
 from edgemoe.quant.quantize import dequantize, quantize
 from edgemoe.runtime import kernels
 from edgemoe.runtime.errors import BudgetError, NotFoundError, UsageError
@@ -187,6 +190,58 @@ def test_the_plan_is_what_happens(tmp_path: Path) -> None:
         for file in out.rglob("*")
         if file.is_file() and file.name != "store.json"
     }
+
+
+# ---- progress -----------------------------------------------------------------------------------
+
+
+def test_plain_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    stream = io.StringIO()
+    progress = open_progress(stream)
+    progress.start("experts", 10_000_000_000, 2_000_000_000)
+    for _ in range(6):
+        now += 2.0
+        progress.advance(200_000_000)
+    assert stream.getvalue() == (  # one line in 5 seconds; earlier work is not counted as speed
+        "experts: 2,600 of 10,000 MB, 100 MB/s, 1:14 left\n"
+        "experts: 3,200 of 10,000 MB, 100 MB/s, 1:08 left\n"
+    )
+    progress.start("trunk", 5_000_000)
+    progress.note("hello")
+    now += 1.0
+    progress.advance(5_000_000)
+    progress.close()
+    assert stream.getvalue().endswith("left\nhello\ntrunk: 5 of 5 MB, 5 MB/s\n")
+
+
+def test_a_bar_on_a_terminal(tmp_path: Path) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    stream = Terminal()
+    progress = open_progress(stream)
+    convert(make_checkpoint(tmp_path / "hf"), tmp_path / "a.edgemoe", progress=progress)
+    progress.note("no [markup] here")
+    for word in ("experts", "trunk", "check", "kB", "[markup]"):
+        assert word in stream.getvalue()
+
+
+def test_every_phase_adds_up(tmp_path: Path) -> None:
+    phases: list[list] = []
+
+    class Recorder(Silent):
+        def start(self, phase: str, total_bytes: int, done_bytes: int = 0) -> None:
+            phases.append([phase, total_bytes, done_bytes])
+
+        def advance(self, num_bytes: int) -> None:
+            phases[-1][2] += num_bytes
+
+    convert(make_checkpoint(tmp_path / "hf"), tmp_path / "a.edgemoe", progress=Recorder())
+    assert [phase[0] for phase in phases] == ["experts", "trunk", "check"]
+    assert all(total == done > 0 for _, total, done in phases)
 
 
 # ---- refusals -----------------------------------------------------------------------------------
