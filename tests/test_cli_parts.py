@@ -161,8 +161,13 @@ def test_every_kind_of_error_has_its_code(capsys: pytest.CaptureFixture[str]) ->
     assert "internal error: ZeroDivisionError" in capsys.readouterr().err
 
 
+def test_an_error_always_says_what_next(capsys: pytest.CaptureFixture[str]) -> None:
+    render.report_error(UsageError("a", "b"))
+    assert capsys.readouterr().err.splitlines()[-1].startswith("  next: edgemoe COMMAND --help")
+
+
 def test_an_error_cannot_draw_on_the_screen(capsys: pytest.CaptureFixture[str]) -> None:
-    render.report_error(UsageError("\x1b[2Jevil\rname"))
+    render.report_error(BudgetError("\x1b[2Jevil\rname"))
     assert capsys.readouterr().err == "edgemoe:  [2Jevil name\n"
 
 

@@ -57,6 +57,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         if _debug():
             raise
+        if sys.stderr.isatty():
+            print(file=sys.stderr)  # or the shell's prompt stands behind ^C
         return EXIT_INTERRUPTED
     except BrokenPipeError:
         # The reader of a pipe has left. Point stdout elsewhere, or Python complains while exiting.

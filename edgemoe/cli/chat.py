@@ -8,7 +8,7 @@ from . import options
 from .chat_commands import Leave, handle
 from .chat_input import read_turn
 from .conversation import Conversation
-from .render import dim, model_name, note, open_output, print_notes, report_error
+from .render import dim, model_name, note, open_output, print_notes, report_error, write_answer
 
 EPILOG = """Inside: /help lists the commands. The first Ctrl-C stops an answer, the second leaves.
 Standard input may be a pipe: one turn a line, answers on standard output.
@@ -28,11 +28,15 @@ def run(args: argparse.Namespace) -> int:
     from ..engine import Engine
     from ..sampling import SamplingParams
 
-    params = SamplingParams(**options.sampling_arguments(args))
+    given = options.sampling_arguments(args)
+    SamplingParams(**given)  # a wrong value is refused before the model is loaded
+    if sys.stderr.isatty():
+        note(dim("loading ...", sys.stderr))
     with Engine.from_pretrained(path, **options.engine_arguments(args)) as engine:
         print_notes(engine, args.verbose)
         if sys.stdin.isatty():
             note(dim(f"{model_name(engine)} · /help for help, /bye or Ctrl-D to leave", sys.stderr))
+        params = SamplingParams.from_config(engine.generation_config, **given)
         return talk(Conversation(engine, params, args.system))
 
 
@@ -76,15 +80,13 @@ def answer(conversation: Conversation) -> bool:
     try:
         for event in events:
             text = event.text or text
-            sys.stdout.write(event.text)
-            sys.stdout.flush()
+            write_answer(event.text)
     except KeyboardInterrupt:  # the engine raises it between two layers, and stays whole
         stopped = True
     finally:
         events.close()
     if text and not text.endswith("\n"):
-        sys.stdout.write("\n")
-        sys.stdout.flush()
+        write_answer("\n")
     if stopped:
         note(dim("(stopped; Ctrl-C again leaves)", sys.stderr))
     elif conversation.finish_reason == "length":

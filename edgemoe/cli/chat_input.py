@@ -1,5 +1,6 @@
 """Reading a turn: a line, or several between triple quotes; from a terminal or a pipe."""
 
+import os
 import sys
 from collections.abc import Callable
 from functools import cache
@@ -30,13 +31,13 @@ def read_turn(read: Callable[[str], str] | None = None) -> str | None:
 def _reader() -> Callable[[str], str]:
     if not sys.stdin.isatty():
         return _read_pipe
-    try:
-        from prompt_toolkit import PromptSession
-    except ImportError:
-        pass
-    else:
-        if sys.stdout.isatty():
+    if sys.stdout.isatty() and os.environ.get("TERM") != "dumb":
+        try:
+            from prompt_toolkit import PromptSession
+
             return PromptSession().prompt
+        except ImportError:
+            pass
     try:
         import readline  # noqa: F401  arrow keys and history in input()
     except ImportError:

@@ -7,7 +7,13 @@ from collections.abc import Sequence
 from dataclasses import asdict, is_dataclass
 from typing import Any, TextIO
 
-from ..runtime.errors import EdgeMoeError
+from ..runtime.errors import EdgeMoeError, FormatError, UsageError
+
+# For errors that do not say themselves what to do.
+_NEXT: dict[type, str] = {
+    UsageError: "edgemoe COMMAND --help lists what can be given",
+    FormatError: "edgemoe verify tells more; copy the store again, or convert the checkpoint again",
+}
 
 
 def report_error(error: Exception) -> int:
@@ -16,6 +22,7 @@ def report_error(error: Exception) -> int:
         what, why, next_step, code = error.what, error.why, error.next_step, error.exit_code
     else:
         what, why, next_step, code = _foreign(error)
+    next_step = next_step or _NEXT.get(type(error), "")
     lines = [f"edgemoe: {one_line(what)}"]
     table = getattr(error, "table", None)  # a floor, line by line
     if table:
@@ -51,6 +58,15 @@ def one_line(text: str) -> str:
 def note(text: str) -> None:
     """One line on standard error."""
     print(text, file=sys.stderr, flush=True)
+
+
+def write_answer(text: str) -> None:
+    """Part of an answer, at once. A terminal gets no control characters: a model could be made to
+    write into the title bar, or over what is on the screen."""
+    if sys.stdout.isatty():
+        text = "".join(c for c in text if c in "\n\t" or ord(c) >= 32 and not 127 <= ord(c) < 160)
+    sys.stdout.write(text)
+    sys.stdout.flush()
 
 
 def open_output() -> None:

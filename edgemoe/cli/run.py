@@ -6,7 +6,16 @@ from typing import Any
 
 from ..runtime.errors import UsageError
 from . import options
-from .render import as_json, dim, model_name, note, open_output, output_hash, print_notes
+from .render import (
+    as_json,
+    dim,
+    model_name,
+    note,
+    open_output,
+    output_hash,
+    print_notes,
+    write_answer,
+)
 
 EPILOG = """A single argument is the model when it names a folder or ends with .edgemoe, otherwise
 it is the prompt for the bundled model. --model removes the doubt.
@@ -43,7 +52,8 @@ def run(args: argparse.Namespace) -> int:
     from ..sampling import SamplingParams
     from ..session import Session
 
-    params = SamplingParams(**options.sampling_arguments(args))
+    given = options.sampling_arguments(args)
+    SamplingParams(**given)  # a wrong value is refused before the model is loaded
     request: str | list[dict[str, str]] = prompt
     if not args.raw:
         request = [{"role": "user", "content": prompt}]
@@ -51,6 +61,7 @@ def run(args: argparse.Namespace) -> int:
             request.insert(0, {"role": "system", "content": args.system})
     with Engine.from_pretrained(path, **options.engine_arguments(args)) as engine:
         print_notes(engine, args.verbose)
+        params = SamplingParams.from_config(engine.generation_config, **given)
         session = Session(engine)
         if args.json:
             _print_json(engine, session.generate(request, params), args)
@@ -88,12 +99,10 @@ def _print_text(engine: Any, events: Any, args: argparse.Namespace) -> None:
     stats, reason, text = None, None, ""
     for event in events:
         text = event.text or text
-        sys.stdout.write(event.text)
-        sys.stdout.flush()
+        write_answer(event.text)
         stats, reason = event.stats or stats, event.finish_reason or reason
     if not text.endswith("\n"):
-        sys.stdout.write("\n")
-        sys.stdout.flush()
+        write_answer("\n")
     if reason == "length" and args.max_tokens is None:
         note(dim("(cut at the default length; --max-tokens N allows more)", sys.stderr))
     if stats is not None and (args.stats or args.verbose):
