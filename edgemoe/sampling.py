@@ -97,6 +97,9 @@ class SamplingParams:
         return cls(**{name: value for name, value in values.items() if value is not None})
 
 
+_SHORTLIST = 4096  # tokens that nearly always hold top_p of the probability
+
+
 def _bad(name: str, expected: str, got: object) -> UsageError:
     return UsageError(f"bad sampling parameter `{name}`", f"expected {expected}, got {got!r}")
 
@@ -126,11 +129,22 @@ def keep_top_k(logits: "torch.Tensor", top_k: int) -> "torch.Tensor":
 
 def keep_top_p(logits: "torch.Tensor", top_p: float) -> "torch.Tensor":
     """-inf for all but the smallest set of most probable tokens whose sum reaches `top_p`."""
-    ordered, ids = logits.sort(descending=True, stable=True)  # equal values: lowest id first
-    ordered, ids = ordered.flip(0), ids.flip(0)
-    remove = ordered.softmax(0).cumsum(0) <= 1 - top_p
+    import torch
+
+    probabilities = logits.softmax(0)
+    ids, tail = torch.arange(logits.numel()), 0.0
+    if logits.numel() > _SHORTLIST:
+        # Sorting a whole vocabulary takes longer than a small model does for a token.
+        listed, places = probabilities.topk(_SHORTLIST)
+        rest = 1 - float(listed.double().sum())
+        if rest < 1 - top_p - 1e-4:  # everything that is not listed goes, rounding included
+            ids, tail = places.sort().values, rest
+    order = probabilities[ids].argsort(descending=True, stable=True)  # ties: lowest id first
+    ids = ids[order.flip(0)]
+    remove = probabilities[ids].cumsum(0) + tail <= 1 - top_p
     remove[-1] = False
-    return logits.masked_fill(remove.new_empty(remove.shape).scatter_(0, ids, remove), -math.inf)
+    kept = ids[~remove]
+    return torch.full_like(logits, -math.inf).index_copy(0, kept, logits[kept])
 
 
 def keep_min_p(logits: "torch.Tensor", min_p: float) -> "torch.Tensor":
@@ -194,19 +208,22 @@ class Sampler:
         logits = logits / params.temperature
         if not math.isfinite(logits.max()):  # a temperature so small that the quotient overflows
             return int(logits.numpy().argmax())
-        if params.top_k:
-            logits = keep_top_k(logits, params.top_k)
-        ids = logits.isfinite().nonzero().reshape(-1)  # the rest sorts only what top-k left
-        logits = logits[ids]
-        if params.top_p < 1:
-            logits = keep_top_p(logits, params.top_p)
-        if params.min_p > 0:
-            logits = keep_min_p(logits, params.min_p)
+        ids = None
+        for keep, value, is_off in (
+            (keep_top_k, params.top_k, params.top_k == 0),
+            (keep_top_p, params.top_p, params.top_p == 1),
+            (keep_min_p, params.min_p, params.min_p == 0),
+        ):
+            if not is_off:
+                logits = keep(logits, value)
+                kept = logits.isfinite().nonzero().reshape(-1)
+                logits, ids = logits[kept], kept if ids is None else ids[kept]
         cumulative = logits.double().softmax(0).cumsum(0)
         # A draw lies in [0, total): the first token whose sum exceeds it has a probability above 0.
         draw = self._random.random() * float(cumulative[-1])
         place = int((cumulative <= draw).sum())
-        return int(ids[min(place, ids.numel() - 1)])
+        place = min(place, logits.numel() - 1)
+        return place if ids is None else int(ids[place])
 
     def _report(self, logits: "torch.Tensor", token_id: int) -> Choice:
         if not self.params.logprobs:
