@@ -17,6 +17,7 @@ from edgemoe.sampling import (
     penalize_repetition,
 )
 
+torch.set_num_threads(1)  # small rows: threads would only wait for each other
 VOCAB = 211
 
 
