@@ -53,25 +53,28 @@ class Slots:
         self.address[key] = 0
         self._status[key] = ABSENT
 
-    def plan(self, num_bytes: int, fixed: Collection[int]) -> list[Move] | None:
-        """Moves that join free bytes to one extent of `num_bytes`; None where there are none.
+    def join(
+        self, num_bytes: int, fixed: Collection[int], max_moved_bytes: float = float("inf")
+    ) -> bool:
+        """Move records so that one free extent holds `num_bytes`; False where that cannot be done
+        for this price.
 
         Neither the records `fixed` nor those being read move.
         """
         if self.extents.free_bytes < num_bytes:
-            return None
+            return False
         still = {
             offset
             for offset, key in self._key_at.items()
             if self._status[key] == READING or key in fixed
         }
-        return self.extents.plan(num_bytes, still)
-
-    def move(self, moves: Sequence[Move]) -> None:
-        """Carry out moves, in their order."""
+        moves = self.extents.plan(num_bytes, still)
+        if moves is None or sum(move.num_bytes for move in moves) > max_moved_bytes:
+            return False
         for move in moves:
             self._copy(move)
         self.extents.apply(moves)
+        return True
 
     def shrink(self, capacity_bytes: int) -> list[int]:
         """Move records below a new end; returns the keys of those that found no place there.

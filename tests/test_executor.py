@@ -120,7 +120,7 @@ def capacities(index) -> list[int]:
 
 @native
 def test_the_bits_do_not_depend_on_cache_policy_or_threads(index):
-    steps = make_steps([1, 5, 64, 1, 1])
+    steps = make_steps([1, 5, 64, 1])
     with Rig(index, index.expert_bytes) as rig:
         wanted = rig.run(steps)
         again = rig.run(steps)  # everything is resident now
