@@ -17,6 +17,7 @@ namespace {
 
 constexpr int kMaxRows = 4;
 constexpr int kMaxAccumulators = 4;  // of two registers each; more would not stay in 16
+constexpr int kMaxScores = 4;  // chains of products side by side
 
 struct F {
   __m256 low, high;

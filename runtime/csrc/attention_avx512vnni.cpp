@@ -20,6 +20,7 @@ namespace {
 
 constexpr int kMaxRows = 8;
 constexpr int kMaxAccumulators = 16;
+constexpr int kMaxScores = 8;  // chains of products side by side
 
 using F = __m512;
 

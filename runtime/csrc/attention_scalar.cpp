@@ -18,6 +18,7 @@ namespace {
 
 constexpr int kMaxRows = 4;
 constexpr int kMaxAccumulators = 4;
+constexpr int kMaxScores = 4;  // chains of products side by side
 
 struct F {
   float v[kLanes];
