@@ -91,6 +91,6 @@ def answer(conversation: Conversation) -> bool:
         note(dim("(stopped; Ctrl-C again leaves)", sys.stderr))
     elif conversation.finish_reason == "length":
         note(dim("(cut at its length limit; /set max_tokens N allows more)", sys.stderr))
-    if conversation.stats is not None:
+    if conversation.stats is not None and conversation.stats.generated_tokens:
         note(dim(conversation.stats.footer(), sys.stderr))
     return stopped

@@ -80,7 +80,7 @@ class Conversation:
         elif self.finish_reason is None:
             self.messages.pop()  # refused or stopped at once: the question was never answered
         if self.stats is not None:
-            self.totals["turns"] += 1
+            self.totals["turns"] += self.stats.generated_tokens > 0
             self.totals["tokens"] += self.stats.generated_tokens
             for name in ("hits", "misses", "bytes_read"):
                 self.totals[name] += getattr(self.stats, name)

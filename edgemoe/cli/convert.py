@@ -7,6 +7,7 @@ from ..runtime.errors import UsageError
 from .options import existing
 from .render import note, open_output
 
+USAGE = "%(prog)s HF_DIR --out NAME.edgemoe [options]"
 EPILOG = """The plan is printed first; --dry-run stops there and reads no weights. Interrupted at
 any moment, the same command goes on where it was.
 
@@ -37,7 +38,7 @@ def add_format_options(parser: argparse.ArgumentParser) -> None:
         "--trunk-bits",
         type=int,
         choices=(4, 8, 16),
-        help="of everything that is not a routed expert (default: 16)",
+        help="of everything that is not a routed expert (default: 8)",
     )
 
 

@@ -30,6 +30,9 @@ def parse(name: str, about: str, module: Any, argv: Sequence[str]) -> argparse.N
         allow_abbrev=False,
     )
     module.add_arguments(parser)
+    positionals = [a for a in parser._actions if not a.option_strings]
+    words = [f"[{a.metavar}]" if a.nargs == "?" else str(a.metavar) for a in positionals]
+    parser.usage = getattr(module, "USAGE", " ".join(["%(prog)s", *words, "[options]"]))
     parser.add_argument(
         "-v", "--verbose", action="count", default=0, help="more detail on standard error"
     )
@@ -72,7 +75,9 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
     """--memory and what else decides how an engine is opened."""
     group = parser.add_argument_group("engine")
     group.add_argument(
-        "--memory", metavar="SIZE", help="bound of the whole process, such as 4GiB (default: none)"
+        "--memory",
+        metavar="SIZE",
+        help="bound of the whole process, such as 4GiB (default: what keeps every expert)",
     )
     group.add_argument(
         "--context", type=count, metavar="N", help="tokens the KV cache holds (8k is 8192)"
@@ -104,8 +109,8 @@ def engine_arguments(args: argparse.Namespace) -> dict[str, Any]:
 
 
 SAMPLING = {
-    "max_tokens": (int, "N", "at most N new tokens"),
-    "temperature": (float, "X", "0 is greedy"),
+    "max_tokens": (int, "N", "at most N new tokens (default: 256)"),
+    "temperature": (float, "X", "0 is greedy (default: what the model asks for, else 0)"),
     "top_k": (int, "N", "keep the N likeliest tokens (0: all)"),
     "top_p": (float, "X", "keep the likeliest tokens that hold X of the probability"),
     "min_p": (float, "X", "drop tokens below X times the likeliest"),

@@ -9,6 +9,7 @@ from typing import Any
 
 from ..runtime.amounts import format_bytes
 from ..runtime.errors import UsageError
+from ..runtime.format import PAGE_BYTES
 from . import options
 from .render import note, open_output
 
@@ -110,13 +111,18 @@ def compare_runs(
                 row = {"budget": name, "cache_bytes": cache_bytes, "policy": policy}
                 row |= {"threads": threads, **_run(path, row, threads, args)}
                 rows.append(row)
-                hits = 100 * row["hits"] / max(1, row["hits"] + row["misses"])
-                workers = "" if threads is None else f"{threads} thread{'s' * (threads > 1)}, "
-                say(
-                    f"{name:<9} {format_bytes(cache_bytes):>8} of experts, {policy}, {workers}"
-                    f"{row['tokens']} tokens, hit {hits:3.0f} %: logits {row['logits_hash'][:32]}"
-                )
+                say(_line(row))
     return rows
+
+
+def _line(row: dict[str, Any]) -> str:
+    size = format_bytes(row["cache_bytes"])
+    threads = "" if row["threads"] is None else f", threads {row['threads']}"
+    hits = 100 * row["hits"] / max(1, row["hits"] + row["misses"])
+    return (
+        f"{row['budget']:<9} {size:>8} of experts, {row['policy']}{threads}, "
+        f"{row['tokens']} tokens, hit {hits:3.0f} %: logits {row['logits_hash'][:32]}"
+    )
 
 
 def _cache_sizes(
@@ -131,6 +137,7 @@ def _cache_sizes(
     plan = store_plan(load_index(path), None, _context(args), args.kv_bits)
     floor, full = plan.min_cache_bytes, plan.max_cache_bytes
     sizes = {"floor": floor, "2x floor": 2 * floor, "half": max(floor, full // 2)}
+    sizes = {name: num_bytes // PAGE_BYTES * PAGE_BYTES for name, num_bytes in sizes.items()}
     if plan.resident_budget_bytes <= psutil.virtual_memory().available:
         sizes["resident"] = full
     else:
@@ -171,9 +178,14 @@ def _run(
         else:
             generator = random.Random(0)
             prompt = [generator.randrange(engine.args.vocab) for _ in range(args.prompt_tokens)]
+        cache_bytes = engine.cache.capacity_bytes
+        if cache_bytes < row["cache_bytes"]:
+            note(f"note: {row['budget']}: only {format_bytes(cache_bytes)} of experts within the "
+                 "memory that EDGEMOE_MEMORY allows")  # fmt: skip
         with Session(engine) as session:
             decoded = greedy(session, prompt, args.tokens)
     return {
+        "cache_bytes": cache_bytes,
         "tokens": len(decoded.token_ids),
         "hits": decoded.prefill["hits"] + decoded.decode["hits"],
         "misses": decoded.prefill["misses"] + decoded.decode["misses"],
