@@ -123,8 +123,8 @@ void *map_memory(int64_t num_bytes) {
   for (int attempt = 0; attempt < 16; ++attempt) {
     void *room = VirtualAlloc(nullptr, size + kHugePage, MEM_RESERVE, PAGE_NOACCESS);
     if (!room) return nullptr;
-    const uintptr_t aligned =
-        (reinterpret_cast<uintptr_t>(room) + kHugePage - 1) & ~static_cast<uintptr_t>(kHugePage - 1);
+    const uintptr_t mask = static_cast<uintptr_t>(kHugePage - 1);
+    const uintptr_t aligned = (reinterpret_cast<uintptr_t>(room) + mask) & ~mask;
     VirtualFree(room, 0, MEM_RELEASE);
     void *memory = VirtualAlloc(reinterpret_cast<void *>(aligned), size, MEM_RESERVE | MEM_COMMIT,
                                 PAGE_READWRITE);
