@@ -95,7 +95,7 @@ def kill(source: Path, folder: Path, num_points: int, num_random: int) -> object
     assert in_fork(counted) == 0
     whole_s = time.monotonic() - started
     num_events = int(log.read_text())
-    points: list[int | float] = [*range(num_events - 11, num_events + 1)]
+    points: list[int | float] = [*range(num_events - 7, num_events + 1)]
     points += [1 + n * num_events // num_points for n in range(num_points)]
     chance = random.Random(7)
     points += [chance.random() * whole_s for _ in range(num_random)]

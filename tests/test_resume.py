@@ -39,10 +39,10 @@ def child(*arguments: object) -> Any:
 
 def test_killed_at_any_moment(tmp_path: Path) -> None:
     path = make_checkpoint(tmp_path / "hf", num_hidden_layers=4)
-    report = child("kill", path, tmp_path, 16, 6)
+    report = child("kill", path, tmp_path, 11, 4)
     runs = report["runs"]
     by_event = [run for run in runs if isinstance(run["point"], int)]
-    assert len(by_event) == 28 and all(run["killed"] for run in by_event)
+    assert len(by_event) == 19 and all(run["killed"] for run in by_event)
     assert [run for run in runs if run["opened_wrong"]] == []
     assert [run for run in runs if run["redone"]] == []
     assert [run for run in runs if not run["resumed"] or not run["same"] or run["left"]] == []
