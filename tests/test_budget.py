@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from stores import HIDDEN, WIDTHS, make_store
 
@@ -100,6 +100,7 @@ def test_amounts_are_written(num_bytes, text):
     assert format_bytes(num_bytes) == text
 
 
+@settings(deadline=None)
 @given(st.integers(1, 1 << 50))
 def test_what_is_written_reads_back_to_three_digits(num_bytes):
     assert parse_bytes(format_bytes(num_bytes)) == pytest.approx(num_bytes, rel=0.006)
@@ -110,6 +111,7 @@ def line(plan, name):
     return found.num_bytes
 
 
+@settings(deadline=None)
 @given(extra=st.integers(0, 2 << 20), context=st.integers(1, 9000), runtime=st.integers(0, 1 << 30))
 def test_lines_add_up_to_the_budget_and_the_cache_gets_the_rest(index, extra, context, runtime):
     def plan_for(budget):

@@ -69,6 +69,7 @@ def test_a_long_session_neither_overflows_nor_forgets_the_order():
     assert drain(policy, 0, 8) == list(range(8))
 
 
+@settings(deadline=None)
 @given(num_tokens=st.integers(1, 64), start=st.integers(0, 100))
 def test_a_chunk_weighs_what_its_tokens_weigh_one_by_one(num_tokens, start):
     chunk, single = (CycleAware(places(1, 2), 1) for _ in range(2))
