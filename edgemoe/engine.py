@@ -126,6 +126,7 @@ class Engine:
         self.notes += notes
         arena = Arena(max(capacity, PAGE_BYTES), config.backend)
         self._resources.callback(arena.close)
+        self._resources.callback(store.close)  # last in, first out: no read outlives its memory
         self.cache = ExpertCache(store.reader, arena, capacity, self._index.records, config.policy)
         self._experts.executor = self._executor = Executor(
             self.cache,

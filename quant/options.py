@@ -7,6 +7,7 @@ from ..runtime.format import BITS, GROUP_SIZES
 
 DEFAULT_BITS = 4
 DEFAULT_GROUP_SIZE = 64  # quantize.py says why, and why every width is symmetric
+DEFAULT_TRUNK_BITS = 8  # half the resident bytes of 16; docs/decisions.md has the price
 MODE = "sym"
 TRUNK_BITS = (4, 8, 16)
 
@@ -20,7 +21,7 @@ class ConvertOptions:
 
     bits: int = DEFAULT_BITS
     group_size: int | str | None = None
-    trunk_bits: int = 16
+    trunk_bits: int = DEFAULT_TRUNK_BITS
 
     def __post_init__(self) -> None:
         for value, allowed, name in (

@@ -114,7 +114,7 @@ def test_threads_give_the_same_store(tmp_path: Path) -> None:
 
 def test_weight_files_are_plain_safetensors(tmp_path: Path) -> None:
     path = make_checkpoint(tmp_path / "hf", "qwen2_moe")
-    out = convert(path, tmp_path / "a.edgemoe")
+    out = convert(path, tmp_path / "a.edgemoe", ConvertOptions(trunk_bits=16))
     index = load_index(out)
     with safe_open(out / EXPERTS_FILE, "np") as file:
         assert sorted(file.keys()) == sorted(f"layers.{a}.experts.{b}" for a, b in index.records)
