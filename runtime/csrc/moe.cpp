@@ -39,6 +39,7 @@ class Layer {
       : pool_(pool), store_(store), records_(records), a_(*args), level_(kernels()) {}
 
   int32_t run();
+  void drain() const;  // waits for every read of the list
 
  private:
   const em_record &record(int64_t expert) const { return records_[a_.keys[expert]]; }
@@ -50,7 +51,6 @@ class Layer {
   void gate_up(const Segment &segment, int64_t chunk) const;
   void down(const Segment &segment, int64_t chunk) const;
   void combine() const;
-  void drain() const;
 
   em_pool *pool_;
   em_store *store_;
@@ -119,8 +119,11 @@ int32_t Layer::gather_ready(std::vector<int64_t> *ready) {
 }
 
 void Layer::drain() const {
+  if (store_ == nullptr) return;
   for (int64_t i = 0; i < a_.num_experts; ++i) {
-    if (status_of(store_, a_.keys[i]) == EM_READING) em_store_wait(store_, a_.keys[i]);
+    const int32_t key = a_.keys[i];
+    if (key < 0 || key >= num_records_of(store_)) continue;
+    if (status_of(store_, key) == EM_READING) em_store_wait(store_, key);
   }
 }
 
@@ -235,10 +238,7 @@ int32_t Layer::run() {
   std::vector<int32_t> keys;
   while (!waiting_.empty()) {
     const int32_t error = gather_ready(&ready);
-    if (error != 0) {
-      drain();
-      return error;
-    }
+    if (error != 0) return error;
     if (!ready.empty()) {
       compute(ready);
       continue;
@@ -264,9 +264,13 @@ int64_t em_moe_workspace_floats(int64_t num_tokens, int64_t num_pairs, int64_t h
 
 int32_t em_moe_run(em_pool *pool, em_store *store, const em_record *records, em_moe_args *args) {
   if (store != nullptr) records = em::records_of(store);
+  em::Layer layer(pool, store, records, args);
+  int32_t status;
   try {
-    return em::Layer(pool, store, records, args).run();
+    status = layer.run();
   } catch (...) {  // only vectors allocate here
-    return -ENOMEM;
+    status = -ENOMEM;
   }
+  if (status != 0) layer.drain();
+  return status;
 }
