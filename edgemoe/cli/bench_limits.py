@@ -4,18 +4,20 @@ import os
 import random
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
-SWEEP_BYTES = 256 << 20  # larger than any last-level cache it is likely to meet
+MIN_SWEEP_BYTES = 256 << 20
+SWEEP_CACHES = 4  # times the last-level cache, which some servers have a quarter of a gigabyte of
 BATCH_BYTES = 32 << 20
 READ_SECONDS = 1.0
 
 
 def dram_bandwidth(num_threads: int, repeats: int = 3) -> float:
-    """Bytes per second of the best of `repeats` parallel sweeps over 256 MiB."""
+    """Bytes per second of the best of `repeats` parallel sweeps over memory no cache can hold."""
     import numpy as np
 
-    data = np.ones(SWEEP_BYTES // 8, dtype=np.int64)
+    data = np.ones(sweep_bytes() // 8, dtype=np.int64)
     parts = np.array_split(data, num_threads)
     best = 0.0
     with ThreadPoolExecutor(num_threads) as pool:
@@ -23,8 +25,22 @@ def dram_bandwidth(num_threads: int, repeats: int = 3) -> float:
             begin = time.perf_counter()
             for _ in pool.map(np.bitwise_or.reduce, parts):
                 pass
-            best = max(best, SWEEP_BYTES / (time.perf_counter() - begin))
+            best = max(best, data.nbytes / (time.perf_counter() - begin))
     return best
+
+
+def sweep_bytes() -> int:
+    """Bytes to sweep, from the largest cache that the system tells of; a quarter of what is free at
+    most."""
+    import psutil
+
+    largest = 0
+    for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
+        text = path.read_text().strip()
+        if text.endswith("K") and text[:-1].isdigit():
+            largest = max(largest, int(text[:-1]) << 10)
+    free = psutil.virtual_memory().available
+    return min(max(MIN_SWEEP_BYTES, SWEEP_CACHES * largest), free // 4)
 
 
 def storage_bandwidth(index: Any, io: str, num_threads: int = 2) -> dict[str, Any]:

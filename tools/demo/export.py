@@ -118,6 +118,7 @@ def export(model: DemoModel, tokenizer: Path, out: Path, dtype: str) -> None:
     kept = {n: t.to(getattr(torch, dtype)).contiguous() for n, t in tensors(model).items()}
     temporary = out / "model.safetensors.tmp"
     save_file(kept, temporary, metadata={"format": "pt"})
+    temporary.chmod(0o644)
     temporary.replace(out / "model.safetensors")
 
 

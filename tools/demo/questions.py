@@ -21,7 +21,9 @@ def _single(question: str, answer: str, rng: random.Random) -> Case:
 
 
 def _held(entries: list[topics.Entry], rng: random.Random, count: int) -> list[Case]:
-    pairs = [(q, e.answer) for e in entries for q in e.questions if held_out(q)]
+    # An entry with no other wording was trained with the one it has.
+    asked = [e for e in entries if not all(held_out(q) for q in e.questions)]
+    pairs = [(q, e.answer) for e in asked for q in e.questions if held_out(q)]
     rng.shuffle(pairs)
     return [_single(q, a, rng) for q, a in pairs[:count]]
 
@@ -39,16 +41,22 @@ def _remember(rng: random.Random, between: list[tuple[str, str]]) -> Case:
 
 
 def groups(count: int, seed: int) -> dict[str, list[Case]]:
-    """Up to `count` cases for each kind of question."""
+    """Up to `count` cases for each kind of question.
+
+    "Held out" means that this wording of the question was never trained on; its fact was, in other
+    words. The other kinds are drawn anew, but parts of them may have been seen.
+    """
     rng = random.Random(f"evaluate-{seed}")
     sums = [e for e in topics.arithmetic() if e.topic in ("plus", "minus", "times")]
     facts = topics.everyday()
     known = [topics.Entry("edgemoe", asks, answer) for asks, answer in product.blocks()]
     out = {
-        "arithmetic": _held(sums, rng, count),
-        "everyday facts": _held(facts, rng, count),
-        "edgemoe and MoE": _held(known, rng, count),
+        "arithmetic, held out": _held(sums, rng, count),
+        "everyday facts, held out": _held(facts, rng, count),
+        "edgemoe and MoE, held out": _held(known, rng, count),
     }
+    # Few of these have paraphrases that are held out; so the first, taught one of each as well.
+    out["edgemoe and MoE, taught"] = [_single(e.questions[0], e.answer, rng) for e in known]
     # A follow-up on the same topic ("And of Italy?"): the topic stands in the turn before only.
     follow: list[Case] = []
     for _ in range(count):
@@ -64,5 +72,5 @@ def groups(count: int, seed: int) -> dict[str, list[Case]]:
     asked = {chitchat.unknown(rng) for _ in range(20 * count)}
     refused = sorted(q for q in asked if held_out(q))
     rng.shuffle(refused)
-    out["refusal"] = [_single(q, REFUSAL, rng) for q in refused[:count]]
+    out["refusal, held out"] = [_single(q, REFUSAL, rng) for q in refused[:count]]
     return out

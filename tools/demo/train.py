@@ -3,7 +3,11 @@
 The learning rate stays constant and then falls linearly over the last part of the planned minutes,
 so that a run ends on time whatever the machine's speed turns out to be. Run it as
 
-    nohup python train.py --data DATA --out RUN --minutes 75 > RUN/stdout 2>&1 &
+    nohup python train.py --data DATA --out RUN --minutes 75 --workers 2 > RUN/stdout 2>&1 &
+
+Several workers of one thread each train on their own rows and average their weights every few
+steps. On a busy machine that wastes much less than one worker of several threads, which wait
+for each other thousands of times in every step.
 """
 
 from __future__ import annotations
@@ -11,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -70,6 +75,44 @@ def loss_weights(targets: np.ndarray, answer: float = 1.5, question: float = 0.3
     return weights
 
 
+class Workers:
+    """The processes that train together; the first one starts the others."""
+
+    def __init__(self, folder: Path, count: int) -> None:
+        import torch.distributed as dist
+
+        self.count, self.rank = count, int(os.environ.get("DEMO_RANK", "0"))
+        meeting = folder / "meeting"
+        if count == 1:
+            return
+        if self.rank == 0:
+            meeting.unlink(missing_ok=True)
+            for rank in range(1, count):
+                environment = os.environ | {"DEMO_RANK": str(rank)}
+                subprocess.Popen([sys.executable, *sys.argv], env=environment)
+        url = meeting.resolve().as_uri()
+        dist.init_process_group("gloo", init_method=url, rank=self.rank, world_size=count)
+
+    def average(self, model: Any, progress: float) -> float:
+        """Average the weights over the workers; returns the first worker's progress."""
+        import torch
+        import torch.distributed as dist
+
+        if self.count == 1:
+            return progress
+        with torch.no_grad():
+            flat = torch.cat([p.view(-1) for p in model.parameters()])
+            dist.all_reduce(flat)
+            flat /= self.count
+            for p, part in zip(
+                model.parameters(), flat.split([p.numel() for p in model.parameters()]), strict=True
+            ):
+                p.copy_(part.view(p.shape))
+            agreed = torch.tensor([progress], dtype=torch.float64)
+            dist.broadcast(agreed, 0)
+        return float(agreed)
+
+
 def scale_at(progress: float, step: int, decay_from: float) -> float:
     """Relative learning rate: short warm-up, constant, linear to a twentieth."""
     warm = min(1.0, (step + 1) / 100)
@@ -96,12 +139,12 @@ def train(args: argparse.Namespace) -> None:
     from optim import DemoOptimizer
 
     torch.set_num_threads(args.threads)
+    workers = Workers(args.out, args.workers)
     torch.manual_seed(args.seed)
     compile_parts()
     model = DemoModel(DemoConfig(num_layers=args.layers))
     optimizer = DemoOptimizer(model, args.matrix_lr, args.other_lr)
     data = Rows(args.data, "train")
-    args.out.mkdir(parents=True, exist_ok=True)
     checkpoint = args.out / "checkpoint.pt"
     step, tokens, before = 0, 0, 0.0
     if checkpoint.exists():
@@ -112,14 +155,20 @@ def train(args: argparse.Namespace) -> None:
         print(f"resumed at step {step}", flush=True)
     began = saved = logged = time.monotonic()
     recent: list[float] = []
-    log = (args.out / "log.jsonl").open("a", encoding="utf-8")
+    name = "log.jsonl" if workers.rank == 0 else f"log.{workers.rank}.jsonl"
+    log = (args.out / name).open("a", encoding="utf-8")
+    progress = 0.0
     while True:
         seconds = before + time.monotonic() - began
-        progress = seconds / (args.minutes * 60)
-        if args.tokens:
-            progress = max(progress, tokens / args.tokens)
+        together = step % args.average_every == 0
+        if together:
+            progress = seconds / (args.minutes * 60)
+            if args.tokens:
+                progress = max(progress, tokens / args.tokens)
+            progress = workers.average(model, progress)
         done = progress >= 1
-        if done or time.monotonic() - saved > args.save_minutes * 60:
+        due = together and workers.rank == 0
+        if due and (done or time.monotonic() - saved > args.save_minutes * 60):
             saved = time.monotonic()
             save(
                 checkpoint,
@@ -135,7 +184,7 @@ def train(args: argparse.Namespace) -> None:
         if done:
             break
         length = 256 if progress < args.long_from else 512
-        rng = np.random.default_rng([args.seed, step])
+        rng = np.random.default_rng([args.seed, step, workers.rank])
         batch = data.batch(rng, length)
         weights = torch.from_numpy(loss_weights(batch[:, 1:])).view(-1)
         rows = torch.from_numpy(batch)
@@ -148,7 +197,7 @@ def train(args: argparse.Namespace) -> None:
         scale = scale_at(progress, step, args.decay_from)
         norm = optimizer.step(scale)
         recent.append(float(loss.detach()))
-        step, tokens = step + 1, tokens + rows[:, 1:].numel()
+        step, tokens = step + 1, tokens + rows[:, 1:].numel() * args.workers
         if step % args.log_every == 0:
             now = time.monotonic()
             record = {
@@ -160,7 +209,9 @@ def train(args: argparse.Namespace) -> None:
                 "balance": round(float(balance.detach()), 3),
                 "norm": round(norm, 2),
                 "scale": round(scale, 3),
-                "tokens_per_s": round(len(recent) * TOKENS_PER_STEP / (now - logged)),
+                "tokens_per_s": round(
+                    len(recent) * TOKENS_PER_STEP * args.workers / (now - logged)
+                ),
             }
             log.write(json.dumps(record) + "\n")
             log.flush()
@@ -180,7 +231,9 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=75.0, help="planned training time")
     parser.add_argument("--tokens", type=int, default=0, help="stop after this many tokens")
     parser.add_argument("--layers", type=int, default=6)
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--workers", type=int, default=1, help="training processes")
+    parser.add_argument("--threads", type=int, default=1, help="threads of each process")
+    parser.add_argument("--average-every", type=int, default=10, help="steps between averages")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--balance", type=float, default=0.01, help="load-balancing coefficient")
     parser.add_argument("--matrix-lr", type=float, default=0.02)
@@ -191,6 +244,7 @@ def main() -> None:
     parser.add_argument("--log-every", type=int, default=20)
     args = parser.parse_args()
     if any(os.environ.get(k) != v for k, v in ALLOCATOR.items()):
+        args.out.mkdir(parents=True, exist_ok=True)
         os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | ALLOCATOR)
     train(args)
 
