@@ -78,6 +78,12 @@ def test_run_prints_the_answer_and_nothing_else(run: Cli, store: Path) -> None:
     assert run("run", store, "-", "-n", 8, stdin="the router") == again
 
 
+def test_the_prompt_may_come_after_the_options(run: Cli, store: Path) -> None:
+    first = run("run", store, "the router", "-n", 4)
+    assert run("run", store, "-n", 4, "the router") == first
+    assert first[0] == 0
+
+
 def test_run_json_is_one_object(run: Cli, store: Path) -> None:
     code, out, err = run("run", store, "the router", "-n", 6, "--json", "--logprobs", 2)
     assert (code, err) == (0, "")

@@ -37,7 +37,8 @@ def parse(name: str, about: str, module: Any, argv: Sequence[str]) -> argparse.N
         "-v", "--verbose", action="count", default=0, help="more detail on standard error"
     )
     _read_environment(parser)
-    return parser.parse_args(argv)
+    # Intermixed: `run MODEL --memory 4GiB "prompt"` has its two positionals apart.
+    return parser.parse_intermixed_args(argv)
 
 
 def variable_of(option: str) -> str:

@@ -7,6 +7,7 @@ import random
 import chitchat
 import product
 import stories
+import tasks
 import topics
 from dialogues import REFUSAL, SYSTEMS, Message, held_out
 
@@ -69,6 +70,12 @@ def groups(count: int, seed: int) -> dict[str, list[Case]]:
     out["follow-up in context"] = follow
     between = [(e.questions[0], e.answer) for e in facts + sums]
     out["name remembered"] = [_remember(rng, between) for _ in range(count)]
+    greeted = [stories.new_name(rng) for _ in range(count)]
+    out["name greeted"] = [
+        _single(f"My name is {name}.", f"Nice to meet you, {name}.", rng) for name in greeted
+    ]
+    judged = [tasks.yes_no(rng) for _ in range(count)]
+    out["yes or no"] = [_single(rng.choice(e.questions), e.answer, rng) for e in judged]
     asked = {chitchat.unknown(rng) for _ in range(20 * count)}
     refused = sorted(q for q in asked if held_out(q))
     rng.shuffle(refused)
