@@ -9,6 +9,10 @@
 //   asymmetric, after that: acc = fma(weight min, scale_s * sum_s, acc) for each s, ascending
 // dot_s is an exact integer that fits a float.
 
+// How far ahead of the weights in use the next ones are fetched. The processor's own prefetch stops
+// at every page; of 1, 1.5, 2 and 4 KiB this was best, the loop a sixth faster than without.
+constexpr int64_t kAhead = 2048;
+
 // Word W (4 columns) of the 32 columns whose codes start at p.
 template <int BITS, int W>
 EM_INLINE B code_word(const uint8_t *p) {
@@ -44,6 +48,8 @@ EM_INLINE const uint8_t *weight_group(const uint8_t *p, const uint8_t *scales, c
     Dot dot[NT];
     EM_UNROLL
     for (int t = 0; t < NT; ++t) dot[t] = dot_begin<BITS, ASYM>(a[t][s + i].negative_sum);
+    EM_UNROLL
+    for (int line = 0; line < BITS; ++line) __builtin_prefetch(p + kAhead + line * kLineBytes);
     dot_word<BITS, NT, 0>(p, a, s + i, dot);
     dot_word<BITS, NT, 1>(p, a, s + i, dot);
     dot_word<BITS, NT, 2>(p, a, s + i, dot);
@@ -89,6 +95,7 @@ void tile_codes(const uint8_t *p, int64_t cols, const void *const *x, float *out
   int64_t s = 0;
   for (int64_t g = 0; g + 2 <= num_groups; g += 2, s += 2 * G / kActGroup) {
     const uint8_t *line = p;
+    __builtin_prefetch(line + kAhead);
     p = weight_group<BITS, G, ASYM, NT>(p + kLines * kLineBytes, line, line + kLineBytes, a, s, acc);
     p = weight_group<BITS, G, ASYM, NT>(p, line + 32, line + kLineBytes + 32, a, s + G / kActGroup,
                                         acc);
@@ -112,6 +119,8 @@ void tile_16bit(const uint8_t *p, int64_t cols, const void *const *x, float *out
   }
   int64_t c = 0;
   for (; c + 4 <= cols; c += 4, p += 2 * kLineBytes) {
+    __builtin_prefetch(p + kAhead);
+    __builtin_prefetch(p + kAhead + kLineBytes);
     const B line0 = load_bytes(p), line1 = load_bytes(p + kLineBytes);
     const F w0 = low_half<FP16>(line0), w1 = high_half<FP16>(line0);
     EM_UNROLL

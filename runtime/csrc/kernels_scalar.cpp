@@ -11,6 +11,7 @@
 #else
 #define EM_FMA fmaf
 #define __builtin_memcpy memcpy
+#define __builtin_prefetch(address)
 #endif
 
 namespace em {
