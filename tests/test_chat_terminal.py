@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
+import psutil
 import pytest
 from tiny_checkpoint import make_checkpoint
 from tokenizers_small import byte_level, write
@@ -69,6 +70,15 @@ class Terminal:
                 raise AssertionError(f"`{pattern}` did not appear in:\n{self.text}")
         self._seen = found.end()
         return found.group()
+
+    def interrupt(self) -> None:
+        """Ctrl-C at the prompt: once the process sleeps there, since readline loses a signal that
+        comes while it prepares the terminal."""
+        process, before = psutil.Process(self.process.pid), None
+        while process.status() != psutil.STATUS_SLEEPING or process.cpu_times()[:2] != before:
+            before = process.cpu_times()[:2]
+            time.sleep(0.2)
+        self.type("\x03")
 
     def finish(self) -> int:
         """Read to the end; returns the exit code."""
@@ -135,7 +145,7 @@ def test_a_conversation(store: Path, terminals: list[Terminal], editor: dict[str
     chat.expect(PROMPT)
     chat.type("/stats\r")
     chat.expect("expert cache")
-    chat.expect("so far: 1 answers, 5 tokens")
+    chat.expect("so far: 1 answer, 5 tokens")
     chat.expect(PROMPT)
     chat.type("/nonsense\r")
     chat.expect("unknown command `/nonsense`")
@@ -163,7 +173,7 @@ def test_the_first_control_c_stops_the_answer_and_the_second_leaves(
     tokens = int(chat.expect(r"\d+ tok ·").split()[0])
     assert 0 < tokens < 30000
     chat.expect(PROMPT)
-    chat.type("\x03")
+    chat.interrupt()
     assert chat.finish() == 130
     assert "Traceback" not in chat.text
 
@@ -183,10 +193,10 @@ def test_a_stopped_conversation_goes_on(store: Path, terminals: list[Terminal]) 
     chat.type("and the trunk\r")
     chat.expect("4 tok ·")
     chat.expect(PROMPT)
-    chat.type("\x03")  # something was said in between: this one only warns
+    chat.interrupt()  # something was said in between: this one only warns
     chat.expect("Ctrl-C again leaves")
     chat.expect(PROMPT)
-    chat.type("\x03")
+    chat.interrupt()
     assert chat.finish() == 130
 
 
