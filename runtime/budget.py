@@ -272,7 +272,7 @@ def _with_headroom(num_bytes: int) -> int:
 
 
 def _notes(budget: int, is_default: bool, limit: MemoryLimit) -> tuple[str, ...]:
-    if budget <= limit.num_bytes:
+    if budget <= limit.num_bytes + PAGE_BYTES:  # the system rounds a limit down to a page
         return ()
     asked = "keeping every expert in memory takes" if is_default else "--memory asks for"
     return (

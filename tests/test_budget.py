@@ -226,6 +226,12 @@ def test_a_budget_above_what_the_system_allows_is_said_aloud(index):
     assert "every expert" in note and "this machine" in note
 
 
+def test_a_limit_rounded_down_to_a_page_is_not_exceeded(index):
+    limit = MemoryLimit(GIB, "this container or control group")
+    assert not make_plan(index, DIMS, GIB + 4096, limit=limit).notes
+    assert make_plan(index, DIMS, GIB + 4097, limit=limit).notes
+
+
 @pytest.mark.skipif(core.lib is None, reason="native core not built")
 def test_the_workspace_is_what_the_core_says():
     pairs = wave_pairs(512, 8)
