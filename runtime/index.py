@@ -117,9 +117,9 @@ def save_index(index: StoreIndex) -> None:
 
 
 def load_index(path: str | Path) -> StoreIndex:
-    """Open a store's index and check it against the headers of both weight files.
+    """Open a store's index and check it against the header of the experts' file.
 
-    Reads no weights. Raises NotFoundError, or FormatError naming what does not agree.
+    Reads no weights. Raises NotFoundError, or FormatError naming what is missing or does not agree.
     """
     path = Path(path)
     if not path.is_dir():
@@ -148,6 +148,9 @@ def load_index(path: str | Path) -> StoreIndex:
         raise FormatError(f"`{path / STORE_FILE}` is malformed", str(error)) from error
     except UsageError as error:  # a shape that could not have been stored
         raise FormatError(f"`{path / STORE_FILE}` is malformed", error.what) from error
+    for name in (EXPERTS_FILE, TRUNK_FILE):
+        if not (path / name).is_file():
+            raise FormatError(f"`{path}` is incomplete", f"it has no `{name}`")
     _check_experts_file(index)
     return index
 
@@ -184,8 +187,6 @@ def _parse(path: Path, document: Mapping[str, Any]) -> StoreIndex:
 def _check_experts_file(index: StoreIndex) -> None:
     """Move every record's offset behind the file's header; refuse a file that disagrees."""
     name = index.path / EXPERTS_FILE
-    if not name.is_file():
-        raise FormatError(f"`{index.path}` is incomplete", f"it has no `{EXPERTS_FILE}`")
     try:
         with open(name, "rb") as file:
             tensors, _ = read_header(file, str(name))

@@ -181,6 +181,13 @@ def test_truncated_while_open(index, backend):
         os.replace(index.path.parent / f"fresh-{name}" / name, index.path / name)
 
 
+@pytest.mark.parametrize("name", [EXPERTS_FILE, TRUNK_FILE])
+def test_a_missing_weight_file_is_named(index, name):
+    (index.path / name).unlink()
+    with pytest.raises(FormatError, match=f"has no `{name}`"):
+        load_index(index.path)
+
+
 def test_deleted_while_open(index, backend):
     with Store(index.path, backend=backend) as store:
         embed = store.trunk_tensor("embed")
