@@ -4,6 +4,7 @@ import os
 import sys
 from collections.abc import Callable
 from functools import cache
+from typing import Any
 
 PROMPT, MORE = ">>> ", "... "
 FENCE = '"""'
@@ -33,9 +34,7 @@ def _reader() -> Callable[[str], str]:
         return _read_pipe
     if sys.stdout.isatty() and os.environ.get("TERM") != "dumb":
         try:
-            from prompt_toolkit import PromptSession
-
-            return PromptSession().prompt
+            return _editor().prompt
         except ImportError:
             pass
     try:
@@ -43,6 +42,22 @@ def _reader() -> Callable[[str], str]:
     except ImportError:
         pass
     return input if sys.stdout.isatty() else _read_terminal
+
+
+def _editor() -> Any:
+    """A prompt_toolkit session; ImportError without that library."""
+    from prompt_toolkit import PromptSession
+    from prompt_toolkit.key_binding import KeyBindings
+    from prompt_toolkit.keys import Keys
+
+    bindings = KeyBindings()
+
+    # A pasted colour such as ESC[31m looks like a mouse click, and the default handler fails on it.
+    @bindings.add(Keys.Vt100MouseEvent, eager=True)
+    def _(event: Any) -> None:
+        pass
+
+    return PromptSession(key_bindings=bindings)
 
 
 def _read_pipe(prompt: str) -> str:
