@@ -24,7 +24,11 @@ are for finding limits, and labelled in the output.
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.add_model(parser)
     parser.add_argument(
-        "-p", "--prompt-tokens", type=options.count, default=512, metavar="N", help="default: 512"
+        "-p",
+        "--prompt-tokens",
+        type=options.count,
+        metavar="N",
+        help="default: 512, or what the context of the model has room for",
     )
     parser.add_argument(
         "-n", "--tokens", type=options.count, default=128, metavar="N", help="default: 128"

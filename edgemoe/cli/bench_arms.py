@@ -18,6 +18,7 @@ from .render import note, one_line, output_hash
 
 SCHEMA = 1
 WARM_UP_TOKENS = 8
+PROMPT_TOKENS = 512
 
 
 @dataclass(slots=True)
@@ -34,6 +35,8 @@ def measure(path: Path, args: argparse.Namespace) -> dict[str, Any]:
     Raises BudgetError where no arm fits.
     """
     index = load_index(path)
+    if args.prompt_tokens is None:
+        args.prompt_tokens = _prompt_tokens(index, args)
     context = args.context or args.prompt_tokens + args.tokens
     if context < args.prompt_tokens + args.tokens:
         raise UsageError(
@@ -79,6 +82,14 @@ def measure(path: Path, args: argparse.Namespace) -> dict[str, Any]:
         "limits": limits,
         "rows": list(rows.values()),
     }
+
+
+def _prompt_tokens(index: StoreIndex, args: argparse.Namespace) -> int:
+    """The usual length of a prompt, or what the context leaves beside the decoded tokens."""
+    from ..models import parse_config
+
+    room = (args.context or parse_config(index.config).max_context) - args.tokens
+    return min(PROMPT_TOKENS, room) if room > 0 else PROMPT_TOKENS  # what is refused below
 
 
 def _arm(word: str, plan: Any) -> Arm:
