@@ -225,6 +225,8 @@ class ChatTemplate:
         control = tokenizer.control_tokens(self.source + (self.tool_source or ""))
         options = {name: mark_control_tokens(value, control) for name, value in options.items()}
         text = self.render(mark_control_tokens(list(messages), control), **options)
+        if not text:
+            raise TemplateError("the chat template writes no prompt", "", _NEXT_STEP)
         return encode_marked(tokenizer, text, control)
 
     def close(self) -> None:
@@ -249,4 +251,4 @@ def _read(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise TemplateError(f"`{path}` cannot be read", str(error)) from error
+        raise TemplateError(f"`{path}` cannot be read", str(error), _NEXT_STEP) from error

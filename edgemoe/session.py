@@ -98,10 +98,12 @@ class Session:
         if not ids:
             raise UsageError("the prompt is empty", "it has no tokens", "give some text")
         if len(ids) > capacity:
+            most = self.engine.args.max_context
             raise UsageError(
                 f"the prompt has {len(ids)} tokens",
                 f"the context holds {capacity}",
-                f"raise --context (the model takes {self.engine.args.max_context}) or shorten it",
+                "shorten it"
+                + (f", or raise --context (the model takes {most})" if capacity < most else ""),
             )
         return ids
 

@@ -41,7 +41,8 @@ class Checkpoint:
                 f"no checkpoint at `{self.path}`", "expected a folder with config.json"
             )
         if (self.path / "store.json").exists():
-            raise UsageError(f"`{self.path}` is already an edgemoe store", "expected a checkpoint")
+            what, why = f"`{self.path}` is already an edgemoe store", "expected a checkpoint"
+            raise UsageError(what, why, f"edgemoe inspect {self.path} shows what it holds")
         self.config = _read_json(self.path / "config.json")
         self.args = parse_config(self.config)
         self.module = load_module(self.args.model_type)
@@ -287,7 +288,9 @@ def _read_json(path: Path) -> dict[str, Any]:
         document = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError(
-            f"`{path.parent}` has no `{path.name}`", "expected a Hugging Face checkpoint folder"
+            f"`{path.parent}` has no `{path.name}`",
+            "expected a Hugging Face checkpoint folder",
+            "check the path, or " + _AGAIN,
         ) from None
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"`{path}` does not parse", str(error), _AGAIN) from error

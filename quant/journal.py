@@ -65,7 +65,11 @@ def check_target(target: Path) -> None:
             "choose another --out, or remove it first",
         )
     if not target.parent.is_dir():
-        raise NotFoundError(f"no folder `{target.parent}`", f"`{target.name}` was to be made in it")
+        raise NotFoundError(
+            f"no folder `{target.parent}`",
+            f"`{target.name}` was to be made in it",
+            "make it first, or choose another --out",
+        )
 
 
 class Partial:

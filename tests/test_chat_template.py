@@ -226,6 +226,12 @@ def test_one_worker_serves_many_renders_and_stays_small(worker):
     assert psutil.Process(pid).memory_info().rss < TEMPLATE_BYTES
 
 
+def test_a_template_that_writes_nothing_is_named(worker):
+    tokenizer = Tokenizer(byte_level(), {})
+    with pytest.raises(TemplateError, match="writes no prompt"):
+        template("{% if false %}x{% endif %}", worker).encode(tokenizer, CHAT)
+
+
 def test_a_worker_that_dies_is_replaced():
     worker = TemplateWorker()
     assert template("x", worker).render(CHAT) == "x"

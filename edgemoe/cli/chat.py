@@ -69,7 +69,7 @@ def talk(conversation: Conversation) -> int:
         except Leave:
             return code
         except EdgeMoeError as error:
-            failed = report_error(error)
+            failed = report_error(error, "/help lists the commands")
             code = code or (0 if sys.stdin.isatty() else failed)
 
 

@@ -53,7 +53,8 @@ class Conversation:
             else:
                 parsed = SAMPLING[name][0](value)
         except ValueError as error:
-            raise UsageError(f"`{name}` cannot be `{value}`", str(error)) from error
+            kind = "a whole number" if SAMPLING[name][0] is int else "a number"
+            raise UsageError(f"`{name}` cannot be `{value}`", f"expected {kind}") from error
         self.params = replace(self.params, **{name: parsed})
 
     def stream(self) -> Iterator[Any]:

@@ -12,17 +12,20 @@ from ..runtime.errors import EdgeMoeError, FormatError, UsageError
 # For errors that do not say themselves what to do.
 _NEXT: dict[type, str] = {
     UsageError: "edgemoe COMMAND --help lists what can be given",
-    FormatError: "edgemoe verify tells more; copy the store again, or convert the checkpoint again",
+    FormatError: "copy the store again, or convert the checkpoint again",
 }
 
 
-def report_error(error: Exception) -> int:
-    """Print what, why and what next, one line each, on standard error; returns the exit code."""
+def report_error(error: Exception, default_step: str = "") -> int:
+    """Print what, why and what next, one line each, on standard error; returns the exit code.
+
+    `default_step`: what to do next, for errors that do not say so themselves.
+    """
     if isinstance(error, EdgeMoeError):
         what, why, next_step, code = error.what, error.why, error.next_step, error.exit_code
     else:
         what, why, next_step, code = _foreign(error)
-    next_step = next_step or _NEXT.get(type(error), "")
+    next_step = next_step or default_step or _NEXT.get(type(error), "")
     lines = [f"edgemoe: {one_line(what)}"]
     table = getattr(error, "table", None)  # a floor, line by line
     if table:
