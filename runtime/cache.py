@@ -178,7 +178,7 @@ class ExpertCache:
         if not freed:
             return
         index = np.array(freed, dtype=np.int64)
-        if (self._status[index] == READY).all():
+        if self._status[index].tolist().count(READY) == len(freed):
             self._blocked[index] = False
         else:
             self._unsettled.update(freed)

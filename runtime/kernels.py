@@ -176,7 +176,9 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, backend: str | None = None) 
         raise UsageError(
             f"rms_norm: expected fp32 [..., {weight.numel()}], got {x.dtype} {list(x.shape)}"
         )
-    weight = weight.to(torch.float32).contiguous()
+    if weight.dtype != torch.float32:
+        weight = weight.to(torch.float32)
+    weight = weight.contiguous()
     if (backend or core.BACKEND) != "native":
         return reference.rms_norm(x, weight, eps)
     x = x.contiguous()
