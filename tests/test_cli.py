@@ -415,6 +415,24 @@ def test_bench_random_and_markdown(run: Cli, store: Path, monkeypatch: pytest.Mo
     assert json.loads(out)["prompts"]["kind"] == "random"
 
 
+def test_bench_takes_a_prompt_that_the_context_has_room_for(
+    run: Cli, store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from edgemoe.cli import bench_limits
+    from edgemoe.models import parse_config
+    from edgemoe.runtime.index import load_index
+
+    monkeypatch.setattr(bench_limits, "sweep_bytes", lambda: 8 << 20)
+    words = ("bench", store, "-n", 4, "-r", 1, "--memory", "4GiB", "--json")
+    code, out, _ = run(*words)
+    most = parse_config(load_index(store).config).max_context
+    assert code == 0 and most < 512
+    assert json.loads(out)["prompts"]["tokens"] == most - 4
+    code, out, _ = run(*words, "--context", 20)
+    assert json.loads(out)["prompts"]["tokens"] == 16
+    assert run("bench", store, "-n", most)[0] == 2
+
+
 def test_bench_refuses(run: Cli, store: Path, tmp_path: Path) -> None:
     assert run("bench", store, "--memory", "1%", "-r", 1, "-p", 8, "-n", 2)[0] == 3
     assert run("bench", store, "--memory", "0%")[0] == 2

@@ -118,10 +118,10 @@ def test_environment_fills_in_and_a_flag_wins(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setenv("EDGEMOE_JSON", "yes")
     monkeypatch.setenv("EDGEMOE_STOP", "END")
     args = parse_run("hello")
-    assert (args.memory, args.kv_bits, args.context, args.json) == ("3GiB", 32, 8192, True)
+    assert (args.memory, args.kv_bits, args.context, args.json) == (3 << 30, 32, 8192, True)
     assert options.sampling_arguments(args) == {"stop": ("END",)}
     args = parse_run("hello", "--memory", "1GiB", "--kv-bits", "16")
-    assert (args.memory, args.kv_bits) == ("1GiB", 16)
+    assert (args.memory, args.kv_bits) == (1 << 30, 16)
 
 
 @pytest.mark.parametrize(
@@ -272,3 +272,24 @@ def test_peak_memory_sees_a_peak(tmp_path: Path) -> None:
     assert peak.page_cache_bytes is not None
     assert peak.page_cache_bytes in range(0, 3_004_417)
     del block
+
+
+def test_a_pasted_colour_does_not_end_the_chat() -> None:
+    pytest.importorskip("prompt_toolkit")
+    from prompt_toolkit.application import create_app_session
+    from prompt_toolkit.input import create_pipe_input
+    from prompt_toolkit.output import DummyOutput
+
+    with create_pipe_input() as keys, create_app_session(input=keys, output=DummyOutput()):
+        keys.send_text("a\x1b[31mb\r")
+        assert chat_input._editor().prompt() == "ab"
+
+
+@pytest.mark.parametrize("command", ["run", "chat", "plan"])
+def test_a_wrong_amount_names_the_variable_it_came_from(
+    command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("EDGEMOE_MEMORY", "much")
+    assert cli.main([command, "--help"]) == 2
+    error = capsys.readouterr().err
+    assert "`EDGEMOE_MEMORY` is `much`" in error and "write 4GiB" in error

@@ -64,6 +64,8 @@ def _read_environment(parser: argparse.ArgumentParser) -> None:
 def _converted(action: argparse.Action, variable: str, value: str) -> Any:
     try:
         result = action.type(value) if callable(action.type) else value
+    except UsageError as error:
+        raise UsageError(f"`{variable}` is `{value}`", error.why, error.next_step) from error
     except (ValueError, TypeError, argparse.ArgumentTypeError) as error:
         raise UsageError(f"`{variable}` is `{value}`", str(error)) from error
     if action.choices is not None and result not in action.choices:
@@ -77,6 +79,7 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("engine")
     group.add_argument(
         "--memory",
+        type=size,
         metavar="SIZE",
         help="bound of the whole process, such as 4GiB (default: what keeps every expert)",
     )
@@ -153,6 +156,13 @@ def count(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"expected a positive whole number, got `{text}`")
     return value
+
+
+def size(text: str) -> int:
+    """`4GiB` in bytes; UsageError for what is no amount of memory."""
+    from ..runtime.amounts import parse_bytes
+
+    return parse_bytes(text)
 
 
 def counts(text: str) -> list[int]:

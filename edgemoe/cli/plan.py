@@ -22,7 +22,9 @@ store that edgemoe convert would make of it. Exit code 3 where the budget is bel
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.add_model(parser, "a store or a checkpoint folder (default: bundled model)")
-    parser.add_argument("--memory", metavar="SIZE", help="default: what keeps every expert")
+    parser.add_argument(
+        "--memory", type=options.size, metavar="SIZE", help="default: what keeps every expert"
+    )
     parser.add_argument("--context", type=options.count, metavar="N", help="tokens (8k is 8192)")
     parser.add_argument("--kv-bits", type=int, choices=(16, 32), default=16, help="default: 16")
     add_format_options(parser)
