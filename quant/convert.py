@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ..runtime import kernels
+from ..runtime.amounts import format_bytes
 from ..runtime.checksum import crc32c
 from ..runtime.errors import BudgetError, CheckpointError
 from ..runtime.format import TILE_ROWS, QuantSpec, RecordLayout
@@ -109,7 +110,7 @@ def _check_disk(target: Path, plan: ConversionPlan, source: Path) -> None:
     if free < needed:
         raise BudgetError(
             f"the disk of `{target.parent}` is too small",
-            f"the store needs {needed:,} more bytes, {free:,} are free",
+            f"the store needs {format_bytes(needed)} more, {format_bytes(free)} are free",
             "free some space, or choose fewer --bits or another --out",
         )
 

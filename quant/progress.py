@@ -73,8 +73,9 @@ class PlainLines:
         self._printed = time.monotonic()
         rate = (self._done - self._first) / max(1e-9, self._printed - self._began)
         left = (self._total - self._done) / rate if rate > 0 else 0.0
-        text = f"{self._phase}: {self._done / 1e6:,.0f} of {self._total / 1e6:,.0f} MB"
-        text += f", {rate / 1e6:,.0f} MB/s"
+        digits = 0 if self._total >= 1e6 else 2
+        text = f"{self._phase}: {self._done / 1e6:,.{digits}f}"
+        text += f" of {self._total / 1e6:,.{digits}f} MB, {rate / 1e6:,.{digits}f} MB/s"
         if self._done < self._total and rate > 0:
             text += f", {_clock(left)} left"
         print(text, file=self._stream, flush=True)

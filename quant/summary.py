@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
+from ..runtime.amounts import format_count
 from ..runtime.format import QuantSpec
 
 
@@ -59,7 +60,7 @@ def table(rows: list[PlanRow]) -> list[str]:
             (
                 row.name,
                 f"{row.num_tensors:,}",
-                f"{row.num_weights / 1e6:,.2f} M",
+                format_count(row.num_weights),
                 _size(row.source_bytes),
                 _size(row.output_bytes),
                 f"{row.bpw:.2f}",

@@ -38,3 +38,8 @@ def format_bytes(num_bytes: int) -> str:
             digits = max(0, 2 - int(math.log10(abs(value))))
             return f"{value:.{digits}f} {unit}"
     return f"{num_bytes} B"
+
+
+def format_count(count: int) -> str:
+    """`18.87 M`, and small counts to the last one: `3,328`."""
+    return f"{count / 1e6:,.2f} M" if count >= 10_000 else f"{count:,}"

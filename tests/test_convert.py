@@ -22,6 +22,7 @@ from edgemoe.quant.plan import plan_conversion
 from edgemoe.quant.progress import Silent, open_progress
 from edgemoe.quant.quantize import dequantize, quantize
 from edgemoe.runtime import kernels
+from edgemoe.runtime.amounts import parse_bytes
 from edgemoe.runtime.errors import BudgetError, NotFoundError, UsageError
 from edgemoe.runtime.format import PAGE_BYTES, QuantSpec, read_header
 from edgemoe.runtime.index import EXPERTS_FILE, TRUNK_FILE, StoreIndex, load_index
@@ -286,10 +287,10 @@ def test_a_disk_that_is_too_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     needed = plan_conversion(path).output_bytes
     usage = type(shutil.disk_usage(tmp_path))(10**9, 10**9 - 5000, 5000)
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage)
-    with pytest.raises(BudgetError, match=r"needs ([\d,]+) more bytes, 5,000 are free") as caught:
+    with pytest.raises(BudgetError, match=r"needs .* more, 4.88 KiB are free") as caught:
         convert(path, tmp_path / "a.edgemoe")
     said = caught.value.why.split("needs ")[1].split(" more")[0]
-    assert int(said.replace(",", "")) >= needed and caught.value.exit_code == 3
+    assert parse_bytes(said) >= needed and caught.value.exit_code == 3
     assert sorted(tmp_path.iterdir()) == [path]
 
 

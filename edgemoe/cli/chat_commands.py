@@ -66,8 +66,9 @@ def _stats(conversation: Conversation, rest: str) -> None:
     rate = f", hit {100 * totals['hits'] / lookups:.0f} %" if lookups else ""
     note("\n".join(conversation.engine.plan.table()))
     note(f"in use now: {format_bytes(conversation.engine.memory_bytes())}")
+    answers = "1 answer" if totals["turns"] == 1 else f"{totals['turns']} answers"
     note(
-        f"so far: {totals['turns']} answers, {totals['tokens']} tokens{rate}, "
+        f"so far: {answers}, {totals['tokens']} tokens{rate}, "
         f"{format_bytes(totals['bytes_read'])} of experts read"
     )
     if conversation.stats is not None:

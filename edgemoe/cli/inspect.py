@@ -6,7 +6,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from ..runtime.amounts import format_bytes
+from ..runtime.amounts import format_bytes, format_count
 from ..runtime.format import DTYPE_BYTES, QuantSpec, TensorEntry, read_header
 from ..runtime.index import TRUNK_FILE, StoreIndex, load_index
 from . import options
@@ -156,11 +156,13 @@ def _head(document: dict[str, Any]) -> str:
     largest = format_bytes(max(layer["record_bytes"] for layer in document["layers"]))
     counts = sorted({layer["num_experts"] for layer in document["layers"]})
     experts = f"{counts[0]} to {counts[-1]}" if len(counts) > 1 else str(counts[0])
+    num_moe = document["num_moe_layers"]
+    with_experts = "all" if num_moe == shapes["num_layers"] else str(num_moe)
     heads = f"{shapes['num_heads']} heads of {shapes['head_dim']}"
     rows = [
         ("store", document["path"]),
         ("model", document["model_type"]),
-        ("layers", f"{shapes['num_layers']}, {document['num_moe_layers']} with experts"),
+        ("layers", f"{shapes['num_layers']}, {with_experts} with experts"),
         ("experts", f"{experts} a layer, {shapes['top_k']} used for a token, {largest} each"),
         ("hidden", f"{shapes['hidden']}, {heads} ({shapes['num_kv_heads']} for keys and values)"),
         ("vocabulary", f"{shapes['vocab']} tokens"),
@@ -177,10 +179,9 @@ def _head(document: dict[str, Any]) -> str:
 def _class_table(classes: list[dict[str, Any]]) -> str:
     rows = []
     for each in classes:
-        millions = f"{each['weights'] / 1e6:,.2f} M"
         formats = ", ".join(f"{count} x {name}" for name, count in each["formats"].items())
-        cells = (millions, format_bytes(each["bytes"]), f"{each['bpw']:.2f}", formats)
-        rows.append((each["name"], *cells))
+        sizes = (format_count(each["weights"]), format_bytes(each["bytes"]))
+        rows.append((each["name"], *sizes, f"{each['bpw']:.2f}", formats))
     return table(rows, ("part", "weights", "size", "bpw", "matrices and formats"), (0, -1))
 
 

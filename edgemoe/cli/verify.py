@@ -61,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(document, indent=1))
     elif document["damaged"]:
-        say(f"{len(document['damaged'])} parts of the store are damaged: copy or convert it again")
+        say("the store is damaged: copy it again, or convert the checkpoint again")
     elif args.quick:
         say("the store is whole")
     elif document["ok"]:
