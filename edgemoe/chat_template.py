@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 RENDER_LIMIT_S = 2.0
 START_LIMIT_S = 30.0  # a cold disk under load; nothing hostile runs before the worker is ready
 
-_NEXT_STEP = "use another template with --chat-template FILE, or prompt without one"
+_NEXT_STEP = "use another template with --chat-template FILE, or none with edgemoe run --raw"
 _WHAT = {
     "raised": "the chat template refuses these messages",
     "security": "the chat template tries to leave its sandbox",
