@@ -15,9 +15,8 @@
 
 namespace {
 
-// Long enough to bridge what the caller does between two loops of one token (some 250 us of Python),
-// short enough not to matter afterwards.
-constexpr int64_t kSpinNs = 400'000;
+// Long enough to bridge the gap between two loops of one layer, short enough not to matter.
+constexpr int64_t kSpinNs = 50'000;
 constexpr int kMaxThreads = 1024;
 
 void pause_core() {
