@@ -28,5 +28,9 @@ def load_module(model_type: str) -> ModuleType:
 def parse_config(config: Mapping[str, Any]) -> ModelArgs:
     """The arguments of a checkpoint's config.json, by its `model_type`."""
     if "model_type" not in config:
-        raise UnsupportedModelError("`model_type` is missing from config.json")
+        raise UnsupportedModelError(
+            "`model_type` is missing from config.json",
+            f"edgemoe runs {', '.join(MODEL_TYPES)}",
+            "take the config.json that the checkpoint was published with",
+        )
     return load_module(str(config["model_type"])).parse(config)
