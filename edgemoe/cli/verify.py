@@ -180,8 +180,8 @@ def _run(
             prompt = [generator.randrange(engine.args.vocab) for _ in range(args.prompt_tokens)]
         cache_bytes = engine.cache.capacity_bytes
         if cache_bytes < row["cache_bytes"]:
-            note(f"note: {row['budget']}: only {format_bytes(cache_bytes)} of experts within the "
-                 "memory that EDGEMOE_MEMORY allows")  # fmt: skip
+            size = format_bytes(cache_bytes)
+            note(f"note: {row['budget']}: EDGEMOE_MEMORY leaves only {size} for experts")
         with Session(engine) as session:
             decoded = greedy(session, prompt, args.tokens)
     return {
