@@ -45,11 +45,22 @@ sys.exit(code)"""
 
 @pytest.mark.parametrize("name", sorted(cli.COMMANDS))
 def test_every_command_has_help(name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main([name, "--help"]) == 0
+    assert cli.main([*name.split(), "--help"]) == 0
     out = capsys.readouterr().out
     assert out.startswith(f"usage: edgemoe {name}")
-    assert cli.main(["help", name]) == 0
+    assert cli.main(["help", *name.split()]) == 0
     assert capsys.readouterr().out == out
+
+
+def test_a_command_of_two_words_wins_over_its_first(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(cli.COMMANDS, "bench all", cli.COMMANDS["inspect"])
+    for words, name in ((["bench", "all"], "bench all"), (["bench"], "bench")):
+        assert cli.main([*words, "--help"]) == 0
+        assert capsys.readouterr().out.startswith(f"usage: edgemoe {name} [MODEL]")
+    assert cli.main(["bench", "missing"]) == 4
+    assert cli.main(["bench", "all", "missing"]) == 4
 
 
 @pytest.mark.parametrize(

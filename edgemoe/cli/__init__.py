@@ -9,7 +9,8 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-# name -> (module, one line of help); the module has add_arguments(parser) and run(args) -> int
+# name -> (module, one line of help); the module has add_arguments(parser) and run(args) -> int.
+# A name of two words, such as `bench io`, wins over its first word.
 COMMANDS = {
     "run": (".run", "answer one prompt (from an argument or standard input)"),
     "chat": (".chat", "talk with a model in the terminal"),
@@ -41,7 +42,8 @@ Without a model, run and chat use the small model that comes with edgemoe:
 
 def help_text() -> str:
     """The text of `edgemoe --help`."""
-    lines = [f"  {name:<9} {about}" for name, (_, about) in COMMANDS.items()]
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}}  {about}" for name, (_, about) in COMMANDS.items()]
     return _HELP.format(commands="\n".join(lines))
 
 
@@ -92,12 +94,14 @@ def _dispatch(argv: list[str]) -> int:
         print(help_text(), end="")
         return 0
     if name == "help":
-        name, rest = rest[0], ["--help"]
+        name, rest = rest[0], [*rest[1:2], "--help"]
     if name == "--version":
         from .. import __version__
 
         print(f"edgemoe {__version__}")
         return 0
+    if rest and f"{name} {rest[0]}" in COMMANDS:
+        name = f"{name} {rest.pop(0)}"
     module = _module(name)
     from .options import parse
 
