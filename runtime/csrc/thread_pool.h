@@ -9,7 +9,8 @@ namespace em {
 int num_threads(const em_pool *pool);  // 1 for a null pool
 
 using LoopBody = void (*)(void *context, int64_t item, int thread);
-// Run body for every item in 0..num_items-1, handed out one by one; returns when all are done.
+// Run body for every item in 0..num_items-1; returns when all are done. Each thread begins with a
+// run of consecutive items, in order, and then takes over parts of the others' runs.
 // `thread` is 0..num_threads-1 (for per-thread scratch). A null pool runs everything in the caller.
 void parallel_for_raw(em_pool *pool, int64_t num_items, LoopBody body, void *context);
 

@@ -1,0 +1,48 @@
+// What the experts of one layer compute, apart from when their records arrive (moe.cpp).
+//
+// The work of a segment is cut into items that any thread may run in any order: gate_up items, and
+// once all of them are done, down items. A matrix-matrix kernel for segments of many pairs goes into
+// gate_up() and down(): it must give the bits of the tile kernels (kernels_impl.h).
+#pragma once
+#include <cstdint>
+
+#include "edgemoe_core.h"
+#include "kernels.h"
+#include "thread_pool.h"
+
+namespace em {
+
+// Consecutive pairs of one expert, and where their intermediate rows lie in the workspace.
+struct Segment {
+  int64_t expert, pair, num_pairs, row;
+};
+
+class Experts {
+ public:
+  Experts(em_pool *pool, const em_record *records, const em_moe_args &args);
+
+  static int64_t workspace_floats(int64_t num_tokens, int64_t num_pairs, int64_t hidden,
+                                  int64_t width);
+  // Intermediate rows that are held at a time; the rows of all segments in work must fit.
+  static int64_t num_rows(int64_t num_tokens, int64_t num_pairs);
+
+  void quantize_inputs() const;  // before the first gate_up
+  int64_t num_gate_up_items() const;  // of one segment
+  int64_t num_down_items() const;
+  void gate_up(const Segment &segment, int64_t item) const;  // h = silu(gate x) * (up x), 32 rows
+  void down(const Segment &segment, int64_t item) const;     // one row of outputs per pair
+  void combine() const;  // y[t] += weight * output, in the order of the list
+
+ private:
+  const em_record &record(int64_t expert) const { return records_[a_.keys[expert]]; }
+
+  em_pool *pool_;
+  const em_record *records_;
+  const em_moe_args &a_;
+  const Kernels &level_;
+  float *partial_;         // [pairs][D]
+  float *h_;               // [num_rows][F] floats, or ActGroup [F / 32] at the row's start
+  ActGroup *quantized_x_;  // [T][D / 32]
+};
+
+}  // namespace em
