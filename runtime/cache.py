@@ -90,6 +90,11 @@ class ExpertCache:
     def moved_bytes(self) -> int:
         return self._slots.moved_bytes
 
+    @property
+    def address_table(self) -> NDArray[np.uint64]:
+        """Where each record is or will be, by key, 0: absent; one array for the cache's life."""
+        return self._slots.table
+
     def addresses(self, keys: Sequence[int]) -> list[int]:
         """Where the records are or will be, 0: absent. Good from `hint` to `release`."""
         return [self._address[key] for key in keys]
@@ -105,12 +110,7 @@ class ExpertCache:
         `keys`: all records that the layer will need, in the order of use, where they come in more
         than one hint: those resident are kept for their turn as long as there is other room.
         """
-        place = self.table.place_of_layer[layer]
-        if place <= self._place:
-            self._step += num_tokens
-        self._place, self._num_tokens = place, num_tokens
-        if self._wanted:
-            self._unblock(self._wanted)
+        self._begin_place(self.table.place_of_layer[layer], num_tokens)
         self._wanted = [key for key in keys if not self._blocked[key]]
         if self._wanted:
             self._blocked[self._wanted] = True
@@ -152,6 +152,16 @@ class ExpertCache:
         self.misses += len(absent)
         self.bytes_read += num_bytes
         return HintResult(num_hits, len(absent), num_bytes)
+
+    def touch_layers(self, place: int, keys: NDArray[np.int64]) -> None:
+        """Count demand that was met without a hint: one token wanted `keys` [n, K], all of them in
+        memory, in the layers at `place` .. `place` + n - 1 of the cycle."""
+        if not len(keys):
+            return
+        self._begin_place(place, 1)
+        self._place = place + len(keys) - 1
+        self._policy.touch(keys, self._step)
+        self.hits += keys.size
 
     def view(self, key: int) -> np.ndarray:
         """The bytes of a pinned record, u8 [num_bytes]."""
@@ -207,6 +217,13 @@ class ExpertCache:
                 f"the arena has {self._arena_bytes} bytes",
             )
         return capacity_bytes // PAGE_BYTES * PAGE_BYTES
+
+    def _begin_place(self, place: int, num_tokens: int) -> None:
+        if place <= self._place:
+            self._step += num_tokens
+        self._place, self._num_tokens = place, num_tokens
+        if self._wanted:
+            self._wanted = self._unblock(self._wanted)
 
     def _pin(self, keys: Sequence[int]) -> None:
         pins = self._pins

@@ -10,7 +10,7 @@ import ctypes
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -19,6 +19,7 @@ from .budget import moe_workspace_bytes, wave_pairs
 from .cache import ExpertCache
 from .errors import EdgeMoeError, UsageError
 from .format import LINE_BYTES, RecordLayout
+from .waves import Wave, cut_waves
 
 if TYPE_CHECKING:
     import torch
@@ -35,16 +36,8 @@ class StepStats:
     bytes_read: int = 0
     stall_s: float = 0.0  # nothing could be computed for want of a record
     compute_s: float = 0.0
+    native_s: float = 0.0  # of decoded tokens: within the core, stalls and experts included
     num_calls: int = 0
-
-
-class _Wave(NamedTuple):
-    """Experts `begin` .. `end` - 1 of the sorted list of one run."""
-
-    begin: int
-    end: int
-    keys: list[int]
-    counts: np.ndarray | None  # tokens of each expert; None: one
 
 
 class Executor:
@@ -64,6 +57,7 @@ class Executor:
         chunk: int = 512,
     ) -> None:
         self._cache, self._pool = cache, pool
+        self.addresses = cache.address_table  # u64 by key, 0: absent; one array for good
         self._hidden, self._chunk, self._top_k = hidden, chunk, top_k
         self._backend = backend or core.BACKEND
         self._table = table = cache.table
@@ -78,6 +72,10 @@ class Executor:
         self._weight_address = self._pair_weight.ctypes.data
         self._one_each = np.arange(top_k + 1)  # where each expert has one pair
         self._stats = StepStats()
+        self._layers = list(table.first_key)  # by place in the cycle of MoE layers
+        self._first_keys = np.array(list(table.first_key.values()), dtype=np.int64)[:, None]
+        self._held: list[int] = []  # pinned by the last `demand`
+        self._num_told = 0  # layers of this token that the cache knows of
         self._args = core.MoeArgs()
         if self._backend == "native":
             num_bytes = moe_workspace_bytes(
@@ -97,6 +95,48 @@ class Executor:
         """The statistics since the last call, which start again at zero."""
         stats, self._stats = self._stats, StepStats()
         return stats
+
+    # A token that the core decodes: it runs through the layers by itself as long as `addresses` has
+    # every record, else `demand` is called, and `finish_token` at the end. What the cache hits and
+    # evicts is then what a `run` per layer would have made of it.
+
+    def demand(self, place: int, routes: np.ndarray) -> None:
+        """Pin the records of one layer and start reading those absent, until the next call.
+
+        `place` counts the MoE layers; `routes` [num_moe_layers, K] int32 has the distinct experts,
+        ascending, of places 0 .. `place` of this token. Raises what `ExpertCache.hint` raises.
+        """
+        self._tell_hits(place, routes)
+        self._cache.begin_layer(self._layers[place])
+        keys = (routes[place] + int(self._first_keys[place, 0])).tolist()
+        self._add(self._cache.hint(keys))
+        self._held, self._num_told = keys, place + 1
+
+    def finish_token(
+        self, routes: np.ndarray, *, stall_s: float, compute_s: float, native_s: float
+    ) -> None:
+        """End a token that went through all layers; the times are the core's."""
+        self.abort_token(len(self._layers), routes)
+        self._stats.num_calls += len(self._layers)
+        self._stats.stall_s += stall_s
+        self._stats.compute_s += compute_s
+        self._stats.native_s += native_s
+
+    def abort_token(self, place: int, routes: np.ndarray) -> None:
+        """End a token that failed after its router had spoken for places 0 .. `place` - 1."""
+        self._tell_hits(place, routes)
+        self._num_told = 0
+
+    def _tell_hits(self, place: int, routes: np.ndarray) -> None:
+        """Release the last demand and count the layers since then, up to `place`, as hits."""
+        if self._held:
+            held, self._held = self._held, []
+            self._cache.release(held)
+        first, self._num_told = self._num_told, max(place, self._num_told)
+        if first < place:
+            keys = routes[first:place] + self._first_keys[first:place]
+            self._cache.touch_layers(first, keys)
+            self._stats.hits += keys.size
 
     def run(
         self,
@@ -119,11 +159,17 @@ class Executor:
         if not num_tokens * top_k:
             return y
         keys, begins = self._group(layer, expert_ids.numpy(), routing_weights.numpy())
-        waves = self._waves(keys, begins, num_tokens)
+        waves = cut_waves(
+            keys,
+            None if num_tokens == 1 else begins,
+            self._table.num_bytes,
+            self._cache.capacity_bytes,
+            self._max_pairs,
+        )
         self._cache.begin_layer(layer, num_tokens, keys if len(waves) > 1 else ())
         self._stats.num_calls += 1
         compute = self._compute if self._backend == "native" else self._compute_reference
-        held: list[_Wave] = []
+        held: list[Wave] = []
         try:
             for number, wave in enumerate(waves):
                 if not held:
@@ -184,26 +230,6 @@ class Executor:
         begins = np.concatenate(([0], edges, [len(ids)]))
         return [keys[begin] for begin in begins[:-1]], begins
 
-    def _waves(self, keys: list[int], begins: np.ndarray, num_tokens: int) -> list[_Wave]:
-        """Cut the experts into waves: one where all fit, else halves of the capacity, so that one
-        wave can be read while another is computed."""
-        sizes = self._table.num_bytes
-        counts = None if num_tokens == 1 else begins[1:] - begins[:-1]
-        capacity = self._cache.capacity_bytes
-        total = sum(sizes[key] for key in keys)
-        if total <= capacity and int(begins[-1]) <= self._max_pairs:
-            return [_Wave(0, len(keys), keys, counts)]
-        waves = []
-        begin, num_bytes = 0, 0
-        for i, key in enumerate(keys):
-            pairs = int(begins[i + 1] - begins[begin])
-            if i > begin and (num_bytes + sizes[key] > capacity // 2 or pairs > self._max_pairs):
-                waves.append(_Wave(begin, i, keys[begin:i], _part(counts, begin, i)))
-                begin, num_bytes = i, 0
-            num_bytes += sizes[key]
-        waves.append(_Wave(begin, len(keys), keys[begin:], _part(counts, begin, len(keys))))
-        return waves
-
     def _add(self, result: tuple[int, int, int]) -> None:
         self._stats.hits += result[0]
         self._stats.misses += result[1]
@@ -214,7 +240,7 @@ class Executor:
         layer: int,
         x: "torch.Tensor",
         y: "torch.Tensor",
-        wave: _Wave,
+        wave: Wave,
         begins: np.ndarray,
     ) -> None:
         cache, args = self._cache, self._args
@@ -248,7 +274,7 @@ class Executor:
         layer: int,
         x: "torch.Tensor",
         y: "torch.Tensor",
-        wave: _Wave,
+        wave: Wave,
         begins: np.ndarray,
     ) -> None:
         import torch
@@ -272,7 +298,3 @@ class Executor:
         reference.experts_forward(x, experts(), y)
         self._stats.stall_s += stall_s
         self._stats.compute_s += time.perf_counter() - start - stall_s
-
-
-def _part(counts: np.ndarray | None, begin: int, end: int) -> np.ndarray | None:
-    return None if counts is None else counts[begin:end]

@@ -37,9 +37,10 @@ class Policy(Protocol):
         num_tokens: int = 1,
         counts: NDArray[np.int64] | None = None,
     ) -> None:
-        """`keys` are demanded by the `num_tokens` tokens that end with number `step`.
+        """`keys` [n] are demanded by the `num_tokens` tokens that end with number `step`.
 
-        `counts` says how many of those tokens want each key; None is one each.
+        `counts` says how many of those tokens want each key; None is one each. `keys` [m, n]: m
+        demands of one token one after the other, no key in two of them.
         """
 
     def insert(self, key: int) -> None:
@@ -73,8 +74,13 @@ class _Lowest:
         num_tokens: int = 1,
         counts: NDArray[np.int64] | None = None,
     ) -> None:
-        self._clock += 1
-        self._last_use[keys] = self._clock
+        if keys.ndim == 1:
+            self._clock += 1
+            self._last_use[keys] = self._clock
+        else:
+            clocks = np.arange(self._clock + 1, self._clock + 1 + len(keys))
+            self._last_use[keys] = clocks[:, None]
+            self._clock += len(keys)
 
     def insert(self, key: int) -> None:
         pass

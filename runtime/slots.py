@@ -25,6 +25,7 @@ class Slots:
         self._base = arena.address
         self.extents = Extents(capacity_bytes)
         self.address = [0] * len(num_bytes_of)  # by key; 0: absent
+        self.table = np.zeros(len(num_bytes_of), dtype=np.uint64)  # the same, for native code
         self._key_at: dict[int, int] = {}  # offset -> key
         self.moved_bytes = 0
 
@@ -38,7 +39,7 @@ class Slots:
         if offset is None:
             return False
         self._key_at[offset] = key
-        self.address[key] = self._base + offset
+        self.address[key] = self.table[key] = self._base + offset
         return True
 
     def view(self, key: int) -> np.ndarray:
@@ -50,7 +51,7 @@ class Slots:
         offset = self.address[key] - self._base
         self.extents.free(offset)
         del self._key_at[offset]
-        self.address[key] = 0
+        self.address[key] = self.table[key] = 0
         self._status[key] = ABSENT
 
     def join(
@@ -107,4 +108,4 @@ class Slots:
             target[...] = self._arena.view(move.source, move.num_bytes)  # NumPy minds the overlap
             self.moved_bytes += move.num_bytes
         self._key_at[move.target] = key
-        self.address[key] = self._base + move.target
+        self.address[key] = self.table[key] = self._base + move.target
