@@ -7,7 +7,7 @@ from pathlib import Path
 
 from . import format as layout
 
-ABI_VERSION = 1  # em_abi_version() this file was written for
+ABI_VERSION = 2  # em_abi_version() this file was written for
 _FILE = {"win32": "edgemoe_core.dll", "darwin": "libedgemoe_core.dylib"}.get(
     sys.platform, "libedgemoe_core.so"
 )
@@ -40,7 +40,12 @@ class Record(ctypes.Structure):
 class StoreStats(ctypes.Structure):
     """em_store_stats."""
 
-    _fields_ = [(name, c_int64) for name in ("num_reads", "num_bytes", "read_ns", "cpu_ns")]
+    _fields_ = [
+        *((name, c_int64) for name in ("num_reads", "num_requests", "num_bytes")),
+        ("cancelled_bytes", c_int64),
+        ("priority_bytes", c_int64 * 3),
+        *((name, c_int64) for name in ("read_ns", "cpu_ns", "crc_ns")),
+    ]
 
 
 class MoeArgs(ctypes.Structure):
@@ -81,8 +86,12 @@ _SIGNATURES: dict[str, tuple[object, list[object]]] = {
     "em_store_close": (None, [_P]),
     "em_store_is_direct": (_I32, [_P]),
     "em_store_status": (POINTER(c_int32), [_P]),
-    "em_store_submit": (_I32, [_P, _I64, _P, _P]),
+    "em_store_landed_ns": (POINTER(c_int64), [_P]),
+    "em_store_submit": (_I32, [_P, _I64, _P, _P, _I32]),
+    "em_store_promote": (_I32, [_P, _I64, _P, _I32]),
+    "em_store_cancel": (_I32, [_P, _I64, _P]),
     "em_store_wait": (_I32, [_P, _I32]),
+    "em_store_pump": (None, [_P]),
     "em_store_get_stats": (None, [_P, POINTER(StoreStats)]),
     "em_moe_workspace_floats": (_I64, [_I64, _I64, _I64, _I64]),
     "em_moe_run": (_I32, [_P, _P, POINTER(Record), POINTER(MoeArgs)]),

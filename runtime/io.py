@@ -8,6 +8,7 @@ import errno
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -16,16 +17,28 @@ from .errors import EdgeMoeError, FormatError, NotFoundError, UsageError
 from .files import drop_page_cache, read_trunk_tensor
 from .index import ExpertRecord
 from .memory import Arena
-from .python_reader import ABSENT, ERR_ARG, ERR_CRC, ERR_SHORT, READING, READY, PythonReader
+from .python_reader import (
+    ABSENT,
+    ERR_ARG,
+    ERR_CRC,
+    ERR_SHORT,
+    READING,
+    READY,
+    PythonReader,
+    ReadStats,
+)
 
 __all__ = [
     "ABSENT",
+    "DEMAND",
     "ERR_ARG",
     "ERR_CRC",
     "ERR_SHORT",
     "IO_MODES",
+    "NEXT_LAYER",
     "READING",
     "READY",
+    "SPECULATION",
     "Arena",
     "RecordReader",
     "drop_page_cache",
@@ -33,6 +46,7 @@ __all__ = [
     "read_trunk_tensor",
 ]
 
+DEMAND, NEXT_LAYER, SPECULATION = 0, 1, 2  # priorities
 IO_MODES = ("auto", "direct", "buffered")  # the order is em_store_open's numbering
 
 
@@ -52,7 +66,8 @@ class RecordReader:
 
     A key is a record's position in `records`. `status` [num_records] int32 holds ABSENT, READING,
     READY or a negative failure; the caller writes ABSENT when it gives a record's memory away,
-    never while READING. It is a view of the core's memory, not to be used after `close`.
+    never while READING. `landed_ns` [num_records] int64 is the monotonic time when the last read of
+    each record ended. Both are views of the core's memory, not to be used after `close`.
 
     Raises NotFoundError, FormatError for records that cannot be, UsageError where `io="direct"` is
     refused, EdgeMoeError for other failures to open.
@@ -92,39 +107,66 @@ class RecordReader:
                 raise _open_error(self.path, error) from error
         self.is_direct: bool = direct
         self.status: np.ndarray = self._reader.status
+        self.landed_ns: np.ndarray = self._reader.landed_ns
         self.handle: int | None = self._reader.handle
 
-    def submit(self, keys: np.ndarray, addresses: np.ndarray) -> None:
+    def submit(self, keys: np.ndarray, addresses: np.ndarray, priority: int = DEMAND) -> None:
         """Queue reads of records `keys` [n] int32 to `addresses` [n] uint64, most urgent first.
 
-        All or nothing: raises UsageError for an unknown key, an address that is not a multiple of
-        4096, or a record that is being read.
+        A lower `priority` goes first; one above DEMAND is read in small requests. All or nothing:
+        raises UsageError for an unknown key, an address that is not a multiple of 4096, or a record
+        that is being read.
         """
         keys = np.ascontiguousarray(keys, dtype=np.int32)
         addresses = np.ascontiguousarray(addresses, dtype=np.uint64)
         if keys.ndim != 1 or keys.shape != addresses.shape:
             raise UsageError(f"{keys.shape} keys do not go with {addresses.shape} addresses")
-        if self._reader.submit(keys, addresses):
-            raise UsageError("a read was refused", failure_text(ERR_ARG))
+        _expect(self._reader.submit(keys, addresses, priority))
+
+    def promote(self, keys: np.ndarray, priority: int = DEMAND) -> None:
+        """Make queued reads more urgent; nothing to records that are as urgent or not being read.
+
+        Raises UsageError for an unknown key or priority.
+        """
+        _expect(self._reader.promote(np.ascontiguousarray(keys, dtype=np.int32), priority))
+
+    def cancel(self, keys: np.ndarray) -> None:
+        """Do not read what was not yet asked of the system.
+
+        A status becomes ABSENT when the memory may be used again: at once, or when requests under
+        way have ended. Records of which everything is under way, or that are not being read, stay
+        as they are. Raises UsageError for an unknown key.
+        """
+        _expect(self._reader.cancel(np.ascontiguousarray(keys, dtype=np.int32)))
 
     def wait(self, key: int) -> int:
         """Block until record `key` is not being read; returns its status."""
         return self._reader.wait(key)
 
-    def stats(self) -> dict[str, float]:
-        """num_reads, num_bytes, read_s (sum over reads), cpu_s (of the reader threads)."""
-        num_reads, num_bytes, read_ns, cpu_ns = self._reader.stats()
+    def pump(self) -> None:
+        """Bring `status` up to date and start queued reads, without blocking."""
+        self._reader.pump()
+
+    def stats(self) -> dict[str, Any]:
+        """num_reads (records), num_requests, num_bytes, cancelled_bytes (read in vain),
+        priority_bytes [3], read_s (sum over requests), cpu_s (reading), crc_s (CPU of checking)."""
+        stats = self._reader.stats()
         return {
-            "num_reads": num_reads,
-            "num_bytes": num_bytes,
-            "read_s": read_ns * 1e-9,
-            "cpu_s": cpu_ns * 1e-9,
+            "num_reads": stats.num_reads,
+            "num_requests": stats.num_requests,
+            "num_bytes": stats.num_bytes,
+            "cancelled_bytes": stats.cancelled_bytes,
+            "priority_bytes": list(stats.priority_bytes),
+            "read_s": stats.read_ns * 1e-9,
+            "cpu_s": stats.cpu_ns * 1e-9,
+            "crc_s": stats.crc_ns * 1e-9,
         }
 
     def close(self) -> None:
         """Wait for reads in flight, forget queued ones, close the file."""
         if self._reader is not None:
             self.status = np.where(self.status == READING, np.int32(ABSENT), self.status)
+            self.landed_ns = self.landed_ns.copy()
             self._reader.close()
             self._reader = self.handle = None
 
@@ -137,6 +179,11 @@ class RecordReader:
     def __del__(self) -> None:
         if getattr(self, "_reader", None) is not None:
             self.close()
+
+
+def _expect(status: int) -> None:
+    if status:
+        raise UsageError("a read was refused", failure_text(status))
 
 
 def _open_error(path: Path, error: OSError) -> EdgeMoeError:
@@ -168,20 +215,31 @@ class _NativeReader:
                 raise FormatError(f"`{path}`: a record is not on page boundaries")
             raise OSError(-error.value, os.strerror(-error.value))
         status = core.lib.em_store_status(self.handle)
+        landed = core.lib.em_store_landed_ns(self.handle)
         self.status = np.ctypeslib.as_array(status, shape=(len(records),))
+        self.landed_ns = np.ctypeslib.as_array(landed, shape=(len(records),))
 
-    def submit(self, keys: np.ndarray, addresses: np.ndarray) -> int:
+    def submit(self, keys: np.ndarray, addresses: np.ndarray, priority: int) -> int:
         return core.lib.em_store_submit(
-            self.handle, keys.size, keys.ctypes.data, addresses.ctypes.data
+            self.handle, keys.size, keys.ctypes.data, addresses.ctypes.data, priority
         )
+
+    def promote(self, keys: np.ndarray, priority: int) -> int:
+        return core.lib.em_store_promote(self.handle, keys.size, keys.ctypes.data, priority)
+
+    def cancel(self, keys: np.ndarray) -> int:
+        return core.lib.em_store_cancel(self.handle, keys.size, keys.ctypes.data)
 
     def wait(self, key: int) -> int:
         return core.lib.em_store_wait(self.handle, key)
 
-    def stats(self) -> tuple[int, int, int, int]:
+    def pump(self) -> None:
+        core.lib.em_store_pump(self.handle)
+
+    def stats(self) -> ReadStats:
         stats = core.StoreStats()
         core.lib.em_store_get_stats(self.handle, stats)
-        return stats.num_reads, stats.num_bytes, stats.read_ns, stats.cpu_ns
+        return ReadStats(**{name: getattr(stats, name) for name, _ in core.StoreStats._fields_})
 
     def close(self) -> None:
         core.lib.em_store_close(self.handle)

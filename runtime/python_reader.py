@@ -4,9 +4,10 @@ import ctypes
 import errno
 import threading
 import time
-from collections import deque
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -21,6 +22,63 @@ from .memory import Arena
 ABSENT, READING, READY = 0, 1, 2
 ERR_CRC, ERR_SHORT, ERR_ARG = -10001, -10002, -10003
 
+# Requests and their order: csrc/read_queue.
+DEMAND_BYTES = 16 << 20
+GUESS_BYTES = 1 << 20
+DOWN_LAG = 2
+
+
+@dataclass(slots=True)
+class ReadStats:
+    """em_store_stats: what was read and what it cost, times in ns."""
+
+    num_reads: int = 0
+    num_requests: int = 0
+    num_bytes: int = 0
+    cancelled_bytes: int = 0
+    priority_bytes: list[int] = field(default_factory=lambda: [0, 0, 0])
+    read_ns: int = 0
+    cpu_ns: int = 0
+    crc_ns: int = 0
+
+
+@dataclass(slots=True)
+class _Read:
+    """A record being read; lists are by section: gate|up, down."""
+
+    view: np.ndarray  # u8 [num_bytes]
+    ends: list[int]  # of the sections, within the record
+    turn: int
+    priority: int
+    issued: list[int]  # where the next request of each section begins
+    left: list[int]  # bytes that have not landed
+    is_done: list[bool] = field(default_factory=lambda: [False, False])
+    num_in_flight: int = 0
+    error: int = 0
+    is_cancelled: bool = False
+
+    def tasks(self) -> list[tuple[int, int, int]]:
+        """(priority, order, section) of what is still to be requested."""
+        if self.is_cancelled or self.error:
+            return []
+        lag = DOWN_LAG if self.priority == 0 else 0
+        return [
+            (self.priority, self.turn + lag * section, section)
+            for section in (0, 1)
+            if self.issued[section] < self.ends[section]
+        ]
+
+    def fail(self, error: int) -> None:
+        self.error = self.error or error
+
+
+class _Request(NamedTuple):
+    key: int
+    section: int
+    priority: int
+    begin: int
+    num_bytes: int
+
 
 class PythonReader:
     handle = None
@@ -34,8 +92,9 @@ class PythonReader:
         self._records = list(records)
         self._direct = direct
         self.status = np.zeros(len(records), dtype=np.int32)
-        self._verified = [False] * len(records)
-        self._num_reads = self._num_bytes = self._read_ns = self._cpu_ns = 0
+        self.landed_ns = np.zeros(len(records), dtype=np.int64)
+        self._verified = [[False, False] for _ in records]
+        self._stats = ReadStats()
         self._file = open_raw(path, direct)
         try:
             if direct:
@@ -47,7 +106,8 @@ class PythonReader:
             raise
         if not direct:
             advise(self._file, 0, 0, "POSIX_FADV_RANDOM")
-        self._queue: deque[tuple[int, int]] = deque()
+        self._reads: dict[int, _Read] = {}  # by key
+        self._turn = 0
         self._changed = threading.Condition()
         self._closing = False
         # Daemons: a reader that was never closed must not keep the interpreter from ending.
@@ -58,7 +118,7 @@ class PythonReader:
         for thread in self._threads:
             thread.start()
 
-    def submit(self, keys: np.ndarray, addresses: np.ndarray) -> int:
+    def submit(self, keys: np.ndarray, addresses: np.ndarray, priority: int) -> int:
         with self._changed:
             requests = list(zip(keys.tolist(), addresses.tolist(), strict=True))
             for key, address in requests:
@@ -66,10 +126,41 @@ class PythonReader:
                     return ERR_ARG
                 if self.status[key] == READING:
                     return ERR_ARG
-            if len({key for key, _ in requests}) != len(requests):
+            if len({key for key, _ in requests}) != len(requests) or not 0 <= priority < 3:
                 return ERR_ARG
+            for key, address in requests:
+                record = self._records[key]
+                down, end = record.layout.down_offset, record.num_bytes
+                view = np.frombuffer((ctypes.c_uint8 * end).from_address(address), dtype=np.uint8)
+                self._reads[key] = _Read(
+                    view, [down, end], self._turn, priority, [0, down], [down, end - down]
+                )
+                self._turn += 1
             self.status[keys] = READING
-            self._queue.extend(requests)
+            self._changed.notify_all()
+        return 0
+
+    def promote(self, keys: np.ndarray, priority: int) -> int:
+        if not self._are_keys(keys) or not 0 <= priority < 3:
+            return ERR_ARG
+        with self._changed:
+            for key in keys.tolist():
+                read = self._reads.get(key)
+                if read is not None and priority < read.priority:
+                    read.priority, read.turn = priority, self._turn
+                    self._turn += 1
+        return 0
+
+    def cancel(self, keys: np.ndarray) -> int:
+        if not self._are_keys(keys):
+            return ERR_ARG
+        with self._changed:
+            for key in keys.tolist():
+                read = self._reads.get(key)
+                if read is not None and read.tasks():
+                    read.is_cancelled = True
+                    if not read.num_in_flight:
+                        self._publish(key, ABSENT)
             self._changed.notify_all()
         return 0
 
@@ -80,60 +171,119 @@ class PythonReader:
             self._changed.wait_for(lambda: self.status[key] != READING)
             return int(self.status[key])
 
-    def stats(self) -> tuple[int, int, int, int]:
-        with self._changed:
-            return self._num_reads, self._num_bytes, self._read_ns, self._cpu_ns
+    def pump(self) -> None:
+        """Nothing: the reader threads do it."""
+
+    def stats(self) -> ReadStats:
+        return self._stats
 
     def close(self) -> None:
+        self.cancel(np.arange(len(self._records)))
         with self._changed:
             self._closing = True
-            for key, _ in self._queue:
-                self.status[key] = ABSENT
-            self._queue.clear()
             self._changed.notify_all()
         for thread in self._threads:
             thread.join()
         self._file.close()
 
-    def _run(self) -> None:
+    def _are_keys(self, keys: np.ndarray) -> bool:
+        return all(0 <= key < len(self._records) for key in keys.tolist())
 
+    # ---- reader threads: everything but `_read` and the checksum holds the lock ----------------
+
+    def _run(self) -> None:
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._closing or self._queue)
-                if self._closing:
-                    return
-                key, address = self._queue.popleft()
-            record = self._records[key]
-            memory = (ctypes.c_uint8 * record.num_bytes).from_address(address)
-            view = np.frombuffer(memory, dtype=np.uint8)
+                request = None
+                while request is None:
+                    if self._closing:
+                        return
+                    request = self._next()
+                    if request is None:
+                        self._changed.wait()
+                read = self._reads[request.key]
             begin, cpu_begin = time.monotonic_ns(), time.thread_time_ns()
-            status, done = self._read(record, view)
-            read_ns = time.monotonic_ns() - begin
-            if status == READY and not self._verified[key]:
-                down = record.layout.down_offset
-                found = tuple(crc32c(part, 0, "reference") for part in (view[:down], view[down:]))
-                self._verified[key] = found == record.crc32c
-                status = READY if self._verified[key] else ERR_CRC
+            error, num_bytes = self._read(request, read.view)
+            end, cpu_end = time.monotonic_ns(), time.thread_time_ns()
             with self._changed:
-                self._num_reads += 1
-                self._num_bytes += done
-                self._read_ns += read_ns
-                self._cpu_ns += time.thread_time_ns() - cpu_begin
-                self.status[key] = status
+                stats = self._stats
+                stats.num_requests += 1
+                stats.num_bytes += num_bytes
+                stats.priority_bytes[request.priority] += num_bytes
+                stats.read_ns += end - begin
+                stats.cpu_ns += cpu_end - cpu_begin
+                read.left[request.section] -= request.num_bytes
+                if error:
+                    read.fail(error)
+                is_whole = not error and not read.left[request.section]
+            if is_whole:
+                self._check(request, read)
+            with self._changed:
+                self._settle(request.key, read)
                 self._changed.notify_all()
 
-    def _read(self, record: ExpertRecord, view: np.ndarray) -> tuple[int, int]:
-        done = 0
-        while done < record.num_bytes:
-            offset = record.offset + done
+    def _next(self) -> _Request | None:
+        tasks = [(*task, key) for key, read in self._reads.items() for task in read.tasks()]
+        if not tasks:
+            return None
+        priority, _, section, key = min(tasks)
+        read = self._reads[key]
+        begin = read.issued[section]
+        limit = DEMAND_BYTES if priority == 0 else GUESS_BYTES
+        num_bytes = min(read.ends[section] - begin, limit)
+        read.issued[section] += num_bytes
+        read.num_in_flight += 1
+        return _Request(key, section, priority, begin, num_bytes)
+
+    def _read(self, request: _Request, view: np.ndarray) -> tuple[int, int]:
+        """0 or a negative status, and the bytes read."""
+        base, done = self._records[request.key].offset + request.begin, 0
+        part = view[request.begin : request.begin + request.num_bytes]
+        while done < request.num_bytes:
             try:
-                got = read_some(self._file, view[done:], offset)
+                got = read_some(self._file, part[done:], base + done)
             except OSError as error:
                 return -(error.errno or errno.EIO), done
             if not self._direct:
-                advise(self._file, offset, got, "POSIX_FADV_DONTNEED")
+                advise(self._file, base + done, got, "POSIX_FADV_DONTNEED")
             done += got
             # A direct read that ends inside a page has met the end of the file.
             if not got or (self._direct and got % PAGE_BYTES):
                 break
-        return (READY if done == record.num_bytes else ERR_SHORT), done
+        return (0 if done == request.num_bytes else ERR_SHORT), done
+
+    def _check(self, request: _Request, read: _Read) -> None:
+        """Compare a section with its checksum, the first time."""
+        section, verified = request.section, self._verified[request.key]
+        good = verified[section]
+        if not good:
+            begin = time.thread_time_ns()
+            part = read.view[(0, read.ends[0])[section] : read.ends[section]]
+            found = crc32c(part, 0, "reference")
+            good = found == self._records[request.key].crc32c[section]
+            with self._changed:
+                self._stats.crc_ns += time.thread_time_ns() - begin
+        with self._changed:
+            read.is_done[section] = verified[section] = good
+            if not good:
+                read.fail(ERR_CRC)
+
+    def _settle(self, key: int, read: _Read) -> None:
+        read.num_in_flight -= 1
+        if read.num_in_flight:
+            return
+        if read.is_cancelled:
+            self._publish(key, ABSENT)
+        elif read.error:
+            self._publish(key, read.error)
+        elif all(read.is_done):
+            self._publish(key, READY)
+
+    def _publish(self, key: int, status: int) -> None:
+        read = self._reads.pop(key)
+        if status == ABSENT:
+            self._stats.cancelled_bytes += len(read.view) - sum(read.left)
+        else:
+            self._stats.num_reads += 1
+        self.landed_ns[key] = time.monotonic_ns()
+        self.status[key] = status

@@ -20,7 +20,7 @@
 extern "C" {
 #endif
 
-#define EM_ABI_VERSION 1
+#define EM_ABI_VERSION 2
 
 enum { EM_MODE_SYM = 0, EM_MODE_ASYM = 1, EM_MODE_BF16 = 2, EM_MODE_FP16 = 3 };
 
@@ -109,13 +109,35 @@ EM_API int32_t em_store_is_direct(const em_store *store);
 /* int32 [num_records], owned by the store. The store writes EM_READING, then EM_READY or an error;
  * the caller writes EM_ABSENT when it gives the memory to another record (never while EM_READING). */
 EM_API int32_t *em_store_status(em_store *store);
+/* int64 [num_records], owned by the store: em's monotonic clock (ns) when the last read of each
+ * record ended; to be read after its status. */
+EM_API const int64_t *em_store_landed_ns(const em_store *store);
 /* Queue reads of whole records into dst[i] (4096-aligned, record-sized), in order of urgency.
- * A record's checksums are checked the first time it is read, in the reading thread. */
-EM_API int32_t em_store_submit(em_store *store, int64_t num, const int32_t *keys, void *const *dst);
+ * priority: 0 demanded now, 1 a guess for the next layer, 2 speculation. A lower number goes first;
+ * guesses are read in requests of at most 1 MiB, so that a demand never waits long behind them.
+ * The checksum of a section is checked the first time it is read. All or nothing: EM_ERR_ARG for a
+ * key out of range, memory that is not aligned, or a record that is being read. */
+EM_API int32_t em_store_submit(em_store *store, int64_t num, const int32_t *keys, void *const *dst,
+                               int32_t priority);
+/* Make queued reads more urgent: behind what was already queued with this priority. Does nothing to
+ * records that are not being read or are as urgent already. */
+EM_API int32_t em_store_promote(em_store *store, int64_t num, const int32_t *keys,
+                                int32_t priority);
+/* Do not read what was not yet asked of the system. The status becomes EM_ABSENT when the memory
+ * may be used again: at once, or when requests under way have ended. A record of which everything
+ * is under way ends as if it had not been cancelled; others than those being read do not change. */
+EM_API int32_t em_store_cancel(em_store *store, int64_t num, const int32_t *keys);
 /* Block until the record is READY or failed; returns its status. */
 EM_API int32_t em_store_wait(em_store *store, int32_t key);
+/* Take note of reads that have ended and start queued ones; does not block. Where io_uring reads,
+ * this happens only here, in em_store_submit, em_store_wait and em_moe_run. */
+EM_API void em_store_pump(em_store *store);
 typedef struct em_store_stats {
-  int64_t num_reads, num_bytes, read_ns, cpu_ns; /* read_ns: sum over reads; cpu_ns: reader threads */
+  int64_t num_reads, num_requests; /* records read or failed; requests to the system */
+  int64_t num_bytes, cancelled_bytes; /* read; those of them that belong to cancelled records */
+  int64_t priority_bytes[3];          /* num_bytes by priority */
+  int64_t read_ns;                    /* sum over requests, waiting in the system's queue included */
+  int64_t cpu_ns, crc_ns;             /* CPU time of reading, and of checking what was read */
 } em_store_stats;
 EM_API void em_store_get_stats(em_store *store, em_store_stats *stats);
 

@@ -42,7 +42,7 @@ class Layer {
   std::vector<Part> parts_;     // ascending expert, ascending pair
   std::vector<std::size_t> round_;   // positions in parts_: what is computed next
   std::vector<int64_t> begin_;  // [round + 1] first item of each
-  std::vector<int32_t> keys_;
+  std::vector<int32_t> keys_, seen_;  // being read, and how far they had come
 };
 
 bool Layer::is_valid() const {
@@ -98,16 +98,24 @@ bool Layer::find_rows(Segment *segment) const {
 // Collects the next round; the first failure, or 0.
 int32_t Layer::gather() {
   round_.clear();
+  keys_.clear();
+  seen_.clear();
+  if (store_ != nullptr) pump(store_);
   for (std::size_t i = 0; i < parts_.size(); ++i) {
     Part &part = parts_[i];
     if (part.phase == Phase::kDone) continue;
-    const int32_t status =
-        store_ == nullptr ? EM_READY : status_of(store_, a_.keys[part.segment.expert]);
+    const int32_t key = a_.keys[part.segment.expert];
+    const int32_t status = store_ == nullptr ? EM_READY : arrival_of(store_, key);
     if (status < 0 || status == EM_ABSENT) {  // absent: it was never asked for
       a_.failed = part.segment.expert;
       return status < 0 ? status : EM_ERR_ARG;
     }
-    if (status == EM_READY) round_.push_back(i);
+    if (status == EM_READY) {
+      round_.push_back(i);
+    } else {
+      keys_.push_back(key);
+      seen_.push_back(status);
+    }
   }
   return 0;
 }
@@ -141,12 +149,8 @@ void Layer::compute(const Experts &experts) {
 }
 
 void Layer::wait() {
-  keys_.clear();
-  for (const Part &part : parts_) {
-    if (part.phase != Phase::kDone) keys_.push_back(a_.keys[part.segment.expert]);
-  }
   const int64_t start = monotonic_ns();
-  wait_any(store_, keys_.data(), static_cast<int64_t>(keys_.size()));
+  wait_any(store_, keys_.data(), seen_.data(), static_cast<int64_t>(keys_.size()));
   a_.stall_ns += monotonic_ns() - start;
 }
 

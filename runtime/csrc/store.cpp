@@ -1,9 +1,10 @@
+// Expert records on storage: what is being read, what has arrived. Which bytes come next is decided
+// in read_queue.cpp.
 #include "store.h"
 
 #include <atomic>
 #include <cerrno>
 #include <condition_variable>
-#include <deque>
 #include <memory>
 #include <mutex>
 #include <new>
@@ -12,15 +13,11 @@
 #include <vector>
 
 #include "platform.h"
+#include "read_queue.h"
 
 namespace {
 
 constexpr int64_t kPage = 4096;
-
-struct Request {
-  int32_t key;
-  void *dst;
-};
 
 bool is_aligned(const void *memory) { return reinterpret_cast<uintptr_t>(memory) % kPage == 0; }
 
@@ -47,103 +44,151 @@ struct em_store {
   bool direct = false;
   std::vector<em_record> records;
   std::unique_ptr<std::atomic<int32_t>[]> status;
-  std::unique_ptr<std::atomic<bool>[]> verified;
+  std::unique_ptr<std::atomic<bool>[]> has_gate_up;  // while the record is being read
 
-  std::mutex mutex;
-  std::condition_variable work, done;
-  std::deque<Request> queue;
+  std::mutex mutex;  // of everything below
+  std::condition_variable work, changed;
+  em::ReadQueue queue;
+  std::vector<uint8_t> verified;  // by key: bit of each section whose checksum was right
+  std::vector<int64_t> landed_ns;
+  em_store_stats stats = {};
   bool closing = false;
   std::vector<std::thread> readers;
 
-  std::atomic<int64_t> num_reads{0}, num_bytes{0}, read_ns{0}, cpu_ns{0};
+  using Lock = std::unique_lock<std::mutex>;
 
   ~em_store() {
     {
-      std::lock_guard<std::mutex> lock(mutex);
+      Lock lock(mutex);
       closing = true;
-      for (const Request &request : queue) status[request.key].store(EM_ABSENT);
-      queue.clear();
+      for (size_t key = 0; key < records.size(); ++key) cancel(static_cast<int32_t>(key));
     }
     work.notify_all();
-    done.notify_all();
+    changed.notify_all();
     for (std::thread &reader : readers) reader.join();
   }
 
-  int32_t read(const em_record &record, char *dst) {
-    int64_t done_bytes = 0;
-    while (done_bytes < record.num_bytes) {
-      const int64_t offset = record.offset + done_bytes;
-      const int64_t got = file.read_at(dst + done_bytes, record.num_bytes - done_bytes, offset);
+  bool is_valid(int32_t key) const {
+    return key >= 0 && static_cast<size_t>(key) < records.size();
+  }
+
+  int32_t arrival(int32_t key) const {
+    const int32_t now = status[key].load(std::memory_order_acquire);
+    if (now != EM_READING) return now;
+    return has_gate_up[key].load(std::memory_order_acquire) ? em::kGateUpReady : EM_READING;
+  }
+
+  void cancel(int32_t key) {
+    if (status[key].load(std::memory_order_relaxed) != EM_READING) return;
+    if (queue.cancel(key) && queue.is_idle(key)) publish(key, EM_ABSENT);
+  }
+
+  // The record is no longer being read. Waiters are told by the caller.
+  void publish(int32_t key, int32_t result) {
+    if (result == EM_ABSENT) {
+      stats.cancelled_bytes += queue.landed_bytes(key);
+    } else {
+      ++stats.num_reads;
+    }
+    landed_ns[key] = em::monotonic_ns();
+    status[key].store(result, std::memory_order_release);
+  }
+
+  // A request has ended with all its bytes or an error. Without the lock while it checks a section.
+  void land(Lock &lock, const em::Request &request, int32_t error) {
+    const int32_t key = request.key;
+    const uint8_t bit = static_cast<uint8_t>(1 << request.section);
+    if (queue.land(request, error) && !(verified[key] & bit)) {
+      const em_record &record = records[key];
+      const bool is_down = request.section == em::kDown;
+      const char *section = queue.memory(key) + (is_down ? record.down_offset : 0);
+      const int64_t num_bytes = queue.section_bytes(key, request.section);
+      lock.unlock();
+      const int64_t before = em::thread_cpu_ns();
+      const uint32_t crc = em_crc32c(0, section, num_bytes);
+      const int64_t crc_ns = em::thread_cpu_ns() - before;
+      lock.lock();
+      stats.crc_ns += crc_ns;
+      if (crc == (is_down ? record.crc_down : record.crc_gate_up)) {
+        verified[key] |= bit;
+      } else {
+        error = EM_ERR_CRC;
+      }
+    }
+    const int32_t result = queue.settle(request, error);
+    if (result != EM_READING) {
+      publish(key, result);
+    } else if (queue.has_section(key, em::kGateUp)) {
+      has_gate_up[key].store(true, std::memory_order_release);
+    }
+    changed.notify_all();
+  }
+
+  // All bytes of a request: 0 or a negative status.
+  int32_t read(const em::Request &request, int64_t *num_bytes) const {
+    const int64_t begin = records[request.key].offset + request.begin;
+    int64_t done = 0;
+    while (done < request.num_bytes) {
+      const int64_t got = file.read_at(request.dst + done, request.num_bytes - done, begin + done);
       if (got < 0) return static_cast<int32_t>(got);
-      if (!direct && got > 0) file.forget(offset, got);
-      done_bytes += got;
+      if (!direct && got > 0) file.forget(begin + done, got);
+      *num_bytes = done += got;
       // A direct read that ends inside a page has met the end of the file; to go on from there
       // would be refused.
       if (got == 0 || (direct && got % kPage)) break;
     }
-    num_bytes.fetch_add(done_bytes, std::memory_order_relaxed);
-    return done_bytes == record.num_bytes ? EM_READY : EM_ERR_SHORT;
-  }
-
-  int32_t read_and_check(const Request &request) {
-    const em_record &record = records[request.key];
-    char *dst = static_cast<char *>(request.dst);
-    const int64_t begin = em::monotonic_ns();
-    int32_t result = read(record, dst);
-    read_ns.fetch_add(em::monotonic_ns() - begin, std::memory_order_relaxed);
-    num_reads.fetch_add(1, std::memory_order_relaxed);
-    if (result == EM_READY && !verified[request.key].load(std::memory_order_relaxed)) {
-      if (em_crc32c(0, dst, record.down_offset) == record.crc_gate_up &&
-          em_crc32c(0, dst + record.down_offset, record.num_bytes - record.down_offset) ==
-              record.crc_down) {
-        verified[request.key].store(true, std::memory_order_relaxed);
-      } else {
-        result = EM_ERR_CRC;
-      }
-    }
-    return result;
+    return done == request.num_bytes ? 0 : EM_ERR_SHORT;
   }
 
   void run_reader() {
     em::block_signals();
-    int64_t cpu_before = em::thread_cpu_ns();
+    Lock lock(mutex);
     for (;;) {
-      std::unique_lock<std::mutex> lock(mutex);
       work.wait(lock, [this] { return closing || !queue.empty(); });
       if (closing) return;
-      const Request request = queue.front();
-      queue.pop_front();
+      const em::Request request = queue.next();
       lock.unlock();
-      const int32_t result = read_and_check(request);
-      const int64_t cpu_now = em::thread_cpu_ns();
-      cpu_ns.fetch_add(cpu_now - cpu_before, std::memory_order_relaxed);
-      cpu_before = cpu_now;
-      lock.lock();  // a waiter looks at the status under this lock before it sleeps
-      status[request.key].store(result, std::memory_order_release);
-      lock.unlock();
-      done.notify_all();
+      const int64_t cpu_before = em::thread_cpu_ns(), begin = em::monotonic_ns();
+      int64_t num_bytes = 0;
+      const int32_t error = read(request, &num_bytes);
+      const int64_t read_ns = em::monotonic_ns() - begin;
+      const int64_t cpu_ns = em::thread_cpu_ns() - cpu_before;
+      lock.lock();
+      count(request, num_bytes, read_ns);
+      stats.cpu_ns += cpu_ns;
+      land(lock, request, error);
     }
+  }
+
+  void count(const em::Request &request, int64_t num_bytes, int64_t read_ns) {
+    ++stats.num_requests;
+    stats.num_bytes += num_bytes;
+    stats.priority_bytes[request.priority] += num_bytes;
+    stats.read_ns += read_ns;
   }
 };
 
 namespace em {
 
-int64_t wait_any(em_store *store, const int32_t *keys, int64_t n) {
+int32_t arrival_of(const em_store *store, int32_t key) { return store->arrival(key); }
+
+void pump(em_store *) {}
+
+int64_t wait_any(em_store *store, const int32_t *keys, const int32_t *seen, int64_t n) {
   if (!store || n <= 0) return -1;
-  const int64_t count = num_records_of(store);
   for (int64_t i = 0; i < n; ++i) {
-    if (keys[i] < 0 || keys[i] >= count) return -1;
+    if (!store->is_valid(keys[i])) return -1;
   }
   const auto find = [&]() -> int64_t {
     for (int64_t i = 0; i < n; ++i) {
-      if (store->status[keys[i]].load(std::memory_order_acquire) != EM_READING) return i;
+      if (store->arrival(keys[i]) != seen[i]) return i;
     }
     return -1;
   };
   int64_t position = find();
   if (position >= 0) return position;
-  std::unique_lock<std::mutex> lock(store->mutex);
-  store->done.wait(lock, [&] { return (position = find()) >= 0; });
+  em_store::Lock lock(store->mutex);
+  store->changed.wait(lock, [&] { return (position = find()) >= 0; });
   return position;
 }
 
@@ -181,11 +226,14 @@ em_store *em_store_open(const char *path, const em_record *records, int64_t num_
   try {
     std::unique_ptr<em_store> store(new em_store);
     store->records.assign(records, records + num_records);
+    store->queue.open(&store->records);
+    store->verified.assign(static_cast<size_t>(num_records), 0);
+    store->landed_ns.assign(static_cast<size_t>(num_records), 0);
     store->status.reset(new std::atomic<int32_t>[num_records]);
-    store->verified.reset(new std::atomic<bool>[num_records]);
+    store->has_gate_up.reset(new std::atomic<bool>[num_records]);
     for (int64_t i = 0; i < num_records; ++i) {
       store->status[i].store(EM_ABSENT);
-      store->verified[i].store(false);
+      store->has_gate_up[i].store(false);
     }
     if (io != 2) {
       result = try_direct(store->file, path, num_records ? records[0].offset : 0);
@@ -219,49 +267,81 @@ int32_t *em_store_status(em_store *store) {
   return reinterpret_cast<int32_t *>(store->status.get());
 }
 
-int32_t em_store_submit(em_store *store, int64_t num, const int32_t *keys, void *const *dst) {
-  const int64_t count = em::num_records_of(store);
-  if (num < 0) return EM_ERR_ARG;
+const int64_t *em_store_landed_ns(const em_store *store) { return store->landed_ns.data(); }
+
+int32_t em_store_submit(em_store *store, int64_t num, const int32_t *keys, void *const *dst,
+                        int32_t priority) {
+  if (num < 0 || priority < 0 || priority >= em::kNumPriorities) return EM_ERR_ARG;
   for (int64_t i = 0; i < num; ++i) {
-    if (keys[i] < 0 || keys[i] >= count || !dst[i] || !is_aligned(dst[i])) return EM_ERR_ARG;
+    if (!store->is_valid(keys[i]) || !dst[i] || !is_aligned(dst[i])) return EM_ERR_ARG;
   }
   try {
     std::vector<int32_t> before;
     before.reserve(static_cast<size_t>(num));
-    std::lock_guard<std::mutex> lock(store->mutex);
-    const size_t queued = store->queue.size();
-    for (int64_t i = 0; i < num; ++i) store->queue.push_back({keys[i], dst[i]});
+    em_store::Lock lock(store->mutex);
+    const auto restore = [&] {
+      for (size_t j = 0; j < before.size(); ++j) store->status[keys[j]].store(before[j]);
+    };
     for (int64_t i = 0; i < num; ++i) {
       std::atomic<int32_t> &status = store->status[keys[i]];
-      before.push_back(status.load(std::memory_order_relaxed));
-      if (before.back() == EM_READING) {  // in flight, or twice in this list: all or nothing
-        store->queue.resize(queued, Request{});
-        for (int64_t j = 0; j < i; ++j) store->status[keys[j]].store(before[j]);
+      if (status.load(std::memory_order_relaxed) == EM_READING) {  // in flight, or twice in this
+        restore();                                                 // list: all or nothing
         return EM_ERR_ARG;
       }
-      status.store(EM_READING, std::memory_order_relaxed);
+      before.push_back(status.load(std::memory_order_relaxed));
+      store->has_gate_up[keys[i]].store(false, std::memory_order_relaxed);
+      status.store(EM_READING, std::memory_order_release);
+    }
+    try {
+      store->queue.add(num, keys, dst, priority);
+    } catch (...) {
+      restore();
+      throw;
     }
   } catch (const std::bad_alloc &) {
     return -ENOMEM;
   }
-  if (num == 1) {
-    store->work.notify_one();
-  } else {
-    store->work.notify_all();
+  store->work.notify_all();
+  return 0;
+}
+
+int32_t em_store_promote(em_store *store, int64_t num, const int32_t *keys, int32_t priority) {
+  if (num < 0 || priority < 0 || priority >= em::kNumPriorities) return EM_ERR_ARG;
+  for (int64_t i = 0; i < num; ++i) {
+    if (!store->is_valid(keys[i])) return EM_ERR_ARG;
+  }
+  em_store::Lock lock(store->mutex);
+  for (int64_t i = 0; i < num; ++i) {
+    if (em::status_of(store, keys[i]) == EM_READING) store->queue.promote(keys[i], priority);
   }
   return 0;
 }
 
-int32_t em_store_wait(em_store *store, int32_t key) {
-  if (key < 0 || key >= em::num_records_of(store)) return EM_ERR_ARG;
-  em::wait_any(store, &key, 1);
-  return em::status_of(store, key);
+int32_t em_store_cancel(em_store *store, int64_t num, const int32_t *keys) {
+  for (int64_t i = 0; i < num; ++i) {
+    if (!store->is_valid(keys[i])) return EM_ERR_ARG;
+  }
+  {
+    em_store::Lock lock(store->mutex);
+    for (int64_t i = 0; i < num; ++i) store->cancel(keys[i]);
+  }
+  store->changed.notify_all();
+  return 0;
 }
 
+int32_t em_store_wait(em_store *store, int32_t key) {
+  if (!store->is_valid(key)) return EM_ERR_ARG;
+  for (;;) {
+    const int32_t seen = store->arrival(key);
+    if (seen != EM_READING && seen != em::kGateUpReady) return seen;
+    em::wait_any(store, &key, &seen, 1);
+  }
+}
+
+void em_store_pump(em_store *store) { em::pump(store); }
+
 void em_store_get_stats(em_store *store, em_store_stats *stats) {
-  stats->num_reads = store->num_reads.load(std::memory_order_relaxed);
-  stats->num_bytes = store->num_bytes.load(std::memory_order_relaxed);
-  stats->read_ns = store->read_ns.load(std::memory_order_relaxed);
-  stats->cpu_ns = store->cpu_ns.load(std::memory_order_relaxed);
+  em_store::Lock lock(store->mutex);
+  *stats = store->stats;
 }
 }
