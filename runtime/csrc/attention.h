@@ -30,5 +30,6 @@ using AttentionKernel = void (*)(const AttentionRows &rows, float *scratch);
 AttentionKernel attention_scalar();
 AttentionKernel attention_avx2();        // null where the compiler was not asked for it
 AttentionKernel attention_avx512vnni();  // null where the compiler was not asked for it
+AttentionKernel attention_neon();        // null on other processors
 
 }  // namespace em

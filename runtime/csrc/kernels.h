@@ -37,10 +37,16 @@ struct Kernels {
   void (*add_scaled)(float weight, const float *x, int64_t num, float *y);  // y = fma(weight, x, y)
 };
 
+// One unit each; all but the first are null where the compiler was not asked for them.
 const Kernels *kernels_scalar();
-const Kernels *kernels_avx2();        // null where the compiler was not asked for it
-const Kernels *kernels_avx512vnni();  // null where the compiler was not asked for it
-const Kernels &kernels();             // the level in use
+const Kernels *kernels_avx2();
+const Kernels *kernels_avx512vnni();
+const Kernels *kernels_neon_dotprod();
+const Kernels *kernels_neon_i8mm();
+
+constexpr int kMaxLevels = 8;
+int available_levels(const Kernels **levels);  // those this machine runs, best first; their number
+const Kernels &kernels();                      // the level in use
 
 inline bool is_16bit(em_format format) {
   return format.mode == EM_MODE_BF16 || format.mode == EM_MODE_FP16;

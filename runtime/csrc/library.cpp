@@ -13,6 +13,10 @@
 #include <cpuid.h>
 #endif
 #define EM_X86 1
+#elif defined(__aarch64__) && defined(__linux__)
+#include <sys/auxv.h>
+#elif defined(__aarch64__) && defined(__APPLE__)
+#include <sys/sysctl.h>
 #endif
 
 namespace em {
@@ -48,39 +52,76 @@ uint64_t saved_state() {
 #endif
 }
 
-int best_level() {
+// Levels that this machine runs, best first.
+int find_levels(const Kernels **levels) {
+  int num = 0;
   const auto has = [](uint32_t word, int bit) { return (word >> bit & 1) != 0; };
   const Cpuid one = cpuid(1), seven = cpuid(7);
   constexpr int kOsxsave = 27, kFma = 12, kF16c = 29, kAvx = 28, kAvx2 = 5;
-  if (!has(one.c, kOsxsave) || !has(one.c, kAvx)) return 0;
-  const uint64_t state = saved_state();
-  if ((state & 0x6) != 0x6 || !has(one.c, kFma) || !has(one.c, kF16c) || !has(seven.b, kAvx2))
-    return 0;
   constexpr int kF = 16, kDq = 17, kBw = 30, kVl = 31, kVnni = 11;
-  const bool has_512 = (state & 0xe6) == 0xe6 && has(seven.b, kF) && has(seven.b, kDq) &&
-                       has(seven.b, kBw) && has(seven.b, kVl) && has(seven.c, kVnni);
-  return has_512 ? 2 : 1;
+  if (has(one.c, kOsxsave) && has(one.c, kAvx)) {
+    const uint64_t state = saved_state();
+    const bool has_avx2 = (state & 0x6) == 0x6 && has(one.c, kFma) && has(one.c, kF16c) &&
+                          has(seven.b, kAvx2);
+    const bool has_512 = (state & 0xe6) == 0xe6 && has(seven.b, kF) && has(seven.b, kDq) &&
+                         has(seven.b, kBw) && has(seven.b, kVl) && has(seven.c, kVnni);
+    if (has_avx2 && has_512) levels[num++] = kernels_avx512vnni();
+    if (has_avx2) levels[num++] = kernels_avx2();
+  }
+  levels[num++] = kernels_scalar();
+  return num;
+}
+#elif defined(__aarch64__) && (defined(__linux__) || defined(__APPLE__))
+int find_levels(const Kernels **levels) {
+  int num = 0;
+#if defined(__linux__)
+  constexpr int kDotprod = 20, kI8mm = 13;  // bits that the kernel's interface fixes
+  const bool has_dotprod = (getauxval(AT_HWCAP) >> kDotprod & 1) != 0;
+  const bool has_i8mm = (getauxval(AT_HWCAP2) >> kI8mm & 1) != 0;
+#else
+  const auto has = [](const char *name) {
+    int value = 0;
+    size_t size = sizeof value;
+    return sysctlbyname(name, &value, &size, nullptr, 0) == 0 && value != 0;
+  };
+  const bool has_dotprod = has("hw.optional.arm.FEAT_DotProd");
+  const bool has_i8mm = has("hw.optional.arm.FEAT_I8MM");
+#endif
+  if (has_dotprod && has_i8mm) levels[num++] = kernels_neon_i8mm();
+  if (has_dotprod) levels[num++] = kernels_neon_dotprod();
+  levels[num++] = kernels_scalar();
+  return num;
 }
 #else
-int best_level() { return 0; }
+int find_levels(const Kernels **levels) {
+  levels[0] = kernels_scalar();
+  return 1;
+}
 #endif
 
 const Kernels *choose() {
-  const Kernels *levels[] = {kernels_scalar(), kernels_avx2(), kernels_avx512vnni()};
-  int best = best_level();
-  while (levels[best] == nullptr) --best;
+  const Kernels *levels[kMaxLevels];
+  const int num_levels = available_levels(levels);
   const char *wanted = std::getenv("EDGEMOE_ISA");
-  if (wanted == nullptr || *wanted == '\0') return levels[best];
-  for (int level = 0; level <= best; ++level) {
-    if (levels[level] != nullptr && std::strcmp(levels[level]->name, wanted) == 0)
-      return levels[level];
+  if (wanted == nullptr || *wanted == '\0') return levels[0];
+  for (int i = 0; i < num_levels; ++i) {
+    if (std::strcmp(levels[i]->name, wanted) == 0) return levels[i];
   }
   std::fprintf(stderr, "error: `EDGEMOE_ISA=%s` is unknown or not available here; using `%s`\n",
-               wanted, levels[best]->name);
-  return levels[best];
+               wanted, levels[0]->name);
+  return levels[0];
 }
 
 }  // namespace
+
+int available_levels(const Kernels **levels) {
+  const int num_found = find_levels(levels);
+  int num_levels = 0;
+  for (int i = 0; i < num_found; ++i) {
+    if (levels[i] != nullptr) levels[num_levels++] = levels[i];  // the compiler knew it
+  }
+  return num_levels;
+}
 
 const Kernels &kernels() {
   static const Kernels *const chosen = choose();

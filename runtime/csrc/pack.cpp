@@ -7,7 +7,7 @@
 namespace em {
 namespace {
 
-constexpr int64_t kMaxSide = int64_t{1} << 31;  // keeps every product below 2^63
+constexpr int64_t kMaxSide = int64_t{1} << 30;  // keeps every product below 2^63
 
 bool is_valid(int64_t rows, int64_t cols, em_format f) {
   if (rows < 1 || cols < 1 || rows > kMaxSide || cols > kMaxSide) return false;
