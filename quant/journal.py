@@ -12,6 +12,7 @@ import json
 import os
 import shutil
 import struct
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,7 @@ def fingerprint(checkpoint: Checkpoint, options: ConvertOptions) -> dict[str, An
     config = json.dumps(checkpoint.config, sort_keys=True).encode()
     return {
         "writer_version": [WRITER_VERSION, FORMAT_VERSION],
-        "options": [options.bits, options.group_size, options.trunk_bits],
+        "options": [options.bits, options.group_size, options.trunk_bits, options.mode],
         "config": hashlib.sha256(config).hexdigest(),
         "files": files,
     }
@@ -207,9 +208,8 @@ def _lock(path: Path) -> int | None:
 def _difference(found: Any, wanted: dict[str, Any]) -> str:
     keys = found if isinstance(found, dict) else {}
     if keys.get("options") != wanted["options"]:
-        names = ("--bits", "--group-size", "--trunk-bits")
-        old = keys.get("options") or [None] * len(names)
-        pairs = zip(names, old, wanted["options"], strict=False)
+        names = ("--bits", "--group-size", "--trunk-bits", "--mode")
+        pairs = zip_longest(names, keys.get("options") or (), wanted["options"])
         changed = [f"{name} {a}, now {b}" for name, a, b in pairs if a != b]
         return "it was made with other options: " + "; ".join(changed)
     if keys.get("writer_version") != wanted["writer_version"]:

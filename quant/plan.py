@@ -21,7 +21,7 @@ from ..runtime.format import (
     record_name,
 )
 from .checkpoint import Checkpoint
-from .options import DEFAULT_GROUP_SIZE, MODE, ConvertOptions
+from .options import DEFAULT_GROUP_SIZE, ConvertOptions
 from .sources import Source
 from .summary import PlanRow, class_of, storage_text, table
 
@@ -94,6 +94,7 @@ class ConversionPlan:
         ]
         return {
             "bits": self.options.bits,
+            "mode": self.options.mode,
             "group_size": self.options.group_size or DEFAULT_GROUP_SIZE,
             "trunk_bits": self.options.trunk_bits,
             "output_bytes": self.output_bytes,
@@ -191,7 +192,7 @@ def _expert_spec(
             f"they have {cols} columns, which is no multiple of it",
             f"use --group-size {' or '.join(fitting)}" if fitting else "use --bits 16",
         )
-    return QuantSpec(options.bits, group_size, MODE)
+    return QuantSpec(options.bits, group_size, options.mode)
 
 
 def _expert_layouts(
@@ -233,7 +234,7 @@ def _trunk_items(
             if group_size is None:
                 odd.append(name)
             else:
-                spec = QuantSpec(options.trunk_bits, group_size, MODE)
+                spec = QuantSpec(options.trunk_bits, group_size, "sym")
         # Norms, biases and routers are small and sensitive: they keep the dtype they came in.
         dtype = "BF16" if matrix and source.dtype == "F32" else source.dtype
         if dtype != source.dtype and spec is None:

@@ -25,6 +25,9 @@ One 64-byte code block holds, at byte `row * 4 + j` (j = 0..3; k = first column 
   then one block whose bit s is the high bit of column k + 4s + j, s = 0..7
 
 Codes are unsigned. Symmetric: w = scale * (code - 2^(bits-1)). Asymmetric: w = scale * code + min.
+NF4: 4-bit codes in the same places, w = scale * NF4_LEVELS[code], no min. The levels are the 16
+values of NormalFloat4 (Dettmers et al., QLoRA, 2023) in 127ths, rounded: integers, so that they
+meet int8 activations in the same dot products, and this table is the definition.
 A scale per channel is a group scale repeated along the row: one kernel serves both.
 
 16-bit tile (bf16 or fp16): one 64-byte block holds two columns; the lane of a row has column k in
@@ -59,7 +62,8 @@ LINE_BYTES = 64
 ACT_GROUP = 32  # columns that share one int8 activation scale
 BITS = (2, 3, 4, 8, 16)
 GROUP_SIZES = (32, 64, 128)
-MODES = ("sym", "asym", "bf16", "fp16")  # the order is the core's EM_MODE_* numbering
+MODES = ("sym", "asym", "bf16", "fp16", "nf4")  # the order is the core's EM_MODE_* numbering
+NF4_LEVELS = (-127, -88, -67, -50, -36, -23, -12, 0, 10, 20, 31, 43, 56, 71, 92, 127)
 MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
 
 
@@ -81,6 +85,8 @@ class QuantSpec:
             raise FormatError(f"unknown quantization `{self.bits}` bits, mode `{self.mode}`")
         if (self.bits == 16) != (self.mode in ("bf16", "fp16")):
             raise FormatError(f"mode `{self.mode}` does not go with {self.bits} bits")
+        if self.mode == "nf4" and self.bits != 4:
+            raise FormatError(f"mode `nf4` has 4 bits, got {self.bits}")
         if self.group_size not in ((0,) if self.bits == 16 else GROUP_SIZES):
             raise FormatError(f"unknown group size `{self.group_size}` at {self.bits} bits")
 

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .format import LINE_BYTES, TILE_ROWS, QuantSpec, RecordLayout
+from .format import LINE_BYTES, NF4_LEVELS, TILE_ROWS, QuantSpec, RecordLayout
 
 LARGE_WEIGHTS = (
     4_000_000  # weights of a matrix from which on a multiplication takes noticeably long
@@ -56,13 +56,14 @@ def unpack(packed: np.ndarray, rows: int, cols: int, spec: QuantSpec) -> np.ndar
         return (words.astype(np.uint32) << 16).view(np.float32)
     out = np.empty((tiles, TILE_ROWS, cols), dtype=np.float32)
     zero = 0 if spec.mode == "asym" else 1 << (spec.bits - 1)
+    levels = np.array(NF4_LEVELS, dtype=np.float32)
     for group, lines, body in _groups(spec, cols):
         scale, *mins = (
             np.ascontiguousarray(data[:, line]).view(np.float16).astype(np.float32)[:, :, None]
             for line in lines
         )
         codes = _codes(data[:, body].reshape(tiles, -1, LINE_BYTES), spec.bits)
-        part = scale * (codes.astype(np.float32) - zero)
+        part = scale * (levels[codes] if spec.mode == "nf4" else codes.astype(np.float32) - zero)
         columns = slice(group * spec.group_size, (group + 1) * spec.group_size)
         out[:, :, columns] = part + mins[0] if mins else part
     return out.reshape(-1, cols)[:rows]

@@ -11,7 +11,7 @@ import json
 import numpy as np
 
 from edgemoe.runtime import core, kernels
-from edgemoe.runtime.format import QuantSpec, RecordLayout
+from edgemoe.runtime.format import NF4_LEVELS, QuantSpec, RecordLayout
 
 QUANTIZED = [
     QuantSpec(bits, group_size, mode)
@@ -19,6 +19,7 @@ QUANTIZED = [
     for group_size in (32, 64, 128)
     for mode in ("sym", "asym")
 ]
+QUANTIZED += [QuantSpec(4, group_size, "nf4") for group_size in (32, 64, 128)]
 SIXTEEN = [QuantSpec(16, 0, "bf16"), QuantSpec(16, 0, "fp16")]
 
 
@@ -38,7 +39,7 @@ def random_part(
     codes = rng.integers(0, 1 << spec.bits, (rows, cols), dtype=np.uint8)
     shape = rows, cols // spec.group_size
     scales = (rng.normal(size=shape) / (cols**0.5 * (1 << spec.bits))).astype(np.float16)
-    if spec.mode == "sym":
+    if spec.mode != "asym":
         return codes, scales, None
     return codes, scales, (rng.normal(size=shape) / cols**0.5).astype(np.float16)
 
@@ -58,6 +59,8 @@ def weights_of(part: np.ndarray | tuple, spec: QuantSpec) -> np.ndarray:
             return (part.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
     codes, scales, mins = part
     scale = scales.astype(np.float64).repeat(spec.group_size, axis=1)
+    if spec.mode == "nf4":
+        return scale * np.array(NF4_LEVELS, dtype=np.float64)[codes]
     if mins is None:
         return scale * (codes.astype(np.float64) - (1 << (spec.bits - 1)))
     return scale * codes + mins.astype(np.float64).repeat(spec.group_size, axis=1)

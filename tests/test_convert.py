@@ -67,6 +67,25 @@ def test_records_stand_for_the_quantized_experts(
             np.testing.assert_array_equal(matrix, dequantize(quantize(weight, spec), spec).numpy())
 
 
+def test_nf4_experts(tmp_path: Path) -> None:
+    path = make_checkpoint(tmp_path / "hf")
+    expected = weights_of(config_of("olmoe"))
+    options = ConvertOptions(mode="nf4", trunk_bits=4)
+    plan = plan_conversion(path, options)
+    assert "4 bit nf4, groups of 32" in "\n".join(plan.lines())
+    index = load_index(convert(path, tmp_path / "a.edgemoe", options))
+    assert index.plan["mode"] == "nf4"
+    assert {packed.spec.mode for packed in index.packed_trunk.values()} == {"sym"}
+    for (layer, expert), record in index.records.items():
+        spec = record.layout.down
+        assert spec == QuantSpec(4, spec.group_size, "nf4")
+        _, _, found = kernels.unpack_record(record_of(index, layer, expert), record.layout)
+        weight = expected[load_module("olmoe").expert_tensor(layer, expert, "down")]
+        np.testing.assert_array_equal(found, dequantize(quantize(weight, spec), spec).numpy())
+    with pytest.raises(UsageError, match="nf4.* not possible with `--bits 3`"):
+        ConvertOptions(bits=3, mode="nf4")
+
+
 @pytest.mark.parametrize(
     ("dtype", "mode"),
     ((torch.bfloat16, "bf16"), (torch.float16, "fp16"), (torch.float32, "bf16")),

@@ -24,10 +24,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_format_options(parser: argparse.ArgumentParser) -> None:
-    """--bits, --group-size, --trunk-bits: how a store would be stored."""
+    """--bits, --mode, --group-size, --trunk-bits: how a store would be stored."""
     group = parser.add_argument_group("format")
     group.add_argument(
         "--bits", type=int, choices=(2, 3, 4, 8, 16), help="of the experts (default: 4)"
+    )
+    group.add_argument(
+        "--mode",
+        choices=("sym", "nf4"),
+        help="of expert codes: even steps, or the 16 levels of NormalFloat4 (default: sym)",
     )
     group.add_argument(
         "--group-size",
@@ -46,7 +51,7 @@ def format_options(args: argparse.Namespace) -> object:
     """The `ConvertOptions` that the flags name."""
     from ..quant.plan import ConvertOptions
 
-    given = {name: getattr(args, name) for name in ("bits", "group_size", "trunk_bits")}
+    given = {name: getattr(args, name) for name in ("bits", "mode", "group_size", "trunk_bits")}
     if given["group_size"] not in (None, "channel"):
         given["group_size"] = int(given["group_size"])
     return ConvertOptions(**{name: value for name, value in given.items() if value is not None})

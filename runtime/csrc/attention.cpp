@@ -12,7 +12,8 @@ namespace {
 em::AttentionKernel choose() {
   em::AttentionKernel kernel = nullptr;
   if (std::strcmp(em_isa(), "avx512vnni") == 0) kernel = em::attention_avx512vnni();
-  if (std::strcmp(em_isa(), "avx2") == 0) kernel = em::attention_avx2();
+  const bool is_256 = std::strcmp(em_isa(), "avx2") == 0 || std::strcmp(em_isa(), "avxvnni") == 0;
+  if (is_256) kernel = em::attention_avx2();
   if (std::strncmp(em_isa(), "neon", 4) == 0) kernel = em::attention_neon();
   return kernel ? kernel : em::attention_scalar();
 }

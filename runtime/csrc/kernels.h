@@ -11,6 +11,10 @@ constexpr int kLineBytes = 64;
 constexpr int kActGroup = 32;  // columns that share one activation scale
 constexpr int kMaxTokens = 8;  // most tokens in one call of a tile kernel
 
+// What the codes of EM_MODE_NF4 stand for; runtime/format.py says where the numbers come from.
+constexpr int8_t kNf4Levels[16] = {-127, -88, -67, -50, -36, -23, -12, 0,
+                                   10,   20,  31,  43,  56,  71,  92,  127};
+
 // 32 columns of one token: x ~ scale * q. One struct, so that a kernel needs one pointer per token.
 struct ActGroup {
   int8_t q[kActGroup];
@@ -40,6 +44,7 @@ struct Kernels {
 // One unit each; all but the first are null where the compiler was not asked for them.
 const Kernels *kernels_scalar();
 const Kernels *kernels_avx2();
+const Kernels *kernels_avxvnni();
 const Kernels *kernels_avx512vnni();
 const Kernels *kernels_neon_dotprod();
 const Kernels *kernels_neon_i8mm();

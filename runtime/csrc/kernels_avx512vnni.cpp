@@ -13,6 +13,7 @@
 #else
 #define EM_UNROLL _Pragma("GCC unroll 8")
 #endif
+#define EM_NOINLINE __attribute__((noinline))
 #define EM_FMA __builtin_fmaf
 
 namespace em {
@@ -39,7 +40,17 @@ template <int N>
 EM_INLINE B shifted_left(B x) {
   return _mm512_slli_epi32(x, N);
 }
-EM_INLINE B either(B x, B y) { return _mm512_or_si512(x, y); }
+// The bits of MASK from x, the others from y.
+template <int MASK>
+EM_INLINE B selected(B x, B y) {
+  return _mm512_ternarylogic_epi32(_mm512_set1_epi8(MASK), x, y, 0xca);
+}
+EM_INLINE B byte_code(B x) { return x; }
+EM_INLINE B level_of(B code) {
+  const __m128i levels = _mm_loadu_si128(reinterpret_cast<const __m128i *>(kNf4Levels));
+  const __m128i table = _mm_xor_si128(levels, _mm_set1_epi8(static_cast<char>(0x80)));
+  return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(table), code);
+}
 
 EM_INLINE F broadcast(float x) { return _mm512_set1_ps(x); }
 EM_INLINE F mul(F x, F y) { return _mm512_mul_ps(x, y); }
@@ -60,18 +71,26 @@ EM_INLINE F high_half(B x) {
   return _mm512_castsi512_ps(_mm512_and_si512(x, _mm512_set1_epi32(static_cast<int>(0xffff0000))));
 }
 
-template <int BITS, bool ASYM>
+template <class C>
+constexpr bool kSplits = !C::kIsByte;
+
+EM_INLINE Dot dot_zero() { return _mm512_setzero_si512(); }
+template <class C>
 EM_INLINE Dot dot_begin(const int32_t &negative_sum) {
-  if constexpr (ASYM) return _mm512_setzero_si512();
-  return _mm512_slli_epi32(_mm512_set1_epi32(negative_sum), BITS - 1);
+  if constexpr (C::kZero == 0) return _mm512_setzero_si512();
+  return _mm512_slli_epi32(_mm512_set1_epi32(negative_sum), C::kZeroShift);
 }
-template <int BITS>
+template <class C>
 EM_INLINE Dot dot_add(Dot d, B code, const int8_t *q) {
   int32_t word;
   __builtin_memcpy(&word, q, 4);
   return _mm512_dpbusd_epi32(d, code, _mm512_set1_epi32(word));
 }
-template <int BITS, bool ASYM>
+template <int PLACE>
+EM_INLINE Dot joined(Dot low, Dot high) {
+  return _mm512_add_epi32(low, _mm512_srai_epi32(high, PLACE));
+}
+template <class C>
 EM_INLINE F dot_end(Dot d, int32_t) {
   return _mm512_cvtepi32_ps(d);
 }

@@ -13,76 +13,123 @@
 // at every page; of 1, 1.5, 2 and 4 KiB this was best, the loop a sixth faster than without.
 constexpr int64_t kAhead = 2048;
 
-// Word W (4 columns) of the 32 columns whose codes start at p.
-template <int BITS, int W>
-EM_INLINE B code_word(const uint8_t *p) {
-  if constexpr (BITS == 8) return load_bytes(p + W * kLineBytes);
-  if constexpr (BITS == 4) {
-    return W % 2 == 0 ? masked<0x0f>(load_bytes(p + W / 2 * kLineBytes))
-                      : masked<0x0f>(shifted_right<4>(load_bytes(p + W / 2 * kLineBytes)));
-  }
-  if constexpr (BITS == 2) {
-    return masked<0x03>(shifted_right<2 * (W % 4)>(load_bytes(p + W / 4 * kLineBytes)));
-  }
-  if constexpr (BITS == 3) {
-    const B high = load_bytes(p + 2 * kLineBytes);
-    const B low = masked<0x03>(shifted_right<2 * (W % 4)>(load_bytes(p + W / 4 * kLineBytes)));
-    if constexpr (W < 2) return either(low, masked<0x04>(shifted_left<2 - W>(high)));
-    if constexpr (W >= 2) return either(low, masked<0x04>(shifted_right<W - 2>(high)));
+// How the codes of a format read. The dot product of a word (4 columns of 16 rows) is taken of
+// unsigned numbers, code or table entry, and kZero * sum(q) is taken off.
+template <int BITS, int MODE>
+struct Coding {
+  static constexpr int kBits = BITS;
+  static constexpr bool kIsAsym = MODE == EM_MODE_ASYM;
+  static constexpr bool kIsTable = MODE == EM_MODE_NF4;
+  static constexpr bool kIsByte = BITS == 8 || kIsTable;  // operands above 15
+  static constexpr int kZeroShift = kIsTable ? 7 : BITS - 1;
+  static constexpr int kZero = kIsAsym ? 0 : 1 << kZeroShift;
+};
+
+template <class C, int NT, int WORD>
+EM_INLINE void add_word(Dot *dot, B word, const ActGroup *const *a, int64_t s) {
+  EM_UNROLL
+  for (int t = 0; t < NT; ++t) dot[t] = dot_add<C>(dot[t], word, a[t][s].q + 4 * WORD);
+}
+
+// A word whose codes lie PLACE bits up in their bytes. With one token it is cheaper to leave them
+// there: such words have a sum of their own, which is shifted down at the end.
+template <class C, int NT, int WORD, int PLACE, int MASK>
+EM_INLINE void add_word_at(Dot *low, Dot *high, B x, const ActGroup *const *a, int64_t s) {
+  if constexpr (kSplits<C> && NT == 1) {
+    add_word<C, NT, WORD>(high, masked<(MASK << PLACE)>(x), a, s);
+  } else {
+    add_word<C, NT, WORD>(low, masked<MASK>(shifted_right<PLACE>(x)), a, s);
   }
 }
 
-template <int BITS, int NT, int W>
-EM_INLINE void dot_word(const uint8_t *p, const ActGroup *const *a, int64_t s, Dot *dot) {
-  const B code = code_word<BITS, W>(p);
-  EM_UNROLL
-  for (int t = 0; t < NT; ++t) dot[t] = dot_add<BITS>(dot[t], code, a[t][s].q + 4 * W);
+template <class C, int NT, int LINE>
+EM_INLINE void add_line_of_2(const uint8_t *p, const ActGroup *const *a, int64_t s, Dot *low,
+                             Dot *high) {
+  const B x = load_bytes(p + LINE * kLineBytes), y = shifted_right<4>(x);
+  add_word<C, NT, 4 * LINE>(low, masked<3>(x), a, s);
+  add_word_at<C, NT, 4 * LINE + 1, 2, 3>(low, high, x, a, s);
+  add_word<C, NT, 4 * LINE + 2>(low, masked<3>(y), a, s);
+  add_word_at<C, NT, 4 * LINE + 3, 2, 3>(low, high, y, a, s);
 }
 
-template <int BITS, int G, bool ASYM, int NT>
-EM_INLINE const uint8_t *weight_group(const uint8_t *p, const uint8_t *scales, const uint8_t *mins,
-                                      const ActGroup *const *a, int64_t s, F *acc) {
-  F part[NT];
-  EM_UNROLL
-  for (int i = 0; i < G / kActGroup; ++i) {
-    Dot dot[NT];
-    EM_UNROLL
-    for (int t = 0; t < NT; ++t) dot[t] = dot_begin<BITS, ASYM>(a[t][s + i].negative_sum);
-    EM_UNROLL
-    for (int line = 0; line < BITS; ++line) __builtin_prefetch(p + kAhead + line * kLineBytes);
-    dot_word<BITS, NT, 0>(p, a, s + i, dot);
-    dot_word<BITS, NT, 1>(p, a, s + i, dot);
-    dot_word<BITS, NT, 2>(p, a, s + i, dot);
-    dot_word<BITS, NT, 3>(p, a, s + i, dot);
-    dot_word<BITS, NT, 4>(p, a, s + i, dot);
-    dot_word<BITS, NT, 5>(p, a, s + i, dot);
-    dot_word<BITS, NT, 6>(p, a, s + i, dot);
-    dot_word<BITS, NT, 7>(p, a, s + i, dot);
-    EM_UNROLL
-    for (int t = 0; t < NT; ++t) {
-      const F sum = dot_end<BITS, ASYM>(dot[t], a[t][s + i].negative_sum);
-      const F scale = broadcast(a[t][s + i].scale);
-      part[t] = i == 0 ? mul(sum, scale) : fma(sum, scale, part[t]);
-    }
-    p += kLineBytes * BITS;
-  }
-  const F weight_scale = load_half(scales);
-  EM_UNROLL
-  for (int t = 0; t < NT; ++t) acc[t] = fma(weight_scale, part[t], acc[t]);
-  if constexpr (ASYM) {
-    const F weight_min = load_half(mins);
-    EM_UNROLL
-    for (int i = 0; i < G / kActGroup; ++i) {
-      EM_UNROLL
-      for (int t = 0; t < NT; ++t) acc[t] = fma(weight_min, broadcast(a[t][s + i].sum), acc[t]);
-    }
-  }
-  return p;
+// Words WORD and WORD + 4 of 3 bits: `low_bits` has their low codes at bits 0 and 4, `high_bits`
+// their high bit at bits 2 and 6; what lies between is of other words.
+template <class C, int NT, int WORD>
+EM_INLINE void add_words_of_3(B low_bits, B high_bits, const ActGroup *const *a, int64_t s,
+                              Dot *low, Dot *high) {
+  const B both = selected<0x33>(low_bits, high_bits);
+  add_word<C, NT, WORD>(low, masked<7>(both), a, s);
+  add_word_at<C, NT, WORD + 4, 4, 7>(low, high, both, a, s);
 }
 
-template <int BITS, int G, bool ASYM, int NT>
-void tile_codes(const uint8_t *p, int64_t cols, const void *const *x, float *out,
-                int64_t out_stride) {
+template <class C, int NT, int LINE>
+EM_INLINE void add_line_of_4(const uint8_t *p, const ActGroup *const *a, int64_t s, Dot *low,
+                             Dot *high) {
+  const B x = load_bytes(p + LINE * kLineBytes);
+  if constexpr (C::kIsTable) {
+    add_word<C, NT, 2 * LINE>(low, level_of(masked<15>(x)), a, s);
+    add_word<C, NT, 2 * LINE + 1>(low, level_of(masked<15>(shifted_right<4>(x))), a, s);
+  } else {
+    add_word<C, NT, 2 * LINE>(low, masked<15>(x), a, s);
+    add_word_at<C, NT, 2 * LINE + 1, 4, 15>(low, high, x, a, s);
+  }
+}
+
+template <class C, int NT, int WORD>
+EM_INLINE void add_word_of_8(const uint8_t *p, const ActGroup *const *a, int64_t s, Dot *low) {
+  add_word<C, NT, WORD>(low, byte_code(load_bytes(p + WORD * kLineBytes)), a, s);
+}
+
+// part += scale_s * dot_s for the 32 columns whose codes start at p.
+template <class C, int NT>
+EM_INLINE void add_unit(const uint8_t *p, const ActGroup *const *a, int64_t s, F *part) {
+  Dot low[NT], high[NT];
+  EM_UNROLL
+  for (int t = 0; t < NT; ++t) {
+    low[t] = dot_begin<C>(a[t][s].negative_sum);
+    high[t] = dot_zero();
+  }
+  EM_UNROLL
+  for (int line = 0; line < C::kBits; ++line) __builtin_prefetch(p + kAhead + line * kLineBytes);
+  if constexpr (C::kBits == 2) {
+    add_line_of_2<C, NT, 0>(p, a, s, low, high);
+    add_line_of_2<C, NT, 1>(p, a, s, low, high);
+  } else if constexpr (C::kBits == 3) {
+    const B x = load_bytes(p), y = load_bytes(p + kLineBytes), h = load_bytes(p + 2 * kLineBytes);
+    const B even = selected<15>(x, shifted_left<4>(y));  // words 0, 1, 4, 5
+    const B odd = selected<15>(shifted_right<4>(x), y);  // words 2, 3, 6, 7
+    add_words_of_3<C, NT, 0>(even, shifted_left<2>(h), a, s, low, high);
+    add_words_of_3<C, NT, 1>(shifted_right<2>(even), shifted_left<1>(h), a, s, low, high);
+    add_words_of_3<C, NT, 2>(odd, h, a, s, low, high);
+    add_words_of_3<C, NT, 3>(shifted_right<2>(odd), shifted_right<1>(h), a, s, low, high);
+  } else if constexpr (C::kBits == 4) {
+    add_line_of_4<C, NT, 0>(p, a, s, low, high);
+    add_line_of_4<C, NT, 1>(p, a, s, low, high);
+    add_line_of_4<C, NT, 2>(p, a, s, low, high);
+    add_line_of_4<C, NT, 3>(p, a, s, low, high);
+  } else {
+    add_word_of_8<C, NT, 0>(p, a, s, low);
+    add_word_of_8<C, NT, 1>(p, a, s, low);
+    add_word_of_8<C, NT, 2>(p, a, s, low);
+    add_word_of_8<C, NT, 3>(p, a, s, low);
+    add_word_of_8<C, NT, 4>(p, a, s, low);
+    add_word_of_8<C, NT, 5>(p, a, s, low);
+    add_word_of_8<C, NT, 6>(p, a, s, low);
+    add_word_of_8<C, NT, 7>(p, a, s, low);
+  }
+  EM_UNROLL
+  for (int t = 0; t < NT; ++t) {
+    if constexpr (kSplits<C> && NT == 1) low[t] = joined<C::kBits == 2 ? 2 : 4>(low[t], high[t]);
+    const F sum = dot_end<C>(low[t], a[t][s].negative_sum);
+    part[t] = fma(sum, broadcast(a[t][s].scale), part[t]);
+  }
+}
+
+// `units` activation groups share a weight scale. Not a template parameter: a loop over them costs
+// nothing measurable, unrolled they were most of what there was to compile.
+template <class C, int NT>
+EM_NOINLINE void tile_codes(const uint8_t *p, int64_t cols, int64_t units, const void *const *x,
+                            float *out, int64_t out_stride) {
   F acc[NT];
   const ActGroup *a[NT];
   EM_UNROLL
@@ -90,18 +137,29 @@ void tile_codes(const uint8_t *p, int64_t cols, const void *const *x, float *out
     acc[t] = broadcast(0.0f);
     a[t] = static_cast<const ActGroup *>(x[t]);
   }
-  constexpr int kLines = ASYM ? 2 : 1;
-  const int64_t num_groups = cols / G;
-  int64_t s = 0;
-  for (int64_t g = 0; g + 2 <= num_groups; g += 2, s += 2 * G / kActGroup) {
-    const uint8_t *line = p;
-    __builtin_prefetch(line + kAhead);
-    p = weight_group<BITS, G, ASYM, NT>(p + kLines * kLineBytes, line, line + kLineBytes, a, s, acc);
-    p = weight_group<BITS, G, ASYM, NT>(p, line + 32, line + kLineBytes + 32, a, s + G / kActGroup,
-                                        acc);
+  const int64_t num_units = cols / kActGroup;
+  for (int64_t s = 0; s < num_units;) {
+    const uint8_t *scales = p;
+    __builtin_prefetch(p + kAhead);
+    p += C::kIsAsym ? 2 * kLineBytes : kLineBytes;
+    for (int i = 0; i < 2 && s < num_units; ++i, scales += kLineBytes / 2) {
+      F part[NT];
+      EM_UNROLL
+      for (int t = 0; t < NT; ++t) part[t] = broadcast(0.0f);
+      const int64_t first = s;
+      for (; s < first + units; ++s, p += C::kBits * kLineBytes) add_unit<C, NT>(p, a, s, part);
+      const F weight_scale = load_half(scales);
+      EM_UNROLL
+      for (int t = 0; t < NT; ++t) acc[t] = fma(weight_scale, part[t], acc[t]);
+      if constexpr (C::kIsAsym) {
+        const F weight_min = load_half(scales + kLineBytes);
+        for (int64_t u = first; u < s; ++u) {
+          EM_UNROLL
+          for (int t = 0; t < NT; ++t) acc[t] = fma(weight_min, broadcast(a[t][u].sum), acc[t]);
+        }
+      }
+    }
   }
-  if (num_groups % 2)
-    weight_group<BITS, G, ASYM, NT>(p + kLines * kLineBytes, p, p + kLineBytes, a, s, acc);
   EM_UNROLL
   for (int t = 0; t < NT; ++t) store(out + t * out_stride, acc[t]);
 }
@@ -149,13 +207,13 @@ void tile_16bit(const uint8_t *p, int64_t cols, const void *const *x, float *out
     store(out + t * out_stride, add(add(acc[0][t], acc[1][t]), add(acc[2][t], acc[3][t])));
 }
 
-template <int BITS, int G, bool ASYM>
+template <class C, int UNITS>
 struct CodesTile {
   static constexpr int kMaxBlock = kMaxCodesBlock;
   template <int NT>
   static void run(const uint8_t *tile, int64_t cols, const void *const *x, float *out,
                   int64_t out_stride) {
-    tile_codes<BITS, G, ASYM, NT>(tile, cols, x, out, out_stride);
+    tile_codes<C, NT>(tile, cols, UNITS, x, out, out_stride);
   }
 };
 
@@ -200,26 +258,27 @@ void in_blocks(const uint8_t *tile, int64_t cols, const void *const *x, int num_
   }
 }
 
-template <int BITS, bool ASYM>
+template <class C>
 TileKernel with_group(int group_size) {
-  if (group_size == 32) return in_blocks<CodesTile<BITS, 32, ASYM>>;
-  if (group_size == 64) return in_blocks<CodesTile<BITS, 64, ASYM>>;
-  return in_blocks<CodesTile<BITS, 128, ASYM>>;
+  if (group_size == 32) return in_blocks<CodesTile<C, 1>>;
+  if (group_size == 64) return in_blocks<CodesTile<C, 2>>;
+  return in_blocks<CodesTile<C, 4>>;
 }
 
-template <bool ASYM>
+template <int MODE>
 TileKernel with_bits(int bits, int group_size) {
-  if (bits == 2) return with_group<2, ASYM>(group_size);
-  if (bits == 3) return with_group<3, ASYM>(group_size);
-  if (bits == 4) return with_group<4, ASYM>(group_size);
-  return with_group<8, ASYM>(group_size);
+  if (bits == 2) return with_group<Coding<2, MODE>>(group_size);
+  if (bits == 3) return with_group<Coding<3, MODE>>(group_size);
+  if (bits == 4) return with_group<Coding<4, MODE>>(group_size);
+  return with_group<Coding<8, MODE>>(group_size);
 }
 
 TileKernel tile(em_format format) {
   if (format.mode == EM_MODE_BF16) return in_blocks<WordsTile<false>>;
   if (format.mode == EM_MODE_FP16) return in_blocks<WordsTile<true>>;
-  return format.mode == EM_MODE_ASYM ? with_bits<true>(format.bits, format.group_size)
-                                     : with_bits<false>(format.bits, format.group_size);
+  if (format.mode == EM_MODE_NF4) return with_group<Coding<4, EM_MODE_NF4>>(format.group_size);
+  return format.mode == EM_MODE_ASYM ? with_bits<EM_MODE_ASYM>(format.bits, format.group_size)
+                                     : with_bits<EM_MODE_SYM>(format.bits, format.group_size);
 }
 
 EM_INLINE float float_of(int32_t bits) {

@@ -7,6 +7,7 @@
 #else
 #define EM_UNROLL _Pragma("GCC unroll 8")
 #endif
+#define EM_NOINLINE __attribute__((noinline))
 #define EM_FMA __builtin_fmaf
 
 constexpr int kMaxCodesBlock = 4;
@@ -48,9 +49,21 @@ EM_INLINE B shifted_left(B x) {
   EM_EACH_REGISTER x.v[i] = vshlq_n_u8(x.v[i], N);
   return x;
 }
-EM_INLINE B either(B x, B y) {
-  EM_EACH_REGISTER x.v[i] = vorrq_u8(x.v[i], y.v[i]);
+// The bits of MASK from x, the others from y.
+template <int MASK>
+EM_INLINE B selected(B x, B y) {
+  EM_EACH_REGISTER x.v[i] = vbslq_u8(vdupq_n_u8(MASK), x.v[i], y.v[i]);
   return x;
+}
+// Operands are signed: codes below 8 bits as they are, of others 128 is taken off.
+EM_INLINE B byte_code(B x) {
+  EM_EACH_REGISTER x.v[i] = veorq_u8(x.v[i], vdupq_n_u8(0x80));
+  return x;
+}
+EM_INLINE B level_of(B code) {
+  const int8x16_t levels = vld1q_s8(kNf4Levels);
+  EM_EACH_REGISTER code.v[i] = vreinterpretq_u8_s8(vqtbl1q_s8(levels, code.v[i]));
+  return code;
 }
 
 EM_INLINE F broadcast(float x) {
@@ -100,33 +113,34 @@ EM_INLINE F high_half(B x) {
   return r;
 }
 
-// Codes below 8 bits are their own signed value; of 8-bit codes, 128 is taken off.
-template <int BITS>
-EM_INLINE int8x16_t signed_code(uint8x16_t code) {
-  if constexpr (BITS == 8) code = veorq_u8(code, vdupq_n_u8(0x80));
-  return vreinterpretq_s8_u8(code);
-}
-// What the sum of code . q starts from, so that it ends at the sum of (code - zero point) . q.
-template <int BITS, bool ASYM>
-EM_INLINE int32_t dot_start(int32_t negative_sum) {
-  if constexpr (BITS == 8) return ASYM ? -negative_sum * 128 : 0;
-  return ASYM ? 0 : negative_sum * (1 << (BITS - 1));
-}
-template <int BITS, bool ASYM>
-EM_INLINE Dot dot_begin(int32_t negative_sum) {
+template <class C>
+constexpr bool kSplits = C::kBits < 4;  // four bits up, a code of 4 bits is no signed byte
+
+EM_INLINE Dot dot_zero() {
   Dot d;
-  EM_EACH_REGISTER d.v[i] = vdupq_n_s32(dot_start<BITS, ASYM>(negative_sum));
+  EM_EACH_REGISTER d.v[i] = vdupq_n_s32(0);
   return d;
 }
-template <int BITS>
+template <class C>
+EM_INLINE Dot dot_begin(int32_t negative_sum) {
+  Dot d;
+  EM_EACH_REGISTER d.v[i] = vdupq_n_s32(negative_sum * (C::kZero - (C::kIsByte ? 128 : 0)));
+  return d;
+}
+template <class C>
 EM_INLINE Dot dot_add(Dot d, B code, const int8_t *q) {
   int32_t word;
   __builtin_memcpy(&word, q, 4);
   const int8x16_t a = vreinterpretq_s8_s32(vdupq_n_s32(word));
-  EM_EACH_REGISTER d.v[i] = vdotq_s32(d.v[i], signed_code<BITS>(code.v[i]), a);
+  EM_EACH_REGISTER d.v[i] = vdotq_s32(d.v[i], vreinterpretq_s8_u8(code.v[i]), a);
   return d;
 }
-template <int BITS, bool ASYM>
+template <int PLACE>
+EM_INLINE Dot joined(Dot low, Dot high) {
+  EM_EACH_REGISTER low.v[i] = vaddq_s32(low.v[i], vshrq_n_s32(high.v[i], PLACE));
+  return low;
+}
+template <class C>
 EM_INLINE F dot_end(Dot d, int32_t) {
   F r;
   EM_EACH_REGISTER r.v[i] = vcvtq_f32_s32(d.v[i]);

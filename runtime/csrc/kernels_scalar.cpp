@@ -6,6 +6,7 @@
 
 #define EM_INLINE static inline
 #define EM_UNROLL
+#define EM_NOINLINE
 #if defined(__GNUC__)
 #define EM_FMA __builtin_fmaf
 #else
@@ -51,9 +52,16 @@ EM_INLINE B shifted_left(B b) {
   for (int i = 0; i < 64; ++i) b.v[i] = static_cast<uint8_t>(b.v[i] << N);
   return b;
 }
-EM_INLINE B either(B a, B b) {
-  for (int i = 0; i < 64; ++i) a.v[i] |= b.v[i];
-  return a;
+// The bits of MASK from x, the others from y.
+template <int MASK>
+EM_INLINE B selected(B x, B y) {
+  for (int i = 0; i < 64; ++i) x.v[i] = static_cast<uint8_t>((x.v[i] & MASK) | (y.v[i] & ~MASK));
+  return x;
+}
+EM_INLINE B byte_code(B x) { return x; }
+EM_INLINE B level_of(B code) {
+  for (int i = 0; i < 64; ++i) code.v[i] = static_cast<uint8_t>(kNf4Levels[code.v[i]] + 128);
+  return code;
 }
 
 EM_INLINE F broadcast(float x) {
@@ -116,20 +124,29 @@ EM_INLINE F high_half(const B &b) {
   return r;
 }
 
-template <int BITS, bool ASYM>
+template <class C>
+constexpr bool kSplits = false;
+
+EM_INLINE Dot dot_zero() { return {}; }
+template <class C>
 EM_INLINE Dot dot_begin(int32_t negative_sum) {
   Dot d;
-  for (int i = 0; i < 16; ++i) d.v[i] = ASYM ? 0 : negative_sum * (1 << (BITS - 1));
+  for (int i = 0; i < 16; ++i) d.v[i] = negative_sum * C::kZero;
   return d;
 }
-template <int BITS>
+template <class C>
 EM_INLINE Dot dot_add(Dot d, const B &code, const int8_t *q) {
   for (int i = 0; i < 16; ++i) {
     for (int j = 0; j < 4; ++j) d.v[i] += code.v[4 * i + j] * q[j];
   }
   return d;
 }
-template <int BITS, bool ASYM>
+template <int PLACE>
+EM_INLINE Dot joined(Dot low, const Dot &high) {
+  for (int i = 0; i < 16; ++i) low.v[i] += high.v[i] >> PLACE;
+  return low;
+}
+template <class C>
 EM_INLINE F dot_end(const Dot &d, int32_t) {
   F r;
   for (int i = 0; i < 16; ++i) r.v[i] = static_cast<float>(d.v[i]);

@@ -27,16 +27,16 @@ struct Cpuid {
   uint32_t a = 0, b = 0, c = 0, d = 0;
 };
 
-Cpuid cpuid(uint32_t leaf) {
+Cpuid cpuid(uint32_t leaf, uint32_t subleaf = 0) {
   Cpuid r;
 #if defined(_MSC_VER)
   int words[4];
   __cpuid(words, 0);
   if (static_cast<uint32_t>(words[0]) < leaf) return r;
-  __cpuidex(words, static_cast<int>(leaf), 0);
+  __cpuidex(words, static_cast<int>(leaf), static_cast<int>(subleaf));
   r.a = words[0], r.b = words[1], r.c = words[2], r.d = words[3];
 #else
-  if (!__get_cpuid_count(leaf, 0, &r.a, &r.b, &r.c, &r.d)) return {};
+  if (!__get_cpuid_count(leaf, subleaf, &r.a, &r.b, &r.c, &r.d)) return {};
 #endif
   return r;
 }
@@ -58,7 +58,7 @@ int find_levels(const Kernels **levels) {
   const auto has = [](uint32_t word, int bit) { return (word >> bit & 1) != 0; };
   const Cpuid one = cpuid(1), seven = cpuid(7);
   constexpr int kOsxsave = 27, kFma = 12, kF16c = 29, kAvx = 28, kAvx2 = 5;
-  constexpr int kF = 16, kDq = 17, kBw = 30, kVl = 31, kVnni = 11;
+  constexpr int kF = 16, kDq = 17, kBw = 30, kVl = 31, kVnni = 11, kAvxVnni = 4;
   if (has(one.c, kOsxsave) && has(one.c, kAvx)) {
     const uint64_t state = saved_state();
     const bool has_avx2 = (state & 0x6) == 0x6 && has(one.c, kFma) && has(one.c, kF16c) &&
@@ -66,6 +66,8 @@ int find_levels(const Kernels **levels) {
     const bool has_512 = (state & 0xe6) == 0xe6 && has(seven.b, kF) && has(seven.b, kDq) &&
                          has(seven.b, kBw) && has(seven.b, kVl) && has(seven.c, kVnni);
     if (has_avx2 && has_512) levels[num++] = kernels_avx512vnni();
+    const bool has_avxvnni = has_avx2 && seven.a >= 1 && has(cpuid(7, 1).a, kAvxVnni);
+    if (has_avxvnni) levels[num++] = kernels_avxvnni();
     if (has_avx2) levels[num++] = kernels_avx2();
   }
   levels[num++] = kernels_scalar();

@@ -12,8 +12,9 @@ constexpr int64_t kMaxSide = int64_t{1} << 30;  // keeps every product below 2^6
 bool is_valid(int64_t rows, int64_t cols, em_format f) {
   if (rows < 1 || cols < 1 || rows > kMaxSide || cols > kMaxSide) return false;
   if (is_16bit(f)) return f.bits == 16 && f.group_size == 0 && cols % 2 == 0;
-  return (f.mode == EM_MODE_SYM || f.mode == EM_MODE_ASYM) &&
-         (f.bits == 2 || f.bits == 3 || f.bits == 4 || f.bits == 8) &&
+  const bool is_table = f.mode == EM_MODE_NF4;
+  return (f.mode == EM_MODE_SYM || f.mode == EM_MODE_ASYM || is_table) &&
+         (f.bits == 4 || (!is_table && (f.bits == 2 || f.bits == 3 || f.bits == 8))) &&
          (f.group_size == 32 || f.group_size == 64 || f.group_size == 128) &&
          cols % f.group_size == 0;
 }
@@ -103,6 +104,7 @@ void unpack_row(uint8_t *tile, int64_t cols, em_format f, int row, float *dst) {
     }
     return;
   }
+  const bool is_table = f.mode == EM_MODE_NF4;
   const int zero = f.mode == EM_MODE_ASYM ? 0 : 1 << (f.bits - 1);
   for (int64_t g = 0; g < cols / f.group_size; ++g) {
     const Group group = group_at(tile, f, g);
@@ -110,7 +112,7 @@ void unpack_row(uint8_t *tile, int64_t cols, em_format f, int row, float *dst) {
     const float min = f.mode == EM_MODE_ASYM ? from_fp16(get_word(group.mins + 2 * row)) : 0.0f;
     for (int64_t k = 0; k < f.group_size; ++k) {
       const int code = get_code(group.codes, f.bits, row, k);
-      *dst++ = scale * static_cast<float>(code - zero) + min;
+      *dst++ = scale * static_cast<float>(is_table ? kNf4Levels[code] : code - zero) + min;
     }
   }
 }
