@@ -11,6 +11,7 @@ const std::vector<em_format> &all_formats() {
         for (const int mode : {EM_MODE_SYM, EM_MODE_ASYM}) list.push_back({bits, group, mode});
       }
     }
+    for (const int group : {32, 64, 128}) list.push_back({4, group, EM_MODE_NF4});
     return list;
   }();
   return formats;
@@ -36,6 +37,10 @@ double from_bf16(uint16_t word) {
   std::memcpy(&value, &bits, 4);
   return value;
 }
+
+// NormalFloat4 in 127ths, as runtime/format.py has it.
+constexpr int kNf4[16] = {-127, -88, -67, -50, -36, -23, -12, 0,
+                          10,   20,  31,  43,  56,  71,  92,  127};
 
 // A half of random sign and mantissa, its exponent around 1 / 64, or any finite one.
 uint16_t random_half(check::Random &random, bool extreme) {
@@ -73,7 +78,8 @@ Matrix make_matrix(check::Random &random, int64_t rows, int64_t cols, em_format 
   for (int64_t i = 0; i < rows * cols; ++i) {
     const int64_t group = i / format.group_size;
     const int zero = has_mins ? 0 : 1 << (format.bits - 1);
-    matrix.weights[i] = from_half(scales[group]) * (codes[i] - zero);
+    const int level = format.mode == EM_MODE_NF4 ? kNf4[codes[i]] : codes[i] - zero;
+    matrix.weights[i] = from_half(scales[group]) * level;
     if (has_mins) matrix.weights[i] += from_half(mins[group]);
   }
   CHECK_EQUAL(em_pack_codes(codes.data(), scales.data(), has_mins ? mins.data() : nullptr, rows,
