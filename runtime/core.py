@@ -37,6 +37,23 @@ class Record(ctypes.Structure):
     ]
 
 
+class Layer(ctypes.Structure):
+    """em_layer."""
+
+    _fields_ = [(name, c_int64) for name in ("layer", "num_experts", "width", "first_key")]
+
+
+class Index(ctypes.Structure):
+    """em_index."""
+
+    _fields_ = [
+        *((name, c_int64) for name in ("hidden", "num_layers", "num_records", "max_record_bytes")),
+        ("layers", POINTER(Layer)),
+        ("records", POINTER(Record)),
+        ("experts_path", c_char_p),
+    ]
+
+
 class StoreStats(ctypes.Structure):
     """em_store_stats."""
 
@@ -82,6 +99,9 @@ _SIGNATURES: dict[str, tuple[object, list[object]]] = {
     ),
     "em_arena_create": (_P, [_I64]),
     "em_arena_destroy": (None, [_P, _I64]),
+    "em_index_open": (POINTER(Index), [c_char_p, c_char_p, _I64]),
+    "em_index_close": (None, [POINTER(Index)]),
+    "em_index_key": (_I32, [POINTER(Index), _I64, _I64]),
     "em_store_open": (_P, [c_char_p, POINTER(Record), _I64, _I32, _I32, POINTER(c_int32)]),
     "em_store_close": (None, [_P]),
     "em_store_is_direct": (_I32, [_P]),

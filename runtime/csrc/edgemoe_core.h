@@ -98,6 +98,26 @@ EM_API int32_t em_attention(em_pool *pool, const float *q, const void *keys, con
 EM_API void *em_arena_create(int64_t num_bytes);
 EM_API void em_arena_destroy(void *arena, int64_t num_bytes);
 
+/* ---- index --------------------------------------------------------------------------------- */
+/* A layer that has experts; their records are keys first_key .. first_key + num_experts - 1. */
+typedef struct em_layer {
+  int64_t layer, num_experts, width, first_key; /* layer: its number in the model */
+} em_layer;
+/* What a store folder holds; memory of the index, valid until em_index_close. */
+typedef struct em_index {
+  int64_t hidden, num_layers, num_records, max_record_bytes;
+  const em_layer *layers;   /* [num_layers], ascending */
+  const em_record *records; /* [num_records] in (layer, expert) order, as em_store_open takes them */
+  const char *experts_path; /* UTF-8, as em_store_open takes it */
+} em_index;
+/* Read store.json and the header of experts.safetensors in `folder` (UTF-8), and check that they
+ * agree: every offset, size, format and checksum field, for any bytes whatever. Reads no weights.
+ * On failure returns NULL and writes what is wrong into error[error_bytes] (may be NULL). */
+EM_API const em_index *em_index_open(const char *folder, char *error, int64_t error_bytes);
+EM_API void em_index_close(const em_index *index); /* NULL is allowed */
+/* The key of a record, or EM_ERR_ARG where there is none. */
+EM_API int32_t em_index_key(const em_index *index, int64_t layer, int64_t expert);
+
 /* ---- store --------------------------------------------------------------------------------- */
 typedef struct em_store em_store;
 /* Open an experts.safetensors. records[num_records] is copied; a key is an index into it.

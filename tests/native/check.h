@@ -5,6 +5,7 @@
 #include <cstdio>
 #include <sstream>
 #include <string>
+#include <type_traits>
 #include <vector>
 
 namespace check {
@@ -18,11 +19,16 @@ struct Test {
 
 void fail(const char *file, int line, const std::string &what);
 
+template <class T>
+auto shown(const T &value) {
+  if constexpr (std::is_arithmetic_v<T>) return +value;  // a byte as a number
+  else return value;
+}
 template <class A, class B>
 void equal(const A &a, const B &b, const char *text, const char *file, int line) {
   if (a == b) return;
   std::ostringstream what;
-  what << text << ": " << +a << " and " << +b;
+  what << text << ": " << shown(a) << " and " << shown(b);
   fail(file, line, what.str());
 }
 
