@@ -179,7 +179,7 @@ print(core.lib.em_isa().decode(), *sums)
 def test_instruction_sets_agree():
     """Every level that this machine has gives the same bits."""
     results = {}
-    for isa in ("scalar", "avx2", "avxvnni", "avx512vnni"):
+    for isa in ("scalar", "avx2", "avxvnni", "avx512vnni", "amx"):
         answer = subprocess.run(
             [sys.executable, "-c", ISA_PROGRAM, os.path.dirname(__file__)],
             env={**os.environ, "EDGEMOE_ISA": isa},

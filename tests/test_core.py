@@ -87,6 +87,6 @@ def test_library_needs_neither_python_nor_torch():
 @native
 def test_isa_is_one_of_the_levels():
     assert core.lib.em_isa() in (
-        *(b"scalar", b"avx2", b"avxvnni", b"avx512vnni"),
+        *(b"scalar", b"avx2", b"avxvnni", b"avx512vnni", b"amx"),
         *(b"neon-dotprod", b"neon-i8mm"),
     )

@@ -155,7 +155,7 @@ def test_largest_codes_and_activations_do_not_saturate(bits: int, mode: str):
 def test_every_instruction_set_gives_the_same_bits():
     program = Path(cases.__file__)
     levels = {}
-    for level in ("scalar", "avx2", "avxvnni", "avx512vnni"):
+    for level in ("scalar", "avx2", "avxvnni", "avx512vnni", "amx"):
         env = os.environ | {"EDGEMOE_ISA": level, "OMP_NUM_THREADS": "1"}
         env["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
         done = subprocess.run(

@@ -11,7 +11,8 @@ namespace {
 
 em::AttentionKernel choose() {
   em::AttentionKernel kernel = nullptr;
-  if (std::strcmp(em_isa(), "avx512vnni") == 0) kernel = em::attention_avx512vnni();
+  const bool is_512 = std::strcmp(em_isa(), "avx512vnni") == 0 || std::strcmp(em_isa(), "amx") == 0;
+  if (is_512) kernel = em::attention_avx512vnni();
   const bool is_256 = std::strcmp(em_isa(), "avx2") == 0 || std::strcmp(em_isa(), "avxvnni") == 0;
   if (is_256) kernel = em::attention_avx2();
   if (std::strncmp(em_isa(), "neon", 4) == 0) kernel = em::attention_neon();

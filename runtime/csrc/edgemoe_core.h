@@ -51,8 +51,8 @@ typedef struct em_record {
 EM_API int32_t em_abi_version(void);
 /* Layout constants, compared with runtime/format.py when the library is loaded. */
 EM_API extern const int32_t em_format_version, em_page_bytes, em_tile_rows, em_line_bytes, em_act_group;
-/* Instruction set in use: "avx512vnni", "avxvnni", "avx2", "neon-i8mm", "neon-dotprod" or "scalar".
- * Chosen once; EDGEMOE_ISA overrides. */
+/* Instruction set in use: "amx", "avx512vnni", "avxvnni", "avx2", "neon-i8mm", "neon-dotprod" or
+ * "scalar". Chosen once; EDGEMOE_ISA overrides. */
 EM_API const char *em_isa(void);
 EM_API uint32_t em_crc32c(uint32_t seed, const void *data, int64_t num_bytes);
 

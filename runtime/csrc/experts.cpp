@@ -52,15 +52,81 @@ int64_t Experts::num_down_items() const {
   return (a_.hidden / kTileRows + kDownTiles - 1) / kDownTiles;
 }
 
-// The rows of one item are one activation group of the down projection, which is quantized here.
-void Experts::gate_up(const Segment &segment, int64_t item) const {
+bool Experts::uses_panels(const Segment &segment, em_format format) const {
+  return level_.panels != nullptr && !is_16bit(format) && segment.num_pairs >= kMinPanelTokens;
+}
+
+ActPanel *Experts::input_panels(const Segment &segment) const {
+  return reinterpret_cast<ActPanel *>(partial_ + segment.pair * a_.hidden);
+}
+
+ActPanel *Experts::h_panels(const Segment &segment) const {
+  return reinterpret_cast<ActPanel *>(h_ + segment.row * a_.width);
+}
+
+int64_t Experts::num_gather_items(const Segment &segment) const {
+  if (!uses_panels(segment, record(segment.expert).gate_up)) return 0;
+  return (segment.num_pairs + kPanelTokens - 1) / kPanelTokens;
+}
+
+void Experts::gather(const Segment &segment, int64_t item) const {
+  const int64_t pair = segment.pair + item * kPanelTokens;
+  const int64_t groups = a_.hidden / kActGroup;
+  const ActGroup *tokens[kPanelTokens];
+  const int num =
+      static_cast<int>(min_of(kPanelTokens, segment.pair + segment.num_pairs - pair));
+  for (int t = 0; t < num; ++t) tokens[t] = quantized_x_ + a_.pair_token[pair + t] * groups;
+  pack_panels(tokens, num, a_.hidden, input_panels(segment) + item * groups);
+}
+
+// The 32 rows of one item are one activation group of the down projection, quantized here.
+void Experts::put_h(const Segment &segment, int64_t pair, int64_t item, const float *gate,
+                    const float *up) const {
+  const em_format down = record(segment.expert).down;
+  const int64_t row = item * kItemRows, num_rows = min_of(kItemRows, a_.width - row);
+  const int64_t groups = a_.width / kActGroup;
+  float *const h = h_ + (segment.row + pair) * a_.width;
+  float values[kItemRows];
+  level_.silu_mul(gate, up, num_rows, values);
+  if (is_16bit(down)) {
+    std::memcpy(h + row, values, num_rows * sizeof(float));
+  } else if (uses_panels(segment, down)) {
+    const int token = static_cast<int>(pair % kPanelTokens);
+    ActPanel *const panel = h_panels(segment) + pair / kPanelTokens * groups + item;
+    ActGroup group;
+    level_.quantize(values, kActGroup, &group);
+    put_group(group, token, panel);
+    if (pair + 1 == segment.num_pairs) clear_tokens(token + 1, panel);
+  } else {
+    level_.quantize(values, kActGroup, reinterpret_cast<ActGroup *>(h) + item);
+  }
+}
+
+void Experts::gate_up_panels(const Segment &segment, int64_t item) const {
+  const em_format format = record(segment.expert).gate_up;
+  const int64_t stride = tile_bytes(a_.hidden, format);
+  const int64_t row = item * kItemRows, num_rows = min_of(kItemRows, a_.width - row);
+  const uint8_t *tiles = a_.data[segment.expert] + row / kTileRows * 2 * stride;
+  float gate[kMaxPanelTokens * kItemRows], up[kMaxPanelTokens * kItemRows];
+  for (int64_t p = 0; p < segment.num_pairs; p += kMaxPanelTokens) {
+    const int64_t num = min_of(kMaxPanelTokens, segment.num_pairs - p);
+    const ActPanel *const panels = input_panels(segment) + num_panels(p, a_.hidden);
+    for (int64_t r = 0; r < num_rows; r += kTileRows) {
+      const uint8_t *tile = tiles + r / kTileRows * 2 * stride;
+      level_.panels(tile, a_.hidden, format, panels, num, gate + r, kItemRows);
+      level_.panels(tile + stride, a_.hidden, format, panels, num, up + r, kItemRows);
+    }
+    for (int64_t i = 0; i < num; ++i)
+      put_h(segment, p + i, item, gate + i * kItemRows, up + i * kItemRows);
+  }
+}
+
+void Experts::gate_up_tiles(const Segment &segment, int64_t item) const {
   const em_format format = record(segment.expert).gate_up;
   const bool is_quantized = !is_16bit(format);
-  const bool is_down_quantized = !is_16bit(record(segment.expert).down);
   const TileKernel kernel = level_.tile(format);
   const int64_t stride = tile_bytes(a_.hidden, format);
-  const int64_t row = item * kItemRows;
-  const int64_t num_rows = min_of(kItemRows, a_.width - row);
+  const int64_t row = item * kItemRows, num_rows = min_of(kItemRows, a_.width - row);
   const uint8_t *tiles = a_.data[segment.expert] + row / kTileRows * 2 * stride;
   for (int64_t p = 0; p < segment.num_pairs; p += kMaxTokens) {
     const int block = static_cast<int>(min_of(kMaxTokens, segment.num_pairs - p));
@@ -77,16 +143,16 @@ void Experts::gate_up(const Segment &segment, int64_t item) const {
       kernel(tile, a_.hidden, inputs, block, gate + r, kItemRows);
       kernel(tile + stride, a_.hidden, inputs, block, up + r, kItemRows);
     }
-    for (int i = 0; i < block; ++i) {
-      float *h = h_ + (segment.row + p + i) * a_.width;
-      float values[kItemRows];
-      level_.silu_mul(gate + i * kItemRows, up + i * kItemRows, num_rows, values);
-      if (is_down_quantized) {
-        level_.quantize(values, num_rows, reinterpret_cast<ActGroup *>(h) + item);
-      } else {
-        std::memcpy(h + row, values, num_rows * sizeof(float));
-      }
-    }
+    for (int i = 0; i < block; ++i)
+      put_h(segment, p + i, item, gate + i * kItemRows, up + i * kItemRows);
+  }
+}
+
+void Experts::gate_up(const Segment &segment, int64_t item) const {
+  if (uses_panels(segment, record(segment.expert).gate_up)) {
+    gate_up_panels(segment, item);
+  } else {
+    gate_up_tiles(segment, item);
   }
 }
 
@@ -97,13 +163,23 @@ void Experts::down(const Segment &segment, int64_t item) const {
   const int64_t first = item * kDownTiles;
   const int64_t end = min_of(first + kDownTiles, a_.hidden / kTileRows);
   const uint8_t *tiles = a_.data[segment.expert] + source.down_offset;
-  for (int64_t p = 0; p < segment.num_pairs; p += kMaxTokens) {
-    const int block = static_cast<int>(min_of(kMaxTokens, segment.num_pairs - p));
+  const bool has_panels = uses_panels(segment, source.down);
+  const int64_t most = has_panels ? kMaxPanelTokens : kMaxTokens;
+  for (int64_t p = 0; p < segment.num_pairs; p += most) {
+    const int block = static_cast<int>(min_of(most, segment.num_pairs - p));
+    const ActPanel *const panels = h_panels(segment) + num_panels(p, a_.width);
     const void *inputs[kMaxTokens];
-    for (int i = 0; i < block; ++i) inputs[i] = h_ + (segment.row + p + i) * a_.width;
+    for (int i = 0; i < block && !has_panels; ++i)
+      inputs[i] = h_ + (segment.row + p + i) * a_.width;
     float *dst = partial_ + (segment.pair + p) * a_.hidden;
     for (int64_t tile = first; tile < end; ++tile) {
-      kernel(tiles + tile * stride, a_.width, inputs, block, dst + tile * kTileRows, a_.hidden);
+      const uint8_t *const data = tiles + tile * stride;
+      float *const out = dst + tile * kTileRows;
+      if (has_panels) {
+        level_.panels(data, a_.width, source.down, panels, block, out, a_.hidden);
+      } else {
+        kernel(data, a_.width, inputs, block, out, a_.hidden);
+      }
     }
   }
 }

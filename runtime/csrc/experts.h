@@ -1,12 +1,13 @@
 // What the experts of one layer compute, apart from when their records arrive (moe.cpp).
 //
 // The work of a segment is cut into items that any thread may run in any order: gate_up items, and
-// once all of them are done, down items. A matrix-matrix kernel for segments of many pairs goes into
-// gate_up() and down(): it must give the bits of the tile kernels (kernels_impl.h).
+// once all of them are done, down items. Segments of many pairs go through the panel kernel (gemm.h):
+// their inputs are gathered into panels before the first gate_up item. Both ways give the same bits.
 #pragma once
 #include <cstdint>
 
 #include "edgemoe_core.h"
+#include "gemm.h"
 #include "kernels.h"
 #include "thread_pool.h"
 
@@ -29,19 +30,29 @@ class Experts {
   void quantize_inputs() const;  // before the first gate_up
   int64_t num_gate_up_items() const;  // of one segment
   int64_t num_down_items() const;
+  int64_t num_gather_items(const Segment &segment) const;  // 0: it needs none
+  void gather(const Segment &segment, int64_t item) const;
   void gate_up(const Segment &segment, int64_t item) const;  // h = silu(gate x) * (up x), 32 rows
   void down(const Segment &segment, int64_t item) const;     // one row of outputs per pair
   void combine() const;  // y[t] += weight * output, in the order of the list
 
  private:
   const em_record &record(int64_t expert) const { return records_[a_.keys[expert]]; }
+  bool uses_panels(const Segment &segment, em_format format) const;
+  // Panels lie in place of the fp32 rows of the segment: the inputs where its outputs will be.
+  ActPanel *input_panels(const Segment &segment) const;
+  ActPanel *h_panels(const Segment &segment) const;
+  void gate_up_panels(const Segment &segment, int64_t item) const;
+  void gate_up_tiles(const Segment &segment, int64_t item) const;
+  void put_h(const Segment &segment, int64_t pair, int64_t item, const float *gate,
+             const float *up) const;
 
   em_pool *pool_;
   const em_record *records_;
   const em_moe_args &a_;
   const Kernels &level_;
-  float *partial_;         // [pairs][D]
-  float *h_;               // [num_rows][F] floats, or ActGroup [F / 32] at the row's start
+  float *partial_;         // [pairs][D], or the segment's panels of inputs at its first pair
+  float *h_;               // [num_rows][F] floats, or ActGroup [F / 32] at the row's start, or panels
   ActGroup *quantized_x_;  // [T][D / 32]
 };
 

@@ -31,6 +31,12 @@ constexpr int64_t kActGroupFloats = 11;
 using TileKernel = void (*)(const uint8_t *tile, int64_t cols, const void *const *x, int num_tokens,
                             float *out, int64_t out_stride);
 
+// The same for num_tokens <= kMaxPanelTokens, packed into panels; see gemm.h. Quantized modes only.
+struct ActPanel;
+using PanelKernel = void (*)(const uint8_t *tile, int64_t cols, em_format format,
+                             const ActPanel *panels, int64_t num_tokens, float *out,
+                             int64_t out_stride);
+
 struct Kernels {
   const char *name;
   TileKernel (*tile)(em_format format);  // format must have passed em_matrix_bytes
@@ -39,6 +45,7 @@ struct Kernels {
   void (*quantize)(const float *x, int64_t cols, ActGroup *dst);
   void (*silu_mul)(const float *gate, const float *up, int64_t num, float *h);
   void (*add_scaled)(float weight, const float *x, int64_t num, float *y);  // y = fma(weight, x, y)
+  PanelKernel panels = nullptr;  // null where tile kernels are as fast for many tokens
 };
 
 // One unit each; all but the first are null where the compiler was not asked for them.
@@ -46,6 +53,7 @@ const Kernels *kernels_scalar();
 const Kernels *kernels_avx2();
 const Kernels *kernels_avxvnni();
 const Kernels *kernels_avx512vnni();
+const Kernels *kernels_amx();
 const Kernels *kernels_neon_dotprod();
 const Kernels *kernels_neon_i8mm();
 

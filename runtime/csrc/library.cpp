@@ -13,6 +13,10 @@
 #include <cpuid.h>
 #endif
 #define EM_X86 1
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 #elif defined(__aarch64__) && defined(__linux__)
 #include <sys/auxv.h>
 #elif defined(__aarch64__) && defined(__APPLE__)
@@ -52,6 +56,16 @@ uint64_t saved_state() {
 #endif
 }
 
+// The registers of AMX are large: Linux saves them only for a process that asked for it.
+bool may_use_tiles() {
+#if defined(__linux__) && defined(SYS_arch_prctl)
+  constexpr int kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+
 // Levels that this machine runs, best first.
 int find_levels(const Kernels **levels) {
   int num = 0;
@@ -59,12 +73,17 @@ int find_levels(const Kernels **levels) {
   const Cpuid one = cpuid(1), seven = cpuid(7);
   constexpr int kOsxsave = 27, kFma = 12, kF16c = 29, kAvx = 28, kAvx2 = 5;
   constexpr int kF = 16, kDq = 17, kBw = 30, kVl = 31, kVnni = 11, kAvxVnni = 4;
+  constexpr int kAmxTile = 24, kAmxInt8 = 25;
   if (has(one.c, kOsxsave) && has(one.c, kAvx)) {
     const uint64_t state = saved_state();
     const bool has_avx2 = (state & 0x6) == 0x6 && has(one.c, kFma) && has(one.c, kF16c) &&
                           has(seven.b, kAvx2);
     const bool has_512 = (state & 0xe6) == 0xe6 && has(seven.b, kF) && has(seven.b, kDq) &&
                          has(seven.b, kBw) && has(seven.b, kVl) && has(seven.c, kVnni);
+    constexpr uint64_t kTileState = 3 << 17;
+    const bool has_amx = has_avx2 && has_512 && has(seven.d, kAmxTile) && has(seven.d, kAmxInt8) &&
+                         (state & kTileState) == kTileState;
+    if (has_amx && may_use_tiles()) levels[num++] = kernels_amx();
     if (has_avx2 && has_512) levels[num++] = kernels_avx512vnni();
     const bool has_avxvnni = has_avx2 && seven.a >= 1 && has(cpuid(7, 1).a, kAvxVnni);
     if (has_avxvnni) levels[num++] = kernels_avxvnni();

@@ -31,6 +31,8 @@ class Layer {
   void cut();
   int32_t gather();
   bool find_rows(Segment *segment) const;
+  void gather_inputs(const Experts &experts);
+  std::size_t place_of(int64_t item) const;
   void compute(const Experts &experts);
   void wait();
 
@@ -120,20 +122,44 @@ int32_t Layer::gather() {
   return 0;
 }
 
-void Layer::compute(const Experts &experts) {
+// Whose item it is: a position in round_.
+std::size_t Layer::place_of(int64_t item) const {
+  std::size_t i = 0;
+  while (begin_[i + 1] <= item) ++i;
+  return i;
+}
+
+// What the round's first halves need before any of their items can run.
+void Layer::gather_inputs(const Experts &experts) {
   begin_.assign(1, 0);
+  for (const std::size_t i : round_) {
+    const Part &part = parts_[i];
+    const bool is_first = part.phase == Phase::kGateUp;
+    begin_.push_back(begin_.back() + (is_first ? experts.num_gather_items(part.segment) : 0));
+  }
+  parallel_for(pool_, begin_.back(), [&](int64_t item, int) {
+    const std::size_t i = place_of(item);
+    experts.gather(parts_[round_[i]].segment, item - begin_[i]);
+  });
+}
+
+void Layer::compute(const Experts &experts) {
   std::size_t kept = 0;
   for (const std::size_t i : round_) {
     Part &part = parts_[i];
     if (part.phase == Phase::kGateUp && !find_rows(&part.segment)) continue;
-    begin_.push_back(begin_.back() + (part.phase == Phase::kDown ? experts.num_down_items()
-                                                                 : experts.num_gate_up_items()));
     round_[kept++] = i;
   }
   round_.resize(kept);
+  gather_inputs(experts);
+  begin_.assign(1, 0);
+  for (const std::size_t i : round_) {
+    const bool is_down = parts_[i].phase == Phase::kDown;
+    begin_.push_back(begin_.back() +
+                     (is_down ? experts.num_down_items() : experts.num_gate_up_items()));
+  }
   parallel_for(pool_, begin_.back(), [&](int64_t item, int) {
-    std::size_t i = 0;
-    while (begin_[i + 1] <= item) ++i;
+    const std::size_t i = place_of(item);
     const Part &part = parts_[round_[i]];
     if (part.phase == Phase::kDown) {
       experts.down(part.segment, item - begin_[i]);
