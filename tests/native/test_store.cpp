@@ -1,0 +1,240 @@
+// The record reader: bytes and checksums, order, cancellation, files that end too early.
+#include <cstring>
+#include <filesystem>
+#include <thread>
+
+#include "check.h"
+#include "store.h"
+#include "store_folder.h"
+
+namespace {
+
+constexpr int32_t kIo[] = {0, 2};  // direct where it can be, buffered
+
+StoreFolder make() { return make_store("store", 128, 96, {0, 1}, 6, {{4, 32, EM_MODE_SYM}, {8, 32, EM_MODE_ASYM}}); }
+
+struct Open {
+  Open(const StoreFolder &folder, int32_t io, int32_t num_threads = 2) {
+    int32_t error = 1;
+    store = em_store_open(folder.experts_path().c_str(), folder.records.data(),
+                          static_cast<int64_t>(folder.records.size()), num_threads, io, &error);
+    CHECK_EQUAL(error, 0);
+    CHECK(store != nullptr);
+  }
+  ~Open() { em_store_close(store); }
+  int32_t submit(int32_t key, void *dst, int32_t priority = 0) const {
+    return em_store_submit(store, 1, &key, &dst, priority);
+  }
+  em_store *store;
+};
+
+int64_t slot_bytes(const StoreFolder &folder) {
+  int64_t most = 0;
+  for (const em_record &record : folder.records) most = std::max(most, record.num_bytes);
+  return most;
+}
+
+}  // namespace
+
+TEST(records_arrive_as_they_are_on_storage) {
+  const StoreFolder folder = make();
+  const int64_t num = static_cast<int64_t>(folder.records.size());
+  for (const int32_t io : kIo) {
+    const Slots slots(num, slot_bytes(folder));
+    const Open open(folder, io);
+    std::vector<int32_t> keys;
+    std::vector<void *> dst;
+    for (int64_t key = num; key-- > 0;) {
+      keys.push_back(static_cast<int32_t>(key));
+      dst.push_back(slots.at(key));
+    }
+    for (int round = 0; round < 3; ++round) {
+      CHECK_EQUAL(em_store_submit(open.store, num, keys.data(), dst.data(), round), 0);
+      for (int64_t key = 0; key < num; ++key) {
+        CHECK_EQUAL(em_store_wait(open.store, static_cast<int32_t>(key)), EM_READY);
+        const std::vector<uint8_t> &right = folder.experts[key].record;
+        CHECK(std::memcmp(slots.at(key), right.data(), right.size()) == 0);
+        std::memset(slots.at(key), 0, right.size());
+      }
+    }
+    em_store_stats stats;
+    em_store_get_stats(open.store, &stats);
+    CHECK_EQUAL(stats.num_reads, 3 * num);
+    int64_t expected = 0;
+    for (const em_record &record : folder.records) expected += 3 * record.num_bytes;
+    CHECK_EQUAL(stats.num_bytes, expected);
+    CHECK_EQUAL(stats.cancelled_bytes, 0);
+    CHECK_EQUAL(stats.priority_bytes[0], expected / 3);
+  }
+}
+
+TEST(damage_is_seen_in_either_section) {
+  StoreFolder folder = make();
+  const std::string whole = folder.experts_bytes();
+  for (const bool in_down : {false, true}) {
+    const em_record &record = folder.records[4];
+    std::string bytes = whole;
+    bytes[record.offset + (in_down ? record.num_bytes - 1 : 17)] ^= 1;
+    write_file(folder.experts_path(), bytes);
+    const Slots slots(1, slot_bytes(folder));
+    for (const int32_t io : kIo) {
+      const Open open(folder, io);
+      for (int times = 0; times < 2; ++times) {
+        CHECK_EQUAL(open.submit(4, slots.at(0)), 0);
+        CHECK_EQUAL(em_store_wait(open.store, 4), EM_ERR_CRC);
+      }
+      CHECK_EQUAL(open.submit(5, slots.at(0)), 0);
+      CHECK_EQUAL(em_store_wait(open.store, 5), EM_READY);
+    }
+  }
+}
+
+TEST(a_file_that_ends_inside_a_record_is_told_from_damage) {
+  const StoreFolder folder = make();
+  const std::string whole = folder.experts_bytes();
+  const int32_t last = static_cast<int32_t>(folder.records.size()) - 1;
+  for (const int64_t missing : {1, 4095, 4096, 5000}) {
+    write_file(folder.experts_path(), whole.substr(0, whole.size() - missing));
+    const Slots slots(1, slot_bytes(folder));
+    for (const int32_t io : kIo) {
+      const Open open(folder, io);
+      CHECK_EQUAL(open.submit(last, slots.at(0)), 0);
+      CHECK_EQUAL(em_store_wait(open.store, last), EM_ERR_SHORT);
+      CHECK_EQUAL(open.submit(0, slots.at(0)), 0);
+      CHECK_EQUAL(em_store_wait(open.store, 0), EM_READY);
+    }
+  }
+}
+
+TEST(what_cannot_be_read_is_refused) {
+  const StoreFolder folder = make();
+  int32_t error = 0;
+  const auto open = [&](const char *path, std::vector<em_record> records, int32_t threads = 1,
+                        int32_t io = 0) {
+    error = 0;
+    em_store *store = em_store_open(path, records.data(), static_cast<int64_t>(records.size()),
+                                    threads, io, &error);
+    em_store_close(store);
+    return store != nullptr;
+  };
+  const std::string path = folder.experts_path();
+  CHECK(open(path.c_str(), folder.records));
+  CHECK(open(path.c_str(), {}));
+  CHECK(!open((path + "x").c_str(), folder.records) && error < 0);
+  CHECK(!open(nullptr, folder.records) && error == EM_ERR_ARG);
+  CHECK(!open(path.c_str(), folder.records, 0) && error == EM_ERR_ARG);
+  CHECK(!open(path.c_str(), folder.records, 1, 3) && error == EM_ERR_ARG);
+  const auto with = [&](int64_t em_record::*field, int64_t value) {
+    std::vector<em_record> records = folder.records;
+    records[3].*field = value;
+    return records;
+  };
+  for (const int64_t value : {int64_t{-4096}, int64_t{100}, INT64_MIN, INT64_MAX}) {
+    CHECK(!open(path.c_str(), with(&em_record::offset, value)));
+    CHECK(!open(path.c_str(), with(&em_record::num_bytes, value)));
+    CHECK(!open(path.c_str(), with(&em_record::down_offset, value)));
+  }
+  CHECK(!open(path.c_str(), with(&em_record::num_bytes, 0)));
+  CHECK(!open(path.c_str(), with(&em_record::down_offset, folder.records[3].num_bytes)));
+
+  const Open whole(folder, 0);
+  const Slots slots(2, slot_bytes(folder));
+  CHECK_EQUAL(whole.submit(-1, slots.at(0)), EM_ERR_ARG);
+  CHECK_EQUAL(whole.submit(12, slots.at(0)), EM_ERR_ARG);
+  CHECK_EQUAL(whole.submit(0, nullptr), EM_ERR_ARG);
+  CHECK_EQUAL(whole.submit(0, slots.at(0) + 64), EM_ERR_ARG);
+  CHECK_EQUAL(whole.submit(0, slots.at(0), 3), EM_ERR_ARG);
+  const int32_t twice[] = {2, 2};
+  void *dst[] = {slots.at(0), slots.at(1)};
+  CHECK_EQUAL(em_store_submit(whole.store, 2, twice, dst, 0), EM_ERR_ARG);
+  CHECK_EQUAL(em_store_status(whole.store)[2], EM_ABSENT);
+  CHECK_EQUAL(em_store_wait(whole.store, 12), EM_ERR_ARG);
+  CHECK_EQUAL(em_store_wait(whole.store, 2), EM_ABSENT);  // never asked for: no wait
+}
+
+TEST(cancelled_reads_leave_their_memory_alone) {
+  const StoreFolder folder = make();
+  const int64_t num = static_cast<int64_t>(folder.records.size());
+  const Slots slots(num, slot_bytes(folder));
+  check::Random random(41);
+  for (const int32_t io : kIo) {
+    const Open open(folder, io, 1);
+    for (int round = 0; round < 60; ++round) {
+      std::vector<int32_t> keys;
+      std::vector<void *> dst;
+      for (int64_t key = 0; key < num; ++key) {
+        keys.push_back(static_cast<int32_t>(key));
+        dst.push_back(slots.at(key));
+      }
+      CHECK_EQUAL(em_store_submit(open.store, num, keys.data(), dst.data(), 2), 0);
+      const int32_t urgent = static_cast<int32_t>(random.below(num));
+      CHECK_EQUAL(em_store_promote(open.store, 1, &urgent, 0), 0);
+      if (round % 3 == 0) em_store_pump(open.store);
+      CHECK_EQUAL(em_store_cancel(open.store, num, keys.data()), 0);
+      for (int32_t key = 0; key < num; ++key) {
+        const int32_t status = em_store_wait(open.store, key);
+        CHECK(status == EM_ABSENT || status == EM_READY);
+        const std::vector<uint8_t> &right = folder.experts[key].record;
+        if (status == EM_READY) CHECK(std::memcmp(slots.at(key), right.data(), right.size()) == 0);
+        std::memset(slots.at(key), 0x5a, right.size());  // ours again
+      }
+      for (int32_t key = 0; key < num; ++key) CHECK_EQUAL(slots.at(key)[0], 0x5a);
+    }
+    CHECK_EQUAL(open.submit(3, slots.at(3)), 0);
+    CHECK_EQUAL(em_store_wait(open.store, 3), EM_READY);
+  }
+}
+
+TEST(a_store_closes_while_it_reads) {
+  const StoreFolder folder = make();
+  const int64_t num = static_cast<int64_t>(folder.records.size());
+  for (const int32_t io : kIo) {
+    for (int round = 0; round < 20; ++round) {
+      const Slots slots(num, slot_bytes(folder));
+      const Open open(folder, io, 1 + round % 3);
+      for (int32_t key = 0; key < num; ++key) CHECK_EQUAL(open.submit(key, slots.at(key)), 0);
+    }
+  }
+}
+
+TEST(arrivals_are_told_to_who_waits) {
+  const StoreFolder folder = make();
+  const int64_t num = static_cast<int64_t>(folder.records.size());
+  const Slots slots(num, slot_bytes(folder));
+  const Open open(folder, 0);
+  std::vector<int32_t> keys, seen;
+  for (int32_t key = 0; key < num; ++key) {
+    CHECK_EQUAL(open.submit(key, slots.at(key)), 0);
+    keys.push_back(key);
+    seen.push_back(EM_READING);
+  }
+  int num_ready = 0;
+  while (num_ready < num) {
+    const int64_t at = em::wait_any(open.store, keys.data(), seen.data(), num);
+    REQUIRE(at >= 0 && at < num);
+    const int32_t now = em::arrival_of(open.store, keys[at]);
+    CHECK(now == em::kGateUpReady || now == EM_READY);
+    const std::vector<uint8_t> &right = folder.experts[at].record;
+    const size_t have = now == EM_READY ? right.size() : folder.records[at].down_offset;
+    CHECK(std::memcmp(slots.at(at), right.data(), have) == 0);
+    seen[at] = now;
+    num_ready += now == EM_READY;
+  }
+  CHECK_EQUAL(em::wait_any(open.store, keys.data(), seen.data(), 0), -1);
+  const int32_t beyond = 12, any = 0;
+  CHECK_EQUAL(em::wait_any(open.store, &beyond, &any, 1), -1);
+}
+
+TEST(checksums_are_those_of_crc32c) {
+  CHECK_EQUAL(em_crc32c(0, "123456789", 9), 0xe3069283u);
+  CHECK_EQUAL(em_crc32c(0, nullptr, 0), 0u);
+  const std::vector<uint8_t> zeros(32);
+  CHECK_EQUAL(em_crc32c(0, zeros.data(), 32), 0x8a9136aau);
+  check::Random random(42);
+  std::vector<uint8_t> bytes(5000);
+  for (uint8_t &byte : bytes) byte = static_cast<uint8_t>(random.next());
+  const uint32_t whole = em_crc32c(0, bytes.data(), 5000);
+  for (const int64_t at : {1, 7, 8, 100, 4095, 4999}) {  // in two parts, not aligned
+    CHECK_EQUAL(em_crc32c(em_crc32c(0, bytes.data(), at), bytes.data() + at, 5000 - at), whole);
+  }
+}
