@@ -386,6 +386,7 @@ def test_bench_measures_every_arm(store: Path, tmp_path: Path) -> None:
     out = done.stdout
     document = json.loads(target.read_text())
     floor, tiny, full = document["rows"]
+    assert not full["is_control"]
     assert "below the floor" in tiny["error"] and not tiny["rounds"]
     assert f"1%: {tiny['error']}" in out
     for row in (floor, full):
@@ -393,7 +394,10 @@ def test_bench_measures_every_arm(store: Path, tmp_path: Path) -> None:
         for each in row["rounds"]:
             assert each["decode_tokens_per_s"] > 0 and each["ttft_s"] > 0
             assert each["peak_rss_bytes"] > 0
-            assert each["reached"] > 0
+            assert each["reached"] > 0 and each["overlapped"] > 0
+            rates = [name for name in each["limits"] if name.endswith("bytes_per_s")]
+            assert len(rates) == 4 and all(each["limits"][name] > 0 for name in rates)
+            assert len(each["limits_around"]) == 2
     assert [r["logits_hash"] for r in floor["rounds"]] == [r["logits_hash"] for r in full["rounds"]]
     assert floor["rounds"][0]["logits_hash"] != floor["rounds"][1]["logits_hash"]
     assert (

@@ -12,7 +12,8 @@ DESCRIPTION = """Measure decode, prefill, time to first token, reads, hits, stal
 
 All arms run in this process, one after the other, round by round, so that a slow minute of the
 machine hits all alike. An engine is opened for each arm and round, warmed up, measured and closed;
-the peaks include opening it. Decoding is greedy and of exactly -n tokens."""
+the peaks include opening it. What storage and memory can do is measured right before and right
+after. Decoding is greedy and of exactly -n tokens."""
 EPILOG = """A percentage is of the memory with which every expert stays resident; `floor` is the
 least that works. Random prompts touch every expert alike, so that hits say nothing about text: they
 are for finding limits, and labelled in the output.
@@ -39,9 +40,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--memory",
         type=options.word_list,
-        default=["floor", "50%", "100%"],
         metavar="LIST",
         help="budgets: sizes, percentages, `floor` (default: floor,50%%,100%%)",
+    )
+    parser.add_argument(
+        "--no-control",
+        dest="control",
+        action="store_false",
+        help="do not decode the same tokens with every expert in memory beside (needs that memory)",
     )
     parser.add_argument("--prompts", choices=("real", "random"), default="real")
     parser.add_argument("--text", metavar="FILE", help="take real prompts from this text")

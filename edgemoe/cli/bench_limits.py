@@ -1,8 +1,10 @@
-"""What the machine could do: storage and memory bandwidth, measured in the same minute as a run."""
+"""What the machine could do: storage and memory rates, measured right before and after a run."""
 
 import os
 import random
+import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -10,23 +12,92 @@ from typing import Any
 MIN_SWEEP_BYTES = 256 << 20
 SWEEP_CACHES = 4  # times the last-level cache, which some servers have a quarter of a gigabyte of
 BATCH_BYTES = 32 << 20
-READ_SECONDS = 1.0
+READ_SECONDS = 0.5
 
 
-def dram_bandwidth(num_threads: int, repeats: int = 3) -> float:
-    """Bytes per second of the best of `repeats` parallel sweeps over memory no cache can hold."""
-    import numpy as np
+def measure_limits(index: Any, io: str, num_threads: int) -> dict[str, Any]:
+    """Rates in bytes per second: memory, storage, and storage while all threads sweep memory.
 
-    data = np.ones(sweep_bytes() // 8, dtype=np.int64)
-    parts = np.array_split(data, num_threads)
-    best = 0.0
-    with ThreadPoolExecutor(num_threads) as pool:
+    On some machines both share one path, so that the last is less than the one before. `io` says
+    how the storage was read; a buffered read may come out of the page cache, and then says nothing
+    about the drive.
+    """
+    sweep = MemorySweep(num_threads)
+    reads = StorageReads(index, io)
+    try:
+        dram = sweep.best()
+        storage = reads.rate()
+        with sweep.running() as swept:
+            beside = reads.rate()
+        return {
+            "dram_bytes_per_s": dram,
+            "storage_bytes_per_s": storage,
+            "storage_beside_compute_bytes_per_s": beside,
+            "dram_beside_reads_bytes_per_s": swept(),
+            "io": reads.io_note,
+        }
+    finally:
+        reads.close()
+        sweep.close()
+
+
+class MemorySweep:
+    """Reads memory that no cache can hold with several threads, as fast as it goes."""
+
+    def __init__(self, num_threads: int) -> None:
+        import numpy as np
+
+        self._data = np.ones(sweep_bytes() // 8, dtype=np.int64)
+        self._parts = np.array_split(self._data, num_threads)
+        self._reduce = np.bitwise_or.reduce
+        self._pool = ThreadPoolExecutor(num_threads)
+
+    def best(self, repeats: int = 3) -> float:
+        """Bytes per second of the best of some sweeps."""
+        best = 0.0
         for _ in range(repeats + 1):  # the first one wakes the threads
             begin = time.perf_counter()
-            for _ in pool.map(np.bitwise_or.reduce, parts):
+            for _ in self._pool.map(self._reduce, self._parts):
                 pass
-            best = max(best, data.nbytes / (time.perf_counter() - begin))
-    return best
+            best = max(best, self._data.nbytes / (time.perf_counter() - begin))
+        return best
+
+    def running(self) -> "_Running":
+        """Sweeps for as long as the context lasts; gives a function that tells the rate after."""
+        return _Running(self._pool, self._reduce, self._parts)
+
+    def close(self) -> None:
+        """Give the memory and the threads back."""
+        self._pool.shutdown()
+        self._parts.clear()
+        del self._data
+
+
+class _Running:
+    def __init__(self, pool: ThreadPoolExecutor, reduce: Any, parts: list[Any]) -> None:
+        self._pool, self._reduce, self._parts = pool, reduce, parts
+        self._stop = threading.Event()
+
+    def __enter__(self) -> Callable[[], float]:
+        self._jobs = [self._pool.submit(self._sweep, part) for part in self._parts]
+        return lambda: sum(job.result() for job in self._jobs)
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        for job in self._jobs:
+            job.result()
+
+    def _sweep(self, part: Any) -> float:
+        """One thread's bytes per second, a cache-sized piece at a time so that it stops soon."""
+        num_bytes, begin = 0, time.perf_counter()
+        pieces = [part[first : first + (1 << 20)] for first in range(0, len(part), 1 << 20)]
+        while not self._stop.is_set():
+            for piece in pieces:
+                self._reduce(piece)
+                num_bytes += piece.nbytes
+                if self._stop.is_set():
+                    break
+        return num_bytes / (time.perf_counter() - begin)
 
 
 def sweep_bytes() -> int:
@@ -43,42 +114,59 @@ def sweep_bytes() -> int:
     return min(max(MIN_SWEEP_BYTES, SWEEP_CACHES * largest), free // 4)
 
 
-def storage_bandwidth(index: Any, io: str, num_threads: int = 2) -> dict[str, Any]:
-    """Read whole records in random order for a second, with nothing else going on.
+class StorageReads:
+    """Reads whole records in random order with the reader of the engine itself."""
 
-    Uses the reader of the engine itself. Returns bytes per second, how it read, and how much: a
-    buffered read may come out of the page cache, and then says nothing about the drive.
-    """
-    import numpy as np
+    def __init__(self, index: Any, io: str) -> None:
+        import numpy as np
 
-    from ..runtime.index import EXPERTS_FILE
-    from ..runtime.io import Arena, RecordReader
+        from ..config import READER_THREADS
+        from ..runtime.index import EXPERTS_FILE
+        from ..runtime.io import Arena, RecordReader
 
-    keys = sorted(index.records)
-    records = [index.records[key] for key in keys]
-    order = list(range(len(records)))
-    random.Random(0).shuffle(order)
-    slot_bytes = index.max_record_bytes
-    batch = max(1, min(BATCH_BYTES // slot_bytes, len(records)))
-    reader = RecordReader(index.path / EXPERTS_FILE, records, num_threads=num_threads, io=io)
-    arena = Arena(batch * slot_bytes)
-    num_bytes, begin, elapsed = 0, time.perf_counter(), 0.0
-    try:
-        for first in range(0, len(order), batch):
-            chunk = np.sort(np.array(order[first : first + batch], dtype=np.int32))
-            slots = arena.address + np.arange(len(chunk), dtype=np.uint64) * np.uint64(slot_bytes)
-            reader.submit(chunk, slots.astype(np.uint64))
-            for key in chunk:
-                reader.wait(int(key))
-                num_bytes += records[key].num_bytes
-            elapsed = time.perf_counter() - begin
-            if elapsed > READ_SECONDS:
+        keys = sorted(index.records)
+        self._records = [index.records[key] for key in keys]
+        order = list(range(len(self._records)))
+        random.Random(0).shuffle(order)
+        slot_bytes = index.max_record_bytes
+        size = max(1, min(BATCH_BYTES // slot_bytes, len(order) // 2))
+        batches = [order[first : first + size] for first in range(0, len(order), size)]
+        self._batches = [np.sort(np.array(batch, dtype=np.int32)) for batch in batches]
+        self._next = 0
+        path = index.path / EXPERTS_FILE
+        self._reader = RecordReader(path, self._records, num_threads=READER_THREADS, io=io)
+        self.io_note = self._reader.io_note
+        self._arena = Arena(2 * size * slot_bytes)
+        steps = np.arange(2 * size, dtype=np.uint64) * np.uint64(slot_bytes)
+        slots = np.uint64(self._arena.address) + steps
+        self._halves = (slots[:size], slots[size:])
+
+    def rate(self, seconds: float = READ_SECONDS) -> float:
+        """Bytes per second; there is always a batch queued behind the one that is waited for."""
+        num_bytes, begin = 0, time.perf_counter()
+        waiting = self._submit(0)
+        for turn in range(1, 1 << 30):
+            last = time.perf_counter() - begin > seconds
+            following = None if last else self._submit(turn)
+            for key in waiting:
+                self._reader.wait(int(key))
+                num_bytes += self._records[key].num_bytes
+            if following is None:
                 break
-        note = reader.io_note
-    finally:
-        reader.close()
-        arena.close()
-    return {"bytes_per_s": num_bytes / max(elapsed, 1e-9), "bytes": num_bytes, "io": note}
+            waiting = following
+        return num_bytes / (time.perf_counter() - begin)
+
+    def _submit(self, turn: int) -> Any:
+        """Queue the next batch; it must not hold a record of the one being read."""
+        batch = self._batches[self._next % len(self._batches)]
+        self._next += 1
+        self._reader.submit(batch, self._halves[turn % 2][: len(batch)])
+        return batch
+
+    def close(self) -> None:
+        """Close the file and give the memory back."""
+        self._reader.close()
+        self._arena.close()
 
 
 def touched_bytes(index: Any, num_tokens: int, kv_bits: int) -> float:
