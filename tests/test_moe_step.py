@@ -142,10 +142,25 @@ def test_streamed_experts_have_the_bits_of_resident_ones(io: str, streamed, pool
             assert y.tobytes() == resident.tobytes()
 
 
-def test_a_damaged_record_is_named_and_nothing_stays_in_flight(streamed, pools):
+def test_more_streamed_pairs_than_rows_have_the_bits_of_resident_ones(streamed, pools):
+    experts, _, _, stored = streamed
+    rng = np.random.default_rng(13)
+    x = rng.normal(size=(300, 128)).astype(np.float32)
+    pairs = cases.mixed_pairs(rng, len(experts), len(x))
+    assert sum(map(len, pairs)) > 2 * len(x)  # more than are held at a time
+    resident, _, _ = cases.run_moe(experts, pairs, x, pools[2])
+    with stored.reader() as reader:
+        stored.submit(reader, slice(None, None, -1))
+        y, status, _ = cases.run_moe(experts, pairs, x, pools[2], reader.handle, stored.addresses)
+        assert status == 0 and y.tobytes() == resident.tobytes()
+
+
+@pytest.mark.parametrize("section", ("gate_up", "down"))
+def test_a_damaged_record_is_named_and_nothing_stays_in_flight(section: str, streamed, pools):
     experts, pairs, x, stored = streamed
     damaged = bytearray(stored.file.read_bytes())
-    damaged[int(stored.offsets[2]) + 100] ^= 4
+    section_offset = experts[2].layout.down_offset if section == "down" else 0
+    damaged[int(stored.offsets[2]) + section_offset + 100] ^= 4
     stored.file.write_bytes(damaged)
     with stored.reader() as reader:
         stored.submit(reader, slice(None))

@@ -166,7 +166,8 @@ EM_API void em_store_get_stats(em_store *store, em_store_stats *stats);
 /* For n experts in ascending id, whose records are resident or being read:
  *   y[t] += w * down( silu(gate x[t]) * (up x[t]) )   for each of the expert's (token t, w) pairs,
  * added in the order of the list whatever the order of arrival. Resident experts are computed
- * while the others are read; arrivals are computed as they land. Bits of y depend on neither T, the
+ * while the others are read; gate and up of an expert as soon as their section has landed, down when
+ * the record is whole. Bits of y depend on neither T, the
  * number of threads, nor what was resident. */
 typedef struct em_moe_args {
   int64_t num_tokens, hidden, width, num_experts;

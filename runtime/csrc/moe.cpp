@@ -41,9 +41,9 @@ class Layer {
   const em_record *records_;
   em_moe_args &a_;
   int64_t num_rows_ = 0;
-  std::vector<Part> parts_;     // ascending expert, ascending pair
-  std::vector<std::size_t> round_;   // positions in parts_: what is computed next
-  std::vector<int64_t> begin_;  // [round + 1] first item of each
+  std::vector<Part> parts_;           // ascending expert, ascending pair
+  std::vector<std::size_t> round_;    // positions in parts_: what is computed next
+  std::vector<int64_t> begin_;        // [round + 1] first item of each
   std::vector<int32_t> keys_, seen_;  // being read, and how far they had come
 };
 
@@ -97,7 +97,7 @@ bool Layer::find_rows(Segment *segment) const {
   return false;
 }
 
-// Collects the next round; the first failure, or 0.
+// Collects the next round: what has landed and has room for its rows; the first failure, or 0.
 int32_t Layer::gather() {
   round_.clear();
   keys_.clear();
@@ -107,16 +107,17 @@ int32_t Layer::gather() {
     Part &part = parts_[i];
     if (part.phase == Phase::kDone) continue;
     const int32_t key = a_.keys[part.segment.expert];
-    const int32_t status = store_ == nullptr ? EM_READY : arrival_of(store_, key);
-    if (status < 0 || status == EM_ABSENT) {  // absent: it was never asked for
+    const int32_t arrival = store_ == nullptr ? EM_READY : arrival_of(store_, key);
+    if (arrival < 0 || arrival == EM_ABSENT) {  // absent: it was never asked for
       a_.failed = part.segment.expert;
-      return status < 0 ? status : EM_ERR_ARG;
+      return arrival < 0 ? arrival : EM_ERR_ARG;
     }
-    if (status == EM_READY) {
-      round_.push_back(i);
-    } else {
+    const bool is_gate_up = part.phase == Phase::kGateUp;
+    if (arrival != EM_READY && !(is_gate_up && arrival == kGateUpReady)) {
       keys_.push_back(key);
-      seen_.push_back(status);
+      seen_.push_back(arrival);
+    } else if (!is_gate_up || find_rows(&part.segment)) {
+      round_.push_back(i);
     }
   }
   return 0;
@@ -144,13 +145,6 @@ void Layer::gather_inputs(const Experts &experts) {
 }
 
 void Layer::compute(const Experts &experts) {
-  std::size_t kept = 0;
-  for (const std::size_t i : round_) {
-    Part &part = parts_[i];
-    if (part.phase == Phase::kGateUp && !find_rows(&part.segment)) continue;
-    round_[kept++] = i;
-  }
-  round_.resize(kept);
   gather_inputs(experts);
   begin_.assign(1, 0);
   for (const std::size_t i : round_) {
@@ -158,7 +152,8 @@ void Layer::compute(const Experts &experts) {
     begin_.push_back(begin_.back() +
                      (is_down ? experts.num_down_items() : experts.num_gate_up_items()));
   }
-  parallel_for(pool_, begin_.back(), [&](int64_t item, int) {
+  parallel_for(pool_, begin_.back(), [&](int64_t item, int thread) {
+    if (thread == 0 && store_ != nullptr) pump(store_);  // so that queued reads are started
     const std::size_t i = place_of(item);
     const Part &part = parts_[round_[i]];
     if (part.phase == Phase::kDown) {
