@@ -54,6 +54,7 @@ class ExpertCache:
         self.reader = reader
         self.table = table = RecordTable(records)
         self._num_bytes_of = table.num_bytes
+        self._max_record_bytes = max(table.num_bytes, default=0)
         self._policy = make_policy(policy, table.place_of_key, max(1, len(table.first_key)))
         self._arena_bytes = arena.num_bytes
         self._status = reader.status
@@ -101,8 +102,10 @@ class ExpertCache:
 
     def fits(self, keys: Sequence[int]) -> bool:
         """Whether these records can be pinned beside those that are pinned now."""
-        wanted = sum(self._num_bytes_of[key] for key in keys if key not in self._pins)
-        return self._pinned_bytes + wanted <= self.capacity_bytes
+        room = self.capacity_bytes - self._pinned_bytes
+        if len(keys) * self._max_record_bytes <= room:
+            return True
+        return sum(self._num_bytes_of[key] for key in keys if key not in self._pins) <= room
 
     def begin_layer(self, layer: int, num_tokens: int = 1, keys: Sequence[int] = ()) -> None:
         """Tell which layer the following hints belong to, and how many tokens go through it.
@@ -146,7 +149,9 @@ class ExpertCache:
             self._pin(keys)
         index = np.array(keys, dtype=np.int64)
         self._policy.touch(index, self._step, self._num_tokens, counts)
-        num_bytes = sum(self._num_bytes_of[key] for key in absent) if absent else 0
+        num_bytes = 0
+        for key in absent:
+            num_bytes += self._num_bytes_of[key]
         num_hits = len(index) - len(absent)
         self.hits += num_hits
         self.misses += len(absent)
@@ -249,8 +254,8 @@ class ExpertCache:
                 if not self._place_record(key, fixed):
                     return False
                 placed.append(key)
-            addresses = np.array(self.addresses(absent), dtype=np.uint64)
-            self.reader.submit(np.array(absent, dtype=np.int32), addresses)
+            index = np.array(absent, dtype=np.int32)
+            self.reader.submit(index, self._slots.table[index])
             is_submitted = True
         finally:
             if not is_submitted:
@@ -275,6 +280,10 @@ class ExpertCache:
             victim = next(self._victims, NO_VICTIM)
             if victim == NO_VICTIM and self._wanted:
                 victim = self._wanted.pop()  # the last of them is needed last
+            if victim != NO_VICTIM and self._num_bytes_of[victim] == num_bytes:
+                self._slots.take_over(victim, key)
+                self._forget(victim)
+                return True
             if victim != NO_VICTIM:
                 self._evict(victim)
             elif self._unsettled:
@@ -285,8 +294,12 @@ class ExpertCache:
         return True
 
     def _evict(self, key: int) -> None:
-        self._drop(key)
-        self._policy.remove(key)
+        self._slots.drop(key)
+        self._forget(key)
+
+    def _forget(self, victim: int) -> None:
+        self._blocked[victim] = True
+        self._policy.remove(victim)
         self.evictions += 1
 
     def _drop(self, key: int) -> None:

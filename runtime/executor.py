@@ -108,7 +108,7 @@ class Executor:
         """
         self._tell_hits(place, routes)
         self._cache.begin_layer(self._layers[place])
-        keys = (routes[place] + int(self._first_keys[place, 0])).tolist()
+        keys = (routes[place] + self._first_keys[place]).tolist()
         self._add(self._cache.hint(keys))
         self._held, self._num_told = keys, place + 1
 

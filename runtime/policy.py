@@ -100,8 +100,9 @@ class _Lowest:
             lowest = scores[key]
             if lowest == np.inf:
                 return
-            ties = (scores == lowest).nonzero()[0]
-            if len(ties) > 1:
+            is_lowest = scores == lowest
+            if np.count_nonzero(is_lowest) > 1:
+                ties = is_lowest.nonzero()[0]
                 key = int(ties[self._last_use[ties].argmin()])
             yield key
             scores[key] = np.inf
@@ -176,6 +177,9 @@ class CycleAware(_Lowest):
         self._base_step = 0
         self._nearness = np.empty(len(self._layer_of_key), dtype=np.float64)
         self._nearness_layer = -1
+        # 1 / distance from the layer at position L, twice around: a slice of it serves any layer.
+        cycle = np.concatenate(([num_layers], np.arange(1, num_layers)))
+        self._inverse = 1.0 / np.concatenate((cycle, cycle))
 
     def touch(
         self,
@@ -199,9 +203,9 @@ class CycleAware(_Lowest):
 
     def _score(self, layer: int, scores: NDArray[np.float64]) -> None:
         if layer != self._nearness_layer:
-            distance = (np.arange(self._num_layers) - layer) % self._num_layers
-            distance[distance == 0] = self._num_layers
-            np.take(1.0 / distance, self._layer_of_key, out=self._nearness)
+            start = self._num_layers - layer
+            by_layer = self._inverse[start : start + self._num_layers]
+            np.take(by_layer, self._layer_of_key, out=self._nearness, mode="clip")
             self._nearness_layer = layer
         np.multiply(self._frequency, self._nearness, out=scores)
 

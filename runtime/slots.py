@@ -42,6 +42,14 @@ class Slots:
         self.address[key] = self.table[key] = self._base + offset
         return True
 
+    def take_over(self, victim: int, key: int) -> None:
+        """Give the memory of one record to another of the same size. Neither is being read."""
+        address = self.address[victim]
+        self._key_at[address - self._base] = key
+        self.address[key] = self.table[key] = address
+        self.address[victim] = self.table[victim] = 0
+        self._status[victim] = ABSENT
+
     def view(self, key: int) -> np.ndarray:
         """The bytes of a record, u8 [num_bytes]."""
         return self._arena.view(self.address[key] - self._base, self._num_bytes_of[key])
