@@ -47,7 +47,7 @@ class EngineConfig:
             object.__setattr__(self, "backend", core.BACKEND)
         _one_of("policy", self.policy, POLICIES)
         _one_of("io", self.io, IO_MODES)
-        _one_of("kv_bits", self.kv_bits, (16, 32))
+        _one_of("kv_bits", self.kv_bits, (8, 16, 32))
         _one_of("backend", self.backend, ("native", "reference"))
         if self.backend == "native" and core.lib is None:
             raise UsageError(

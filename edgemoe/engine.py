@@ -180,6 +180,11 @@ class Engine:
         """What runs and how, and `notes` on everything that is not as asked, as JSON values."""
         return engine_report(self)
 
+    @property
+    def decode(self) -> str:
+        """What runs the layers: `native`, or `torch` and why."""
+        return self._model.decode
+
     # ---- running -------------------------------------------------------------------------------
 
     def forward(
@@ -271,7 +276,8 @@ class Engine:
 
 
 class _Experts:
-    """The executor as the wiring sees it: before each layer, a noted Ctrl-C is delivered."""
+    """The executor as the wiring sees it: a noted Ctrl-C is delivered before it is asked for
+    anything that takes long."""
 
     def __init__(self, interrupt: DeferredInterrupt) -> None:
         self.executor: Any = None
@@ -282,3 +288,10 @@ class _Experts:
     ) -> "torch.Tensor":
         self._interrupt.safe_point()
         return self.executor.run(layer, x, ids, weights)
+
+    def demand(self, place: int, routes: Any) -> None:
+        self._interrupt.safe_point()
+        self.executor.demand(place, routes)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.executor, name)

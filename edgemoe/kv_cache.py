@@ -4,9 +4,11 @@ import torch
 from torch import Tensor
 
 from .models.args import ModelArgs
+from .runtime import core
+from .runtime.budget import kv_head_bytes
 from .runtime.errors import UsageError
 
-_DTYPES = {32: torch.float32, 16: torch.bfloat16}
+_DTYPES = {32: torch.float32, 16: torch.bfloat16, 8: torch.int8}
 
 
 class KVCache:
@@ -14,13 +16,16 @@ class KVCache:
 
     A step appends its keys and values layer by layer at `offset` and then advances once, so a step
     that fails in the middle leaves the cache as it was.
+
+    `kv_bits` 32 is fp32, 16 is bf16, and 8 is int8 with one fp32 scale per token and head: a number
+    is its int8 times the scale, max|x| / 127 of the head.
     """
 
     def __init__(
         self, num_layers: int, num_kv_heads: int, head_dim: int, capacity: int, kv_bits: int = 16
     ) -> None:
         if kv_bits not in _DTYPES:
-            raise UsageError(f"`kv_bits` must be 16 or 32, got {kv_bits}")
+            raise UsageError(f"`kv_bits` must be 8, 16 or 32, got {kv_bits}")
         if capacity < 1:
             raise UsageError(
                 f"a context of {capacity} tokens cannot be meant", "expected 1 or more"
@@ -30,6 +35,14 @@ class KVCache:
         # Not zeroed: pages are first touched by the tokens that need them.
         self._data = torch.empty(
             (num_layers, 2, num_kv_heads, capacity, head_dim), dtype=_DTYPES[kv_bits]
+        )
+        self._scales = torch.empty(self._data.shape[:-1]) if kv_bits == 8 else None
+        # What the core is told; its position is set before every call.
+        self.view = core.KvCache(
+            data=self._data.data_ptr(),
+            scales=None if self._scales is None else self._scales.data_ptr(),
+            capacity=capacity,
+            kv_bits=kv_bits,
         )
 
     @classmethod
@@ -42,11 +55,11 @@ class KVCache:
         num_layers: int, num_kv_heads: int, head_dim: int, capacity: int, kv_bits: int = 16
     ) -> int:
         """What a cache of this shape takes, without making it."""
-        return num_layers * 2 * num_kv_heads * capacity * head_dim * kv_bits // 8
+        return num_layers * num_kv_heads * capacity * kv_head_bytes(head_dim, kv_bits)
 
     @property
     def num_bytes(self) -> int:
-        return self._data.numel() * self._data.element_size()
+        return sum(part.nbytes for part in (self._data, self._scales) if part is not None)
 
     def check_room(self, num_tokens: int) -> None:
         """Raise UsageError where `num_tokens` more do not fit."""
@@ -62,10 +75,18 @@ class KVCache:
         num_tokens = keys.shape[0]
         self.check_room(num_tokens)
         end = self.offset + num_tokens
-        stored_keys, stored_values = self._data[layer, 0], self._data[layer, 1]
-        stored_keys[:, self.offset : end].copy_(keys.transpose(0, 1))
-        stored_values[:, self.offset : end].copy_(values.transpose(0, 1))
-        return stored_keys, stored_values
+        for part, new in enumerate((keys, values)):
+            if self._scales is not None:
+                new, scales = _to_int8(new)
+                self._scales[layer, part, :, self.offset : end] = scales.transpose(0, 1)
+            self._data[layer, part, :, self.offset : end] = new.transpose(0, 1)
+        return self._data[layer, 0], self._data[layer, 1]
+
+    def scales(self, layer: int) -> tuple[Tensor | None, Tensor | None]:
+        """Those of a layer's int8 keys and values, `[KV, capacity]` each; None where not needed."""
+        if self._scales is None:
+            return None, None
+        return self._scales[layer, 0], self._scales[layer, 1]
 
     def advance(self, num_tokens: int) -> None:
         """Make the tokens that every layer has appended part of the context."""
@@ -77,3 +98,11 @@ class KVCache:
         if not 0 <= length <= self.offset:
             raise UsageError(f"cannot trim the context to {length} tokens", f"it has {self.offset}")
         self.offset = length
+
+
+def _to_int8(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x `[T, KV, hd]` -> int8 of that shape, fp32 scales `[T, KV]`; as the core does it."""
+    largest = x.abs().amax(-1)
+    is_zero = largest < 2.0**-116  # 127 / it would overflow
+    inverse = torch.where(is_zero, 0.0, 127.0 / largest)
+    return (x * inverse[..., None]).round().to(torch.int8), torch.where(is_zero, 0.0, largest / 127)

@@ -34,6 +34,7 @@ def engine_report(engine: "Engine") -> dict[str, Any]:
         "store": str(engine.path),
         "model_type": engine.args.model_type,
         "backend": config.backend,
+        "decode": engine.decode,
         "isa": core.lib.em_isa().decode() if core.lib is not None else None,
         "core": core.library_path,
         "threads": config.threads,

@@ -25,6 +25,7 @@ __all__ = [
     "ProcessMemory",
     "format_bytes",
     "kv_cache_bytes",
+    "kv_head_bytes",
     "make_plan",
     "memory_limit",
     "moe_workspace_bytes",
@@ -204,7 +205,13 @@ _HEADROOM_TEXT = "allocator and what is not counted"
 
 def kv_cache_bytes(dims: ModelDims, context: int, kv_bits: int) -> int:
     """Keys and values of every layer for `context` tokens."""
-    return 2 * dims.num_layers * dims.num_kv_heads * dims.head_dim * context * kv_bits // 8
+    num_heads = dims.num_layers * dims.num_kv_heads * context
+    return num_heads * kv_head_bytes(dims.head_dim, kv_bits)
+
+
+def kv_head_bytes(head_dim: int, kv_bits: int) -> int:
+    """Key and value of one token and head; int8 has a scale of 4 bytes for each."""
+    return 2 * (head_dim * kv_bits // 8 + (4 if kv_bits == 8 else 0))
 
 
 def wave_pairs(chunk: int, top_k: int) -> int:

@@ -37,8 +37,8 @@ class Record(ctypes.Structure):
     ]
 
 
-class Layer(ctypes.Structure):
-    """em_layer."""
+class Block(ctypes.Structure):
+    """em_block."""
 
     _fields_ = [(name, c_int64) for name in ("layer", "num_experts", "width", "first_key")]
 
@@ -48,7 +48,7 @@ class Index(ctypes.Structure):
 
     _fields_ = [
         *((name, c_int64) for name in ("hidden", "num_layers", "num_records", "max_record_bytes")),
-        ("layers", POINTER(Layer)),
+        ("layers", POINTER(Block)),
         ("records", POINTER(Record)),
         ("experts_path", c_char_p),
     ]
@@ -80,6 +80,94 @@ class MoeArgs(ctypes.Structure):
     ]
 
 
+class Matrix(ctypes.Structure):
+    """em_matrix."""
+
+    _fields_ = [
+        ("rows", c_int64),
+        ("cols", c_int64),
+        ("format", Format),
+        ("num_parts", c_int32),
+        ("packed", c_void_p * 3),
+    ]
+
+
+class Block(ctypes.Structure):
+    """em_block."""
+
+    _fields_ = [
+        ("input_norm", c_void_p),
+        ("post_norm", c_void_p),
+        ("qkv", Matrix * 3),
+        ("qkv_bias", c_void_p),
+        ("q_norm", c_void_p),
+        ("k_norm", c_void_p),
+        ("output", Matrix),
+        ("output_bias", c_void_p),
+        ("window", c_int64),
+        ("router", Matrix),
+        ("first_key", c_int64),
+        ("expert_width", c_int64),
+        ("gate_up", Matrix * 2),
+        ("down", Matrix),
+        ("shared_weight", Matrix),
+    ]
+
+
+class Model(ctypes.Structure):
+    """em_model."""
+
+    _fields_ = [
+        *((name, c_int64) for name in ("num_layers", "hidden", "num_heads", "num_kv_heads")),
+        *((name, c_int64) for name in ("head_dim", "rotary_dim", "top_k")),
+        ("qk_norm", c_int32),
+        ("renormalise", c_int32),
+        ("rms_eps", c_float),
+        ("clip", c_float),
+        ("embedding", Matrix),
+        ("lm_head", Matrix),
+        ("norm", c_void_p),
+        ("layers", POINTER(Block)),
+    ]
+
+
+class KvCache(ctypes.Structure):
+    """em_kv_cache."""
+
+    _fields_ = [
+        ("data", c_void_p),
+        ("scales", c_void_p),
+        ("capacity", c_int64),
+        ("position", c_int64),
+        ("kv_bits", c_int64),
+    ]
+
+
+Demand = ctypes.CFUNCTYPE(c_int32, c_void_p, c_int64)  # em_demand
+
+
+class DecodeArgs(ctypes.Structure):
+    """em_decode_args."""
+
+    _fields_ = [
+        ("token_id", c_int64),
+        ("kv", KvCache),
+        ("cos", c_void_p),
+        ("sin", c_void_p),
+        ("addresses", c_void_p),
+        ("demand", Demand),
+        ("context", c_void_p),
+        ("routes", c_void_p),
+        ("routing_weights", c_void_p),
+        ("logits", c_void_p),
+        ("native_ns", c_int64),
+        ("moe_ns", c_int64),
+        ("stall_ns", c_int64),
+        ("num_places", c_int64),
+        ("failed_key", c_int64),
+    ]
+
+
 _P, _I32, _I64 = c_void_p, c_int32, c_int64
 _SIGNATURES: dict[str, tuple[object, list[object]]] = {
     "em_abi_version": (_I32, []),
@@ -95,7 +183,7 @@ _SIGNATURES: dict[str, tuple[object, list[object]]] = {
     "em_rms_norm": (None, [_P, _P, _I64, _I64, c_float, _P]),
     "em_attention": (
         _I32,
-        [_P, _P, _P, _P, _I32, _I64, _I64, _I64, _I64, _I64, _I64, _I64, c_float, _P],
+        [_P, _P, _P, _P, _P, _P, _I32, *[_I64] * 7, c_float, _P],
     ),
     "em_arena_create": (_P, [_I64]),
     "em_arena_destroy": (None, [_P, _I64]),
@@ -115,6 +203,13 @@ _SIGNATURES: dict[str, tuple[object, list[object]]] = {
     "em_store_get_stats": (None, [_P, POINTER(StoreStats)]),
     "em_moe_workspace_floats": (_I64, [_I64, _I64, _I64, _I64]),
     "em_moe_run": (_I32, [_P, _P, POINTER(Record), POINTER(MoeArgs)]),
+    "em_decoder_create": (_P, [POINTER(Model), _P]),
+    "em_decoder_destroy": (None, [_P]),
+    "em_decoder_embed": (_I32, [_P, _I64, _P, _P]),
+    "em_decoder_attend": (_I32, [_P, _I64, POINTER(KvCache), _P, _P, _I64, _P, _P, _P, _P]),
+    "em_decoder_finish": (_I32, [_P, _I64, _I64, _P, _P, _P]),
+    "em_decoder_logits": (_I32, [_P, _I64, _P, _P]),
+    "em_decode": (_I32, [_P, _P, POINTER(DecodeArgs)]),
 }
 _CONSTANTS = {
     "em_format_version": layout.FORMAT_VERSION,

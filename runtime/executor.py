@@ -60,7 +60,7 @@ class Executor:
         self.addresses = cache.address_table  # u64 by key, 0: absent; one array for good
         self._hidden, self._chunk, self._top_k = hidden, chunk, top_k
         self._backend = backend or core.BACKEND
-        self._table = table = cache.table
+        self.table, self.reader_handle = (table := cache.table), cache.reader.handle
         max_experts = max(table.num_experts.values(), default=0)
         self._max_pairs = wave_pairs(chunk, top_k)
         self._keys = np.empty(max_experts, dtype=np.int32)
@@ -147,7 +147,7 @@ class Executor:
     ) -> "torch.Tensor":
         """y[t] = sum over k of routing_weights[t, k] * expert(expert_ids[t, k])(x[t]).
 
-        x [T, D] fp32, expert_ids [T, K] int64 (distinct within a token), routing_weights [T, K]
+        x [T, D] fp32, expert_ids [T, K] integers (distinct within a token), routing_weights [T, K]
         fp32, all on the CPU; returns [T, D] fp32. Each record is read at most once. Raises
         RecordError for a record that cannot be read (the executor stays usable), BudgetError where
         the largest record does not fit into the expert cache.
@@ -162,7 +162,7 @@ class Executor:
         waves = cut_waves(
             keys,
             None if num_tokens == 1 else begins,
-            self._table.num_bytes,
+            self.table.num_bytes,
             self._cache.capacity_bytes,
             self._max_pairs,
         )
@@ -190,7 +190,7 @@ class Executor:
 
     def _check(self, layer: int, x: "torch.Tensor", ids: "torch.Tensor", w: "torch.Tensor") -> None:
         num_tokens = ids.shape[0]
-        if layer not in self._table.first_key:
+        if layer not in self.table.first_key:
             raise UsageError(f"layer {layer} has no expert records in this store")
         if num_tokens > self._chunk or ids.shape[1] > self._top_k:
             raise UsageError(
@@ -215,7 +215,7 @@ class Executor:
         ids = expert_ids.reshape(-1)
         order = ids.argsort(kind="stable")
         ids = ids[order]
-        num_experts = self._table.num_experts[layer]
+        num_experts = self.table.num_experts[layer]
         if ids[0] < 0 or ids[-1] >= num_experts:
             raise UsageError(
                 f"layer {layer} has no expert {ids[0] if ids[0] < 0 else ids[-1]}",
@@ -223,7 +223,7 @@ class Executor:
             )
         self._pair_token[: len(ids)] = order // top_k
         self._pair_weight[: len(ids)] = routing_weights.reshape(-1)[order]
-        keys = (ids + self._table.first_key[layer]).tolist()
+        keys = (ids + self.table.first_key[layer]).tolist()
         if num_tokens == 1 and len(set(keys)) == top_k:
             return keys, self._one_each[: top_k + 1]
         edges = (ids[1:] != ids[:-1]).nonzero()[0] + 1
@@ -248,7 +248,7 @@ class Executor:
         self._keys[:count] = wave.keys
         self._data[:count] = cache.addresses(wave.keys)
         np.subtract(begins[wave.begin : wave.end + 1], first, out=self._pair_begin[: count + 1])
-        args.num_tokens, args.width, args.num_experts = x.shape[0], self._table.width[layer], count
+        args.num_tokens, args.width, args.num_experts = x.shape[0], self.table.width[layer], count
         args.x, args.y = x.data_ptr(), y.data_ptr()
         args.pair_token = self._token_address + 4 * first
         args.pair_weight = self._weight_address + 4 * first
@@ -264,7 +264,7 @@ class Executor:
         if status < 0:
             if args.failed < 0:
                 raise EdgeMoeError(f"the core refused to run layer {layer}", f"status {status}")
-            raise self._table.failure(wave.keys[args.failed], status)
+            raise self.table.failure(wave.keys[args.failed], status)
         stall = args.stall_ns * 1e-9
         self._stats.stall_s += stall
         self._stats.compute_s += elapsed - stall
@@ -292,7 +292,7 @@ class Executor:
                 self._cache.wait(key)
                 stall_s += time.perf_counter() - start
                 pairs = slice(int(begins[i]), int(begins[i + 1]))
-                yield self._cache.view(key), self._table.layouts[key], tokens[pairs], weights[pairs]
+                yield self._cache.view(key), self.table.layouts[key], tokens[pairs], weights[pairs]
 
         start = time.perf_counter()
         reference.experts_forward(x, experts(), y)

@@ -199,15 +199,19 @@ def attention(
     scale: float,
     pool: ThreadPool | None = None,
     backend: str | None = None,
+    key_scales: Tensor | None = None,
+    value_scales: Tensor | None = None,
 ) -> Tensor:
     """Causal attention of q `[T, H, hd]` fp32 at `position` .. `position + T - 1`.
 
-    keys, values `[KV, capacity, hd]` (fp32 or bf16) already hold the T tokens; token p sees keys
-    p - window + 1 .. p (all where `window` is 0). Returns `[T, H * hd]` fp32.
+    keys, values `[KV, capacity, hd]` (fp32, bf16, or int8 with fp32 scales `[KV, capacity]`)
+    already hold the T tokens; token p sees keys p - window + 1 .. p (all where `window` is 0).
+    Returns `[T, H * hd]` fp32.
     """
     num_tokens, num_heads, head_dim = q.shape
     num_kv_heads, capacity, _ = keys.shape
-    bits = {torch.float32: 32, torch.bfloat16: 16}.get(keys.dtype)
+    bits = {torch.float32: 32, torch.bfloat16: 16, torch.int8: 8}.get(keys.dtype)
+    scales = [part for part in (key_scales, value_scales) if part is not None]
     if (
         q.dtype != torch.float32
         or bits is None
@@ -215,6 +219,7 @@ def attention(
         or values.shape != keys.shape
         or keys.shape[2] != head_dim
         or num_heads % num_kv_heads
+        or [part.shape for part in scales] != [keys.shape[:2]] * (2 if bits == 8 else 0)
         or not 0 <= position <= capacity - num_tokens
     ):
         raise UsageError(
@@ -222,6 +227,9 @@ def attention(
             f"{list(keys.shape)} and values of {values.dtype} {list(values.shape)}"
         )
     if (backend or core.BACKEND) != "native":
+        if scales:
+            keys = keys.float() * key_scales[..., None]
+            values = values.float() * value_scales[..., None]
         return reference.attention(q, keys, values, position, window, scale)
     q, keys, values = q.contiguous(), keys.contiguous(), values.contiguous()
     out = torch.empty((num_tokens, num_heads * head_dim), dtype=torch.float32)
@@ -230,6 +238,7 @@ def attention(
         q.data_ptr(),
         keys.data_ptr(),
         values.data_ptr(),
+        *([part.contiguous().data_ptr() for part in scales] or (None, None)),
         bits,
         num_tokens,
         num_heads,

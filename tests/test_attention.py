@@ -36,8 +36,17 @@ class Case:
         self.q = rng.standard_normal((tokens, heads, head_dim), dtype=np.float32) * 2
         kv = rng.standard_normal((2, kv_heads, self.capacity, head_dim), dtype=np.float32)
         kv[:, :, position + tokens :] = np.nan
-        self.kv = kv if kv_bits == 32 else to_bf16(kv)
-        self.kv_values = kv if kv_bits == 32 else from_bf16(self.kv)
+        self.scales = None
+        if kv_bits == 8:
+            kv[:, :, position + tokens :] = 0
+            self.scales = np.abs(kv).max(-1) / 127
+            self.scales[:, :, position + tokens :] = np.nan
+            self.kv = np.rint(kv / np.maximum(np.abs(kv).max(-1) / 127, 1e-9)[..., None])
+            self.kv = self.kv.astype(np.int8)
+            self.kv_values = self.kv * self.scales[..., None]
+        else:
+            self.kv = kv if kv_bits == 32 else to_bf16(kv)
+            self.kv_values = kv if kv_bits == 32 else from_bf16(self.kv)
 
     def run(self, num_threads=1, first=0, last=None):
         """Tokens first..last in one call, as [tokens, heads, head_dim]."""
@@ -51,6 +60,7 @@ class Case:
             q.ctypes.data,
             self.kv[0].ctypes.data,
             self.kv[1].ctypes.data,
+            *([None] * 2 if self.scales is None else [part.ctypes.data for part in self.scales]),
             self.kv_bits,
             last - first,
             heads,
@@ -96,7 +106,7 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("kv_bits", [32, 16])
+@pytest.mark.parametrize("kv_bits", [32, 16, 8])
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_attention_is_float64_rounded(case, kv_bits):
     tokens, heads, kv_heads, head_dim, position, window = case
@@ -104,7 +114,7 @@ def test_attention_is_float64_rounded(case, kv_bits):
     np.testing.assert_allclose(data.run(2), data.expected(), rtol=0, atol=3e-6)
 
 
-@pytest.mark.parametrize("kv_bits", [32, 16])
+@pytest.mark.parametrize("kv_bits", [32, 16, 8])
 @pytest.mark.parametrize("case", [case for case in CASES if case[0] > 1], ids=str)
 def test_rows_do_not_depend_on_company(case, kv_bits):
     tokens, heads, kv_heads, head_dim, position, window = case
@@ -127,7 +137,7 @@ def test_random_shapes(data):
         kv_heads=kv_heads,
         head_dim=data.draw(st.sampled_from([2, 16, 24, 48, 64, 80, 128, 144])),
         position=data.draw(st.integers(0, 90)),
-        kv_bits=data.draw(st.sampled_from([16, 32])),
+        kv_bits=data.draw(st.sampled_from([8, 16, 32])),
         window=data.draw(st.sampled_from([0, 1, 3, 16, 50, 1000])),
         seed=data.draw(st.integers(0, 1000)),
     )
@@ -151,10 +161,12 @@ def test_large_scores_and_nan():
 def test_bad_arguments_are_refused():
     data = Case(2, 4, 2, 16, 4, 32)
     tokens, heads, kv_heads, head_dim = data.shape
-    good = [data.q.ctypes.data, data.kv[0].ctypes.data, data.kv[1].ctypes.data, 32]
+    good = [data.q.ctypes.data, data.kv[0].ctypes.data, data.kv[1].ctypes.data, None, None, 32]
     good += [tokens, heads, kv_heads, head_dim, data.capacity, data.position, 0, 1.0]
     out = np.zeros_like(data.q)
-    for place, value in [(3, 8), (5, 5), (6, 0), (7, 0), (8, 5), (9, -1), (10, -1), (0, None)]:
+    for place, value in [
+        *((5, 8), (5, 4), (7, 5), (8, 0), (9, 0), (10, 5), (11, -1), (12, -1), (0, None))
+    ]:
         arguments = list(good)
         arguments[place] = value
         assert core.lib.em_attention(None, *arguments, out.ctypes.data) < 0, place
@@ -170,7 +182,7 @@ sys.path.insert(0, sys.argv[1])
 from test_attention import CASES, Case
 sums = [
     zlib.crc32(Case(*case[:5], bits, case[5]).run(2).tobytes())
-    for case in CASES for bits in (16, 32)
+    for case in CASES for bits in (8, 16, 32)
 ]
 print(core.lib.em_isa().decode(), *sums)
 """

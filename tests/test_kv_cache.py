@@ -52,10 +52,25 @@ def test_16_bits_round_to_the_nearest():
     assert values.flatten().tolist() == [-1.0, -3.140625]
 
 
-@pytest.mark.parametrize("kv_bits, width", [(16, 2), (32, 4)])
-def test_the_size_is_known_beforehand(kv_bits, width):
+def test_8_bits_are_within_half_a_step_of_the_largest():
+    cache = KVCache(2, 3, 16, capacity=5, kv_bits=8)
+    keys = torch.randn(4, 3, 16, generator=torch.Generator().manual_seed(1)) * 10
+    keys[2, 1] = 0
+    stored, _ = cache.append(1, keys, -keys)
+    key_scales, value_scales = cache.scales(1)
+    assert stored.dtype == torch.int8 and torch.equal(key_scales[:, :4], value_scales[:, :4])
+    got = (stored.float() * key_scales[..., None])[:, :4].transpose(0, 1)
+    step = keys.abs().amax(-1, keepdim=True) / 127
+    assert ((got - keys).abs() <= step * 0.5001).all()
+    assert torch.equal(got[2, 1], torch.zeros(16))
+    assert KVCache(1, 1, 2, capacity=1, kv_bits=16).scales(0) == (None, None)
+
+
+@pytest.mark.parametrize("kv_bits, head_bytes", [(8, 8 + 4), (16, 16), (32, 32)])
+def test_the_size_is_known_beforehand(kv_bits, head_bytes):
     cache = KVCache(3, 2, 8, capacity=10, kv_bits=kv_bits)
-    assert cache.num_bytes == KVCache.bytes_for(3, 2, 8, 10, kv_bits) == 3 * 2 * 2 * 10 * 8 * width
+    expected = 3 * 2 * 2 * 10 * head_bytes
+    assert cache.num_bytes == KVCache.bytes_for(3, 2, 8, 10, kv_bits) == expected
 
 
 def test_overflow_names_the_context_length():
@@ -72,6 +87,6 @@ def test_overflow_names_the_context_length():
 
 def test_impossible_caches():
     with pytest.raises(UsageError, match="kv_bits"):
-        KVCache(1, 1, 2, capacity=4, kv_bits=8)
+        KVCache(1, 1, 2, capacity=4, kv_bits=4)
     with pytest.raises(UsageError, match="0 tokens"):
         KVCache(1, 1, 2, capacity=0)

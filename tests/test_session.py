@@ -169,14 +169,25 @@ def test_a_closed_stream_leaves_a_working_session(engine, session):
 def test_ctrl_c_leaves_a_working_session(engine, layer, step):
     """SIGINT while a layer runs: in the prompt, in an answer, in the last layer of a step."""
     inner = engine._experts.executor
-    runs = []
+    capacity = engine.cache.capacity_bytes
+    asked = []
 
     class Probe:
-        def run(self, number, *args):
-            runs.append(number)
-            if len(runs) - 1 == step * 3 + layer:
+        def _note(self, number):
+            asked.append((len(seen), number))
+            if asked[-1] == (step, layer):
                 signal.raise_signal(signal.SIGINT)
+
+        def run(self, number, *args):
+            self._note(number)
             return inner.run(number, *args)
+
+        def demand(self, place, routes):
+            self._note(place)
+            inner.demand(place, routes)
+
+        def __getattr__(self, name):
+            return getattr(inner, name)
 
     with Session(engine) as session:
         prompt = session.encode(PROMPT)
@@ -186,16 +197,45 @@ def test_ctrl_c_leaves_a_working_session(engine, layer, step):
             with pytest.raises(KeyboardInterrupt):
                 for event in session.stream(prompt, SamplingParams(max_tokens=50)):
                     seen.append(event.token_id)
+                    engine.cache.trim(0)  # a token demands what is absent
+                    engine.cache.trim(capacity)
         finally:
             engine._experts.executor = inner
         assert len(seen) == step
-        assert len(runs) == step * 3 + layer + 1  # not a layer more
+        assert asked[-1] == (step, layer)  # not a layer more
+        assert len(asked) == step * 3 + layer + 1
         fed = prompt + seen[:-1] if step else []
         assert session.tokens == fed
         assert engine.cache.pinned_bytes == 0
         ids = prompt + seen
         assert torch.equal(session.logits(ids), fresh_logits(engine, ids))
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_ctrl_c_in_a_token_that_needs_no_python_comes_after_it(engine):
+    inner = engine._experts.executor
+
+    class Probe:
+        def finish_token(self, *args, **times):
+            signal.raise_signal(signal.SIGINT)
+            inner.finish_token(*args, **times)
+
+        def __getattr__(self, name):
+            return getattr(inner, name)
+
+    with Session(engine) as session:
+        prompt = session.encode(PROMPT)
+        stream = session.stream(prompt, SamplingParams(max_tokens=50))
+        first = next(stream).token_id
+        engine._experts.executor = Probe()
+        try:
+            with pytest.raises(KeyboardInterrupt):
+                next(stream)
+        finally:
+            engine._experts.executor = inner
+        assert session.tokens == prompt and engine.cache.pinned_bytes == 0
+        ids = [*prompt, first]
+        assert torch.equal(session.logits(ids), fresh_logits(engine, ids))
 
 
 def test_interleaved_sessions_are_independent(engine):

@@ -172,6 +172,7 @@ class StorageReads:
 def touched_bytes(index: Any, num_tokens: int, kv_bits: int) -> float:
     """Bytes of weights and KV cache that decoding one token after `num_tokens` goes through."""
     from ..models import parse_config
+    from ..runtime.budget import kv_head_bytes
     from ..runtime.format import read_header
     from ..runtime.index import TRUNK_FILE
 
@@ -186,7 +187,8 @@ def touched_bytes(index: Any, num_tokens: int, kv_bits: int) -> float:
     for layer, num_experts in index.layer_to_num_experts.items():
         records = (index.records[layer, expert].num_bytes for expert in range(num_experts))
         total += model.top_k * sum(records) / num_experts
-    per_token = 2 * model.num_layers * model.num_kv_heads * model.head_dim * kv_bits // 8
+    heads = model.num_layers * model.num_kv_heads
+    per_token = heads * kv_head_bytes(model.head_dim, kv_bits)
     return total + num_tokens * per_token
 
 

@@ -98,7 +98,11 @@ def add_numeric_options(group: Any) -> None:
     """Options that name a numeric path or how the store is read."""
     group.add_argument("--backend", choices=BACKENDS, help="default: native where it was built")
     group.add_argument(
-        "--kv-bits", type=int, choices=(16, 32), default=16, help="KV cache precision (default: 16)"
+        "--kv-bits",
+        type=int,
+        choices=(8, 16, 32),
+        default=16,
+        help="KV cache precision: int8, bf16 or fp32 (default: 16)",
     )
     group.add_argument(
         "--io", choices=("auto", "direct", "buffered"), default="auto", help="how experts are read"

@@ -6,48 +6,15 @@ import torch
 from torch import Tensor
 
 from ..kv_cache import KVCache
-from ..runtime import kernels
+from ..runtime import core, kernels
 from ..runtime.budget import CHUNK
 from ..runtime.errors import UsageError
 from . import load_module
 from .args import ModelArgs
-from .layers import Attention, DenseMlp, RMSNorm
-from .moe import Experts, MoEBlock, OnRoute
-from .rope import Rotary
+from .moe import Experts, OnRoute
+from .native import NativeLayers
+from .torch_layers import TorchLayers
 from .trunk import ReadTensor, Trunk
-
-
-class DecoderLayer:
-    """x + attention(norm x), then x + mlp(norm x)."""
-
-    def __init__(
-        self,
-        args: ModelArgs,
-        trunk: Trunk,
-        layer: int,
-        experts: Experts,
-        pool: kernels.ThreadPool | None,
-        backend: str | None,
-    ) -> None:
-        self._input_norm = RMSNorm(trunk.vector("layer.input_norm", layer), args.rms_eps, backend)
-        self._attention = Attention(args, trunk, layer, pool, backend)
-        self._post_norm = RMSNorm(trunk.vector("layer.post_norm", layer), args.rms_eps, backend)
-        self._moe = self._dense = None
-        if layer in args.moe_layers:
-            self._moe = MoEBlock(args, trunk, layer, experts, pool)
-        else:
-            self._dense = DenseMlp(trunk, layer, "", pool)
-
-    def __call__(
-        self,
-        x: Tensor,
-        kv_cache: KVCache,
-        angles: tuple[Tensor, Tensor],
-        on_route: OnRoute | None,
-    ) -> Tensor:
-        x = x + self._attention(self._input_norm(x), kv_cache, angles)
-        normed = self._post_norm(x)
-        return x + (self._moe(normed, on_route) if self._moe else self._dense(normed))
 
 
 class CausalLM:
@@ -56,6 +23,9 @@ class CausalLM:
     `trunk` gives a stored tensor by its checkpoint name (`trunk.ReadTensor`); it is called once per
     tensor. The largest come first: while a tensor is packed it is in memory twice, and that must
     not be on top of all the others.
+
+    `decode` says what runs the layers: `native`, the blocks of the core, or `torch`, the same
+    layers out of single operations, which the reference backend is made of.
     """
 
     def __init__(
@@ -67,16 +37,15 @@ class CausalLM:
         backend: str | None = None,
     ) -> None:
         self.args = args
-        self._pool = pool
+        backend = backend or core.BACKEND
         weights = Trunk(args, load_module(args.model_type).TRUNK, trunk, backend)
-        self._embed = weights.embedding("embed")
-        self._lm_head = self._embed if args.tie_embeddings else weights.matrix("lm_head")
-        self._rotary = Rotary(args.rope)
-        self._layers = [
-            DecoderLayer(args, weights, layer, executor, pool, backend)
-            for layer in range(args.num_layers)
-        ]
-        self._norm = RMSNorm(weights.vector("norm"), args.rms_eps, backend)
+        embed = weights.embedding("embed")
+        lm_head = embed if args.tie_embeddings else weights.matrix("lm_head")
+        layers = [weights.layer(layer) for layer in range(args.num_layers)]
+        self._native = backend == "native"
+        self.decode = "native" if self._native else "torch: the reference backend"
+        kind = NativeLayers if self._native else TorchLayers
+        self._layers = kind(args, layers, embed, weights.vector("norm"), lm_head, executor, pool)
 
     @torch.inference_mode()
     def forward(
@@ -95,36 +64,37 @@ class CausalLM:
         """
         if logits not in ("last", "all", "none"):
             raise UsageError(f"`logits` must be last, all or none, got `{logits}`")
+        if (
+            self._native
+            and isinstance(token_ids, list)
+            and len(token_ids) == 1
+            and logits != "none"
+        ):
+            (token_id,) = token_ids
+            self._check(token_id, token_id)
+            kv_cache.check_room(1)
+            return self._layers.decode(token_id, kv_cache, on_route)
         ids = torch.as_tensor(token_ids, dtype=torch.int64)
         if ids.ndim != 1 or len(ids) == 0:
             raise UsageError("a step needs at least one token", f"got shape {list(ids.shape)}")
-        low, high = int(ids.min()), int(ids.max())
+        self._check(int(ids.min()), int(ids.max()))
+        kv_cache.check_room(len(ids))
+        start, rows = kv_cache.offset, []
+        try:
+            for begin in range(0, len(ids), CHUNK):
+                x = self._layers.run(ids[begin : begin + CHUNK], kv_cache, on_route)
+                if logits == "all":
+                    rows.append(self._layers.logits(x))
+        except BaseException:
+            kv_cache.trim(start)
+            raise
+        if logits == "last":
+            return self._layers.logits(x[-1:])
+        return torch.cat(rows) if rows else torch.empty((0, self.args.vocab))
+
+    def _check(self, low: int, high: int) -> None:
         if low < 0 or high >= self.args.vocab:
             wrong = low if low < 0 else high
             raise UsageError(
                 f"token id {wrong} is not in the vocabulary", f"expected 0 to {self.args.vocab - 1}"
             )
-        kv_cache.check_room(len(ids))
-        start, rows = kv_cache.offset, []
-        try:
-            for begin in range(0, len(ids), CHUNK):
-                x = self._run_layers(ids[begin : begin + CHUNK], kv_cache, on_route)
-                if logits == "all":
-                    rows.append(self._logits(x))
-        except BaseException:
-            kv_cache.trim(start)
-            raise
-        if logits == "last":
-            return self._logits(x[-1:])
-        return torch.cat(rows) if rows else torch.empty((0, self.args.vocab))
-
-    def _run_layers(self, ids: Tensor, kv_cache: KVCache, on_route: OnRoute | None) -> Tensor:
-        x = self._embed.rows_of(ids)
-        angles = self._rotary.angles(kv_cache.offset, len(ids), kv_cache.capacity)
-        for layer in self._layers:
-            x = layer(x, kv_cache, angles, on_route)
-        kv_cache.advance(len(ids))
-        return x
-
-    def _logits(self, x: Tensor) -> Tensor:
-        return self._lm_head.linear(self._norm(x), None, self._pool)

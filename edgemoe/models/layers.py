@@ -1,8 +1,8 @@
-"""Norm, attention and the dense gated MLP. T tokens, D hidden, H heads, KV key/value heads.
+"""Norm, attention and the dense gated MLP in torch: the twins of the core's blocks. T tokens,
+D hidden, H heads, KV key/value heads.
 
-A row of every result depends on that row alone: reductions go through the kernels, and NumPy
-computes the exponentials, since torch's own take another code path at the end of a vector than in
-the middle, so that the bits of a row would depend on T and on the number of threads.
+NumPy computes the exponentials: torch's own take another code path at the end of a vector than in
+the middle.
 """
 
 import numpy as np
@@ -13,7 +13,7 @@ from ..kv_cache import KVCache
 from ..runtime import kernels
 from .args import ModelArgs
 from .rope import rotate
-from .trunk import Trunk
+from .trunk import LayerWeights
 
 
 def sigmoid(x: Tensor) -> Tensor:
@@ -31,11 +31,11 @@ def silu(x: Tensor) -> Tensor:
 class RMSNorm:
     """y = x / sqrt(mean(x^2) + eps) * weight over the last dimension."""
 
-    def __init__(self, weight: Tensor, eps: float, backend: str | None) -> None:
-        self._weight, self._eps, self._backend = weight, eps, backend
+    def __init__(self, weight: Tensor, eps: float) -> None:
+        self._weight, self._eps = weight, eps
 
     def __call__(self, x: Tensor) -> Tensor:
-        return kernels.rms_norm(x, self._weight, self._eps, self._backend)
+        return kernels.rms_norm(x, self._weight, self._eps, "reference")
 
 
 class Attention:
@@ -44,31 +44,25 @@ class Attention:
     def __init__(
         self,
         args: ModelArgs,
-        trunk: Trunk,
+        weights: LayerWeights,
         layer: int,
-        pool: kernels.ThreadPool | None,
-        backend: str | None,
     ) -> None:
-        self._layer, self._pool, self._backend = layer, pool, backend
+        self._layer = layer
         self._head_dim, self._num_heads = args.head_dim, args.num_heads
         self._num_kv_heads = args.num_kv_heads
         self._clip, self._window = args.clip_qkv, args.window[layer]
-        self._qkv = trunk.stacked(("layer.q", "layer.k", "layer.v"), layer)
-        self._qkv_bias = trunk.stacked_vector(
-            ("layer.q_bias", "layer.k_bias", "layer.v_bias"), layer
-        )
-        self._o = trunk.matrix("layer.o", layer)
-        self._o_bias = trunk.stacked_vector(("layer.o_bias",), layer)
+        self._qkv, self._qkv_bias = weights.qkv, weights.qkv_bias
+        self._o, self._o_bias = weights.output, weights.output_bias
         self._norms: tuple[RMSNorm, ...] = ()
         if args.qk_norm != "none":
-            weights = (trunk.vector(f"layer.{slot}_norm", layer) for slot in "qk")
-            self._norms = tuple(RMSNorm(weight, args.rms_eps, backend) for weight in weights)
+            norms = (weights.q_norm, weights.k_norm)
+            self._norms = tuple(RMSNorm(weight, args.rms_eps) for weight in norms)
         self._norm_per_head = args.qk_norm == "head"
 
     def __call__(self, x: Tensor, kv_cache: KVCache, angles: tuple[Tensor, Tensor]) -> Tensor:
         """x, result `[T, D]`; angles: cosine and sine of the T positions from `offset` on."""
         num_tokens = x.shape[0]
-        y = self._qkv.linear(x, self._qkv_bias, self._pool)  # [T, (H + 2 KV) hd]
+        y = self._qkv.linear(x, self._qkv_bias)  # [T, (H + 2 KV) hd]
         if self._norms and not self._norm_per_head:
             y = self._norm_whole(y)
         if self._clip is not None:
@@ -88,10 +82,11 @@ class Attention:
             kv_cache.offset,
             self._window,
             self._head_dim**-0.5,
-            self._pool,
-            self._backend,
+            None,
+            "reference",
+            *kv_cache.scales(self._layer),
         )
-        return self._o.linear(mixed, self._o_bias, self._pool)
+        return self._o.linear(mixed, self._o_bias)
 
     def _norm_whole(self, y: Tensor) -> Tensor:
         """Norm all query heads of a token together, and all key heads."""
@@ -109,13 +104,9 @@ class Attention:
 class DenseMlp:
     """down(silu(gate x) * (up x)): the MLP of a layer without experts, and the shared expert."""
 
-    def __init__(
-        self, trunk: Trunk, layer: int, prefix: str, pool: kernels.ThreadPool | None
-    ) -> None:
-        self._gate_up = trunk.stacked((f"layer.{prefix}gate", f"layer.{prefix}up"), layer)
-        self._down = trunk.matrix(f"layer.{prefix}down", layer)
-        self._pool = pool
+    def __init__(self, weights: LayerWeights) -> None:
+        self._gate_up, self._down = weights.gate_up, weights.down
 
     def __call__(self, x: Tensor) -> Tensor:
-        gate, up = self._gate_up.linear(x, None, self._pool).chunk(2, dim=-1)
-        return self._down.linear(silu(gate) * up, None, self._pool)
+        gate, up = self._gate_up.linear(x).chunk(2, dim=-1)
+        return self._down.linear(silu(gate) * up)

@@ -1,4 +1,5 @@
-"""Router and MoE block. T tokens, E experts, K top-k, D hidden.
+"""Router and MoE block in torch, and what both backends ask of an executor. T tokens, E experts,
+K top-k, D hidden.
 
 The block knows nothing of where experts are: it hands expert ids and routing weights to the
 executor, which reads, keeps and computes them.
@@ -7,40 +8,52 @@ executor, which reads, keeps and computes them.
 from collections.abc import Callable
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from ..runtime import kernels
+from ..runtime.records import RecordTable
 from .args import ModelArgs
 from .layers import DenseMlp, sigmoid
-from .trunk import Trunk
+from .trunk import LayerWeights, Linear
 
-# Called with (layer, expert_ids [T, K], routing_weights [T, K]) whenever a router has spoken.
+# Called with (layer, expert_ids int64 [T, K], routing_weights fp32 [T, K]) for every router that
+# has spoken, layers ascending; the ids of a token ascend.
 OnRoute = Callable[[int, Tensor, Tensor], None]
 
 
 class Experts(Protocol):
-    """The part of the executor that the wiring uses."""
+    """The part of the executor that the wiring uses; `run` is all that the torch path asks for."""
+
+    table: RecordTable
+    addresses: np.ndarray
+    reader_handle: int | None
 
     def run(self, layer: int, x: Tensor, expert_ids: Tensor, routing_weights: Tensor) -> Tensor: ...
+
+    def demand(self, place: int, routes: np.ndarray) -> None: ...
+
+    def finish_token(
+        self, routes: np.ndarray, *, stall_s: float, compute_s: float, native_s: float
+    ) -> None: ...
+
+    def abort_token(self, place: int, routes: np.ndarray) -> None: ...
 
 
 class Router:
     """softmax -> top-k -> optional renormalisation, in fp32."""
 
-    def __init__(
-        self, args: ModelArgs, trunk: Trunk, layer: int, pool: kernels.ThreadPool | None
-    ) -> None:
-        self._weight = trunk.matrix("layer.router", layer)
-        self._top_k, self._renormalise, self._pool = args.top_k, args.norm_topk, pool
+    def __init__(self, args: ModelArgs, weight: Linear) -> None:
+        self._weight, self._top_k, self._renormalise = weight, args.top_k, args.norm_topk
 
     def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """x `[T, D]` -> expert_ids int64 `[T, K]`, routing_weights fp32 `[T, K]`."""
-        scores = torch.softmax(self._weight.linear(x, None, self._pool), dim=-1)
+        """x `[T, D]` -> expert_ids int64 `[T, K]`, ascending, routing_weights fp32 `[T, K]`."""
+        scores = torch.softmax(self._weight.linear(x), dim=-1)
         weights, expert_ids = torch.topk(scores, self._top_k, dim=-1)
         if self._renormalise:
             weights = weights / weights.sum(dim=-1, keepdim=True)
-        return expert_ids, weights
+        expert_ids, order = expert_ids.sort(dim=-1)
+        return expert_ids, weights.gather(-1, order)
 
 
 class MoEBlock:
@@ -49,17 +62,15 @@ class MoEBlock:
     def __init__(
         self,
         args: ModelArgs,
-        trunk: Trunk,
+        weights: LayerWeights,
         layer: int,
         experts: Experts,
-        pool: kernels.ThreadPool | None,
     ) -> None:
-        self._layer, self._experts, self._pool = layer, experts, pool
-        self._router = Router(args, trunk, layer, pool)
-        self._shared = self._shared_weight = None
-        if args.shared_width:
-            self._shared = DenseMlp(trunk, layer, "shared_", pool)
-            self._shared_weight = trunk.matrix("layer.shared_weight", layer)
+        self._layer, self._experts = layer, experts
+        self._router = Router(args, weights.router)
+        self._shared, self._shared_weight = None, weights.shared_weight
+        if self._shared_weight is not None:
+            self._shared = DenseMlp(weights)
 
     def __call__(self, x: Tensor, on_route: OnRoute | None = None) -> Tensor:
         expert_ids, weights = self._router(x)
@@ -68,5 +79,5 @@ class MoEBlock:
         y = self._experts.run(self._layer, x, expert_ids, weights)
         if self._shared is None:
             return y
-        share = sigmoid(self._shared_weight.linear(x, None, self._pool))  # [T, 1]
+        share = sigmoid(self._shared_weight.linear(x))  # [T, 1]
         return y + share * self._shared(x)

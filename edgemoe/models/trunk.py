@@ -1,6 +1,7 @@
 """Reads the trunk's tensors into the form the wiring computes with, checking every shape."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -23,7 +24,7 @@ class Linear(Protocol):
     cols: int
 
     def linear(
-        self, x: Tensor, bias: Tensor | None, pool: ThreadPool | None
+        self, x: Tensor, bias: Tensor | None = None, pool: ThreadPool | None = None
     ) -> Tensor: ...  # [T, cols] -> [T, rows]
 
 
@@ -39,10 +40,12 @@ class Fp32Matrix:
         for _ in range(3):
             parts.append(rest.to(torch.bfloat16))
             rest = rest - parts[-1].float()
-        self._parts = [PackedMatrix.from_16bit(part, backend) for part in parts]
+        self.parts = [PackedMatrix.from_16bit(part, backend) for part in parts]
 
-    def linear(self, x: Tensor, bias: Tensor | None, pool: ThreadPool | None) -> Tensor:
-        high, middle, low = (part.linear(x, None, pool) for part in self._parts)
+    def linear(
+        self, x: Tensor, bias: Tensor | None = None, pool: ThreadPool | None = None
+    ) -> Tensor:
+        high, middle, low = (part.linear(x, None, pool) for part in self.parts)
         y = high + (middle + low)
         return y if bias is None else y + bias
 
@@ -51,12 +54,33 @@ class Rows:
     """Matrices of one input, their rows one after the other."""
 
     def __init__(self, parts: Sequence[Linear]) -> None:
-        self._parts = list(parts)
+        self.parts = list(parts)
         self.rows, self.cols = sum(part.rows for part in parts), parts[0].cols
 
-    def linear(self, x: Tensor, bias: Tensor | None, pool: ThreadPool | None) -> Tensor:
-        y = torch.cat([part.linear(x, None, pool) for part in self._parts], dim=-1)
+    def linear(
+        self, x: Tensor, bias: Tensor | None = None, pool: ThreadPool | None = None
+    ) -> Tensor:
+        y = torch.cat([part.linear(x, None, pool) for part in self.parts], dim=-1)
         return y if bias is None else y + bias
+
+
+@dataclass(frozen=True, slots=True)
+class LayerWeights:
+    """The trunk of one layer; None where the model has no such part. `gate_up` and `down` are the
+    dense MLP of a layer without a router, else the shared expert."""
+
+    input_norm: Tensor
+    post_norm: Tensor
+    qkv: Linear
+    qkv_bias: Tensor | None
+    q_norm: Tensor | None
+    k_norm: Tensor | None
+    output: Linear
+    output_bias: Tensor | None
+    router: Linear | None
+    gate_up: Linear | None
+    down: Linear | None
+    shared_weight: Linear | None
 
 
 class Trunk:
@@ -68,10 +92,34 @@ class Trunk:
         self._table, self._read, self._backend = table, read, backend
         self._shapes = {(slot, layer): shape for slot, layer, shape in names.trunk_slots(args)}
 
+    def layer(self, layer: int) -> LayerWeights:
+        """All parts of one layer."""
+
+        def matrix(slot: str) -> Linear | None:
+            return self.matrix(slot, layer) if (slot, layer) in self._shapes else None
+
+        is_dense = ("layer.router", layer) not in self._shapes
+        prefix = "layer." if is_dense else "layer.shared_"
+        has_mlp = (f"{prefix}down", layer) in self._shapes
+        return LayerWeights(
+            input_norm=self.vector("layer.input_norm", layer),
+            post_norm=self.vector("layer.post_norm", layer),
+            qkv=self.stacked(("layer.q", "layer.k", "layer.v"), layer),
+            qkv_bias=self.stacked_vector(("layer.q_bias", "layer.k_bias", "layer.v_bias"), layer),
+            q_norm=self.stacked_vector(("layer.q_norm",), layer),
+            k_norm=self.stacked_vector(("layer.k_norm",), layer),
+            output=self.matrix("layer.o", layer),
+            output_bias=self.stacked_vector(("layer.o_bias",), layer),
+            router=matrix("layer.router"),
+            gate_up=self.stacked((f"{prefix}gate", f"{prefix}up"), layer) if has_mlp else None,
+            down=matrix(f"{prefix}down"),
+            shared_weight=matrix("layer.shared_weight"),
+        )
+
     def vector(self, slot: str, layer: int = -1) -> Tensor:
-        """A norm or a bias, fp32 `[n]`."""
+        """A norm or a bias, fp32 `[n]`, contiguous."""
         _, value = self._stored(slot, layer)
-        return value.to(torch.float32)
+        return value.to(torch.float32).contiguous()
 
     def embedding(self, slot: str) -> PackedMatrix:
         """A matrix whose rows can be looked up."""
@@ -112,7 +160,7 @@ class Trunk:
         return PackedMatrix.from_packed(data, rows, first.cols, first.spec, self._backend)
 
     def stacked_vector(self, slots: Sequence[str], layer: int) -> Tensor | None:
-        """The biases of `stacked`, or None where the model has none."""
+        """Norms or biases of one input as one, or None where the model has none."""
         if (slots[0], layer) not in self._shapes:
             return None
         return torch.cat([self.vector(slot, layer) for slot in slots])

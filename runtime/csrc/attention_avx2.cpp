@@ -33,6 +33,11 @@ EM_INLINE __m256 widen(const uint16_t *p) {
   return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(words), 16));
 }
 EM_INLINE F load(const uint16_t *p) { return {widen(p), widen(p + 8)}; }
+EM_INLINE __m256 widen(const int8_t *p) {
+  const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i *>(p));
+  return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes));
+}
+EM_INLINE F load(const int8_t *p) { return {widen(p), widen(p + 8)}; }
 EM_INLINE void store(float *p, F x) {
   _mm256_storeu_ps(p, x.low);
   _mm256_storeu_ps(p + 8, x.high);
@@ -65,11 +70,11 @@ EM_INLINE F row_sums(const float *p) { return {eight_sums(p), eight_sums(p + 128
 
 }  // namespace
 
-AttentionKernel attention_avx2() { return attend; }
+const RowKernels *rows_avx2() { return &kRowTable; }
 
 }  // namespace em
 #else
 namespace em {
-AttentionKernel attention_avx2() { return nullptr; }
+const RowKernels *rows_avx2() { return nullptr; }
 }  // namespace em
 #endif

@@ -31,6 +31,10 @@ EM_INLINE F load(const uint16_t *p) {
   const __m256i words = _mm256_loadu_si256(reinterpret_cast<const __m256i *>(p));
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(words), 16));
 }
+EM_INLINE F load(const int8_t *p) {
+  const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i *>(p));
+  return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes));
+}
 EM_INLINE void store(float *p, F x) { _mm512_storeu_ps(p, x); }
 
 // Sums of the 16 rows of [16, 16]: a transposition that adds as it goes.
@@ -61,11 +65,11 @@ EM_INLINE F row_sums(const float *p) {
 
 }  // namespace
 
-AttentionKernel attention_avx512vnni() { return attend; }
+const RowKernels *rows_avx512vnni() { return &kRowTable; }
 
 }  // namespace em
 #else
 namespace em {
-AttentionKernel attention_avx512vnni() { return nullptr; }
+const RowKernels *rows_avx512vnni() { return nullptr; }
 }  // namespace em
 #endif

@@ -9,6 +9,8 @@
 //   weight = exp(score - largest score); their sum runs over 16 lanes counted from the row's first
 //            key, then as above
 //   out    = (fma chain over keys ascending of weight . value) / sum
+// With int8, a score is multiplied with its key's scale, then a weight with its value's scale, which
+// the sum of the weights has not seen.
 
 // One row alone reads memory faster than the hardware runs ahead of it, bf16 above all: without
 // this it reached .6 of the memory rate, with it .9. It may look past the end, which is harmless.
@@ -214,6 +216,11 @@ EM_INLINE float softmax_weights(float *scores, int64_t num) {
   return tree_sum(lanes);
 }
 
+// Numbers of int8 stand for themselves times the scale of their key.
+EM_INLINE void apply_scales(float *scores, const float *scales, int64_t num) {
+  for (int64_t j = 0; j < num; ++j) scores[j] *= scales[j];
+}
+
 template <int R, class T>
 void attend_rows(const AttentionRows &rows, int first_row, float *scratch) {
   const int64_t head_dim = rows.head_dim;
@@ -255,7 +262,12 @@ void attend_rows(const AttentionRows &rows, int first_row, float *scratch) {
     score_keys<1>(q + r * padded, padded, keys, head_dim, shared_end, end[r], &after, products);
   }
   float sum[R];
-  for (int r = 0; r < R; ++r) sum[r] = softmax_weights(scores[r], end[r] - begin[r]);
+  for (int r = 0; r < R; ++r) {
+    const int64_t num = end[r] - begin[r];
+    if constexpr (sizeof(T) == 1) apply_scales(scores[r], rows.key_scales + begin[r], num);
+    sum[r] = softmax_weights(scores[r], num);
+    if constexpr (sizeof(T) == 1) apply_scales(scores[r], rows.value_scales + begin[r], num);
+  }
   for (int r = 0; r < R; ++r) {
     const int64_t stop = shared_begin < end[r] ? shared_begin : end[r];
     weigh_values<1>(scores + r, values + begin[r] * head_dim, head_dim, stop - begin[r],
@@ -297,9 +309,13 @@ void attend_as(const AttentionRows &rows, float *scratch) {
 }
 
 void attend(const AttentionRows &rows, float *scratch) {
-  if (rows.is_bf16) {
+  if (rows.kv_bits == 8) {
+    attend_as<int8_t>(rows, scratch);
+  } else if (rows.kv_bits == 16) {
     attend_as<uint16_t>(rows, scratch);
   } else {
     attend_as<float>(rows, scratch);
   }
 }
+
+#include "rows_impl.h"

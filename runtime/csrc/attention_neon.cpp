@@ -46,6 +46,15 @@ EM_INLINE F load(const uint16_t *p) {
   EM_EACH_REGISTER r.v[i] = vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(p + 4 * i), 16));
   return r;
 }
+EM_INLINE F load(const int8_t *p) {
+  F r;
+  EM_EACH_REGISTER {
+    int8_t bytes[8] = {};
+    __builtin_memcpy(bytes, p + 4 * i, 4);
+    r.v[i] = vcvtq_f32_s32(vmovl_s16(vget_low_s16(vmovl_s8(vld1_s8(bytes)))));
+  }
+  return r;
+}
 EM_INLINE void store(float *p, F x) { EM_EACH_REGISTER vst1q_f32(p + 4 * i, x.v[i]); }
 
 // Lanes 0 + 2 and 1 + 3 of two rows, after the halves and quarters of their 16 were added.
@@ -70,11 +79,11 @@ EM_INLINE F row_sums(const float *p) {
 
 }  // namespace
 
-AttentionKernel attention_neon() { return attend; }
+const RowKernels *rows_neon() { return &kRowTable; }
 
 }  // namespace em
 #else
 namespace em {
-AttentionKernel attention_neon() { return nullptr; }
+const RowKernels *rows_neon() { return nullptr; }
 }  // namespace em
 #endif

@@ -11,6 +11,7 @@
 #else
 #define EM_FMA fmaf
 #define __builtin_memcpy memcpy
+#define __builtin_sqrt sqrt
 #endif
 
 namespace em {
@@ -45,6 +46,11 @@ EM_INLINE F load(const uint16_t *p) {
   memcpy(r.v, bits, sizeof(r.v));
   return r;
 }
+EM_INLINE F load(const int8_t *p) {
+  F r;
+  for (int i = 0; i < kLanes; ++i) r.v[i] = p[i];
+  return r;
+}
 EM_INLINE void store(float *p, const F &x) { memcpy(p, x.v, sizeof(x.v)); }
 
 // Sums of the 16 rows of [16, 16].
@@ -64,6 +70,6 @@ EM_INLINE F row_sums(const float *p) {
 
 }  // namespace
 
-AttentionKernel attention_scalar() { return attend; }
+const RowKernels *rows_scalar() { return &kRowTable; }
 
 }  // namespace em

@@ -31,7 +31,8 @@ enum {
   EM_READY = 2,
   EM_ERR_CRC = -10001,   /* bytes read, checksum differs */
   EM_ERR_SHORT = -10002, /* the file ends inside the record */
-  EM_ERR_ARG = -10003    /* other negative values are -errno */
+  EM_ERR_ARG = -10003,   /* other negative values are -errno */
+  EM_ERR_DEMAND = -10004 /* em_decode: the caller's `demand` gave up */
 };
 
 /* How a matrix is stored. group_size is 0 for the 16-bit modes. */
@@ -85,13 +86,16 @@ EM_API int32_t em_linear(em_pool *pool, const uint8_t *packed, int64_t rows, int
 EM_API void em_rms_norm(const float *x, const float *weight, int64_t num_tokens, int64_t cols,
                         float eps, float *y);
 /* Causal attention of T new tokens at positions position .. position + T - 1, whose keys and values
- * are already stored. q, out [T, H, hd]; keys, values [KV, capacity, hd] of fp32 (kv_bits 32) or
- * bf16 (kv_bits 16). window > 0: token p sees keys p - window + 1 .. p. sinks are not supported.
- * A row of out depends on neither T nor the number of threads. */
+ * are already stored. q, out [T, H, hd]; keys, values [KV, capacity, hd] of fp32 (kv_bits 32), bf16
+ * (16) or int8 (8); key_scales, value_scales [KV, capacity] stand for int8 only: a number is its int8
+ * times the scale of its token and head. window > 0: token p sees keys p - window + 1 .. p. sinks
+ * are not supported. A row of out depends on neither T nor the number of threads.
+ * Returns 0, EM_ERR_ARG or -ENOMEM. */
 EM_API int32_t em_attention(em_pool *pool, const float *q, const void *keys, const void *values,
-                            int32_t kv_bits, int64_t num_tokens, int64_t num_heads,
-                            int64_t num_kv_heads, int64_t head_dim, int64_t capacity,
-                            int64_t position, int64_t window, float scale, float *out);
+                            const float *key_scales, const float *value_scales, int32_t kv_bits,
+                            int64_t num_tokens, int64_t num_heads, int64_t num_kv_heads,
+                            int64_t head_dim, int64_t capacity, int64_t position, int64_t window,
+                            float scale, float *out);
 
 /* ---- memory for records -------------------------------------------------------------------- */
 /* Anonymous memory, 2 MiB aligned, huge pages asked for, not touched. NULL where there is none. */
@@ -189,6 +193,109 @@ EM_API int64_t em_moe_workspace_floats(int64_t num_tokens, int64_t num_pairs, in
  * formats come from `records` (same order as a store's index, NULL otherwise). */
 EM_API int32_t em_moe_run(em_pool *pool, em_store *store, const em_record *records,
                           em_moe_args *args);
+
+/* ---- the decoder --------------------------------------------------------------------------- */
+/* The layers of a model that is a stack of: x += attention(norm x), x += mlp(norm x), where the mlp
+ * is dense or a mixture of experts. One path for one token and for many: a row of every result has
+ * the same bits for every T, number of threads and position in the batch. All pointers of these
+ * descriptions stay the caller's and must outlive the decoder; packed bytes are 64-byte aligned. */
+
+/* A matrix [rows, cols] in tiles. num_parts 1: packed[0]. num_parts 3: the sum of three matrices of
+ * this format, y = p0 x + (p1 x + p2 x), as which an fp32 matrix is kept in three bf16 ones without
+ * loss. rows 0: there is none. */
+typedef struct em_matrix {
+  int64_t rows, cols;
+  em_format format;
+  int32_t num_parts;
+  const uint8_t *packed[3];
+} em_matrix;
+
+enum { EM_QK_NORM_NONE = 0, EM_QK_NORM_HEAD = 1, EM_QK_NORM_WHOLE = 2 };
+
+/* One layer. Norms and biases are fp32; a bias is NULL where there is none. */
+typedef struct em_block {
+  const float *input_norm, *post_norm; /* [D] */
+  em_matrix qkv[3];                    /* query, key, value rows stacked in qkv[0], or one each */
+  const float *qkv_bias;               /* [(H + 2 KV) hd] */
+  const float *q_norm, *k_norm;        /* [hd] each (HEAD), [H hd] and [KV hd] (WHOLE), or NULL */
+  em_matrix output;                    /* [D, H hd] */
+  const float *output_bias;            /* [D] */
+  int64_t window;                      /* 0: every earlier token is seen */
+  em_matrix router;                    /* [E, D]; rows 0: the layer is dense */
+  int64_t first_key, expert_width;     /* expert e is record first_key + e, of this F */
+  em_matrix gate_up[2], down;          /* the dense mlp or the shared expert: gate and up rows stacked
+                                          in gate_up[0] or one each, [W, D]; down [D, W] */
+  em_matrix shared_weight;             /* [1, D]: the shared expert counts sigmoid(shared_weight x) */
+} em_block;
+
+typedef struct em_model {
+  int64_t num_layers, hidden, num_heads, num_kv_heads, head_dim, rotary_dim, top_k;
+  int32_t qk_norm;     /* EM_QK_NORM_...; HEAD comes after the clip, WHOLE before it */
+  int32_t renormalise; /* routing weights of a token add up to 1 */
+  float rms_eps, clip; /* clip > 0: queries, keys, values are kept within -clip .. clip */
+  em_matrix embedding, lm_head; /* [vocab, D] */
+  const float *norm;            /* [D] */
+  const em_block *layers;       /* [num_layers] */
+} em_model;
+
+/* Keys and values of all layers, [L, 2, KV, capacity, hd] of fp32, bf16 or int8 (kv_bits 32, 16, 8);
+ * scales fp32 [L, 2, KV, capacity] for int8, else NULL. `position` tokens are stored. */
+typedef struct em_kv_cache {
+  void *data;
+  float *scales;
+  int64_t capacity, position, kv_bits;
+} em_kv_cache;
+
+typedef struct em_decoder em_decoder;
+/* Copies the description, not the weights. The pool may be NULL (one thread) and must outlive the
+ * decoder. Returns NULL where the sizes do not go together or memory is short. A decoder serves one
+ * call at a time; its scratch grows to the largest call and stays. */
+EM_API em_decoder *em_decoder_create(const em_model *model, em_pool *pool);
+EM_API void em_decoder_destroy(em_decoder *decoder);
+/* The functions below return 0, EM_ERR_ARG or -ENOMEM.
+ * x [T, D] = the embedding rows of ids [T]. */
+EM_API int32_t em_decoder_embed(em_decoder *decoder, int64_t num_tokens, const int32_t *ids, float *x);
+/* The attention half of a layer, in place of x [T, D], for T tokens at kv->position on: x += attention
+ * (norm x), whose keys and values are stored in the cache (kv->position itself is left alone); then
+ * normed [T, D] = post norm of x, and where the layer has a router expert_ids, routing_weights
+ * [T, K]: the K largest of softmax(router normed), by ascending id; of equal ones the lowest ids.
+ * cos, sin [T, rotary_dim / 2] of the positions. */
+EM_API int32_t em_decoder_attend(em_decoder *decoder, int64_t layer, const em_kv_cache *kv,
+                                 const float *cos, const float *sin, int64_t num_tokens, float *x,
+                                 float *normed, int32_t *expert_ids, float *routing_weights);
+/* The other half: a dense layer adds mlp(normed) to x [T, D]; a layer with experts adds y (what
+ * em_moe_run made of normed, overwritten) and the shared expert. y is NULL for dense layers. */
+EM_API int32_t em_decoder_finish(em_decoder *decoder, int64_t layer, int64_t num_tokens,
+                                 const float *normed, float *y, float *x);
+/* logits [T, vocab] = lm_head(norm x). */
+EM_API int32_t em_decoder_logits(em_decoder *decoder, int64_t num_tokens, const float *x,
+                                 float *logits);
+
+/* Called in the thread that called em_decode, for a layer of which a wanted record is not in memory:
+ * `place` is the number of the layer among those with experts, routes[0 .. place] are known. It must
+ * leave every record of the layer READY or READING, at its address, and returns 0; anything else
+ * ends em_decode. */
+typedef int32_t (*em_demand)(void *context, int64_t place);
+typedef struct em_decode_args {
+  int64_t token_id;
+  em_kv_cache kv;            /* the token is stored at kv.position */
+  const float *cos, *sin;    /* [rotary_dim / 2] of that position */
+  const uint64_t *addresses; /* [num_records] where each record is, 0: absent; read at each layer */
+  em_demand demand;
+  void *context;
+  int32_t *routes;        /* out [layers with experts, K]: expert ids, ascending */
+  float *routing_weights; /* out [layers with experts, K] */
+  float *logits;          /* out [vocab], or NULL */
+  int64_t native_ns;      /* out: time in em_decode without `demand`, waiting included */
+  int64_t moe_ns;         /* out: of that in routed experts, without waiting */
+  int64_t stall_ns;       /* out: of that waiting, when nothing could be computed */
+  int64_t num_places;     /* out: layers whose routes are known */
+  int64_t failed_key;     /* out: the record that failed, or -1 */
+} em_decode_args;
+/* One token through all layers, whose records come from `store`. Returns 0; EM_ERR_DEMAND; the
+ * negative status of the record failed_key; EM_ERR_ARG; -ENOMEM. After a failure the token is not
+ * part of the context and can be decoded again; no read of it is still being waited for. */
+EM_API int32_t em_decode(em_decoder *decoder, em_store *store, em_decode_args *args);
 
 #ifdef __cplusplus
 }

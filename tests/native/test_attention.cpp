@@ -16,16 +16,28 @@ struct Shape {
 struct Cache {
   int32_t kv_bits;
   std::vector<float> keys, values;              // what the cache stands for
-  std::vector<uint16_t> key_words, value_words; // bf16
-  const void *k() const { return kv_bits == 32 ? static_cast<const void *>(keys.data()) : key_words.data(); }
-  const void *v() const { return kv_bits == 32 ? static_cast<const void *>(values.data()) : value_words.data(); }
+  std::vector<uint8_t> key_bytes, value_bytes;  // bf16 or int8
+  std::vector<float> key_scales, value_scales;  // of int8
+  const void *k() const { return kv_bits == 32 ? static_cast<const void *>(keys.data()) : key_bytes.data(); }
+  const void *v() const { return kv_bits == 32 ? static_cast<const void *>(values.data()) : value_bytes.data(); }
 };
 
-void to_words(std::vector<float> *values, std::vector<uint16_t> *words) {
+void to_int8(std::vector<float> *values, int64_t head_dim, std::vector<uint8_t> *bytes,
+             std::vector<float> *scales) {
+  for (size_t i = 0; i < values->size(); ++i) {
+    if (i % static_cast<size_t>(head_dim) == 0) scales->push_back(0.01f + 0.001f * (i % 7));
+    const float whole = std::round((*values)[i] * 50);
+    bytes->push_back(static_cast<uint8_t>(static_cast<int8_t>(whole)));
+    (*values)[i] = whole * scales->back();
+  }
+}
+
+void to_words(std::vector<float> *values, std::vector<uint8_t> *bytes) {
   for (float &value : *values) {
     uint32_t bits;
     std::memcpy(&bits, &value, 4);
-    words->push_back(static_cast<uint16_t>(bits >> 16));
+    bytes->push_back(static_cast<uint8_t>(bits >> 16));
+    bytes->push_back(static_cast<uint8_t>(bits >> 24));
     bits &= 0xffff0000;
     std::memcpy(&value, &bits, 4);
   }
@@ -33,10 +45,13 @@ void to_words(std::vector<float> *values, std::vector<uint16_t> *words) {
 
 Cache make_cache(Random &random, const Shape &s, int32_t kv_bits) {
   const int64_t num = s.num_kv_heads * s.capacity * s.head_dim;
-  Cache cache = {kv_bits, random.floats(num, 2.0f), random.floats(num), {}, {}};
+  Cache cache = {kv_bits, random.floats(num, 2.0f), random.floats(num), {}, {}, {}, {}};
   if (kv_bits == 16) {
-    to_words(&cache.keys, &cache.key_words);
-    to_words(&cache.values, &cache.value_words);
+    to_words(&cache.keys, &cache.key_bytes);
+    to_words(&cache.values, &cache.value_bytes);
+  } else if (kv_bits == 8) {
+    to_int8(&cache.keys, s.head_dim, &cache.key_bytes, &cache.key_scales);
+    to_int8(&cache.values, s.head_dim, &cache.value_bytes, &cache.value_scales);
   }
   return cache;
 }
@@ -74,8 +89,9 @@ std::vector<double> oracle(const Shape &s, const std::vector<float> &q, const Ca
 std::vector<float> attend(em_pool *pool, const Shape &s, const std::vector<float> &q,
                           const Cache &cache, float scale) {
   std::vector<float> out(q.size(), NAN);
-  CHECK_EQUAL(em_attention(pool, q.data(), cache.k(), cache.v(), cache.kv_bits, s.num_tokens,
-                           s.num_heads, s.num_kv_heads, s.head_dim, s.capacity, s.position,
+  CHECK_EQUAL(em_attention(pool, q.data(), cache.k(), cache.v(), cache.key_scales.data(),
+                           cache.value_scales.data(), cache.kv_bits, s.num_tokens, s.num_heads,
+                           s.num_kv_heads, s.head_dim, s.capacity, s.position,
                            s.window, scale, out.data()),
               0);
   return out;
@@ -92,7 +108,7 @@ TEST(attention_agrees_with_float64) {
       {3, 2, 2, 64, 64, 40, 1},
   };
   for (const Shape &s : shapes) {
-    for (const int32_t kv_bits : {32, 16}) {
+    for (const int32_t kv_bits : {32, 16, 8}) {
       const Cache cache = make_cache(random, s, kv_bits);
       const std::vector<float> q = random.floats(s.num_tokens * s.num_heads * s.head_dim);
       const float scale = 1.0f / std::sqrt(static_cast<float>(s.head_dim));
@@ -117,10 +133,11 @@ TEST(attention_agrees_with_float64) {
 TEST(impossible_attention_is_refused) {
   float x[64] = {};
   const auto run = [&](int32_t bits, Shape s) {
-    return em_attention(nullptr, x, x, x, bits, s.num_tokens, s.num_heads, s.num_kv_heads,
-                        s.head_dim, s.capacity, s.position, s.window, 1.0f, x);
+    return em_attention(nullptr, x, x, x, nullptr, nullptr, bits, s.num_tokens, s.num_heads,
+                        s.num_kv_heads, s.head_dim, s.capacity, s.position, s.window, 1.0f, x);
   };
   CHECK_EQUAL(run(32, {0, 1, 1, 8, 4, 0, 0}), 0);
+  CHECK_EQUAL(run(8, {1, 1, 1, 8, 4, 0, 0}), EM_ERR_ARG);  // without scales
   CHECK_EQUAL(run(17, {1, 1, 1, 8, 4, 0, 0}), EM_ERR_ARG);
   CHECK_EQUAL(run(32, {-1, 1, 1, 8, 4, 0, 0}), EM_ERR_ARG);
   CHECK_EQUAL(run(32, {1, 3, 2, 8, 4, 0, 0}), EM_ERR_ARG);

@@ -1,0 +1,240 @@
+"""The layers as tables of the native core, which runs whole blocks and whole tokens by them.
+
+One numeric path for a prompt and for a token: both go through the same blocks of the core, and a
+row has the same bits for every T. A token needs Python only where a record is absent
+(`Experts.demand`).
+"""
+
+import ctypes
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..kv_cache import KVCache
+from ..runtime import core
+from ..runtime.errors import EdgeMoeError
+from ..runtime.kernels import PackedMatrix, ThreadPool
+from .args import QK_NORMS, ModelArgs
+from .moe import Experts, OnRoute
+from .rope import Rotary
+from .trunk import Fp32Matrix, LayerWeights, Linear, Rows
+
+_ANGLE_BLOCK = 64  # positions whose angles are computed together
+
+
+class NativeLayers:
+    """All layers of a model in the core. `close` gives their scratch back, or the last reference.
+
+    The experts are asked for their tables at the first call: an engine makes them after the trunk.
+    """
+
+    def __init__(
+        self,
+        args: ModelArgs,
+        layers: Sequence[LayerWeights],
+        embed: PackedMatrix,
+        norm: Tensor,
+        lm_head: Linear,
+        experts: Experts,
+        pool: ThreadPool | None,
+    ) -> None:
+        self._args, self._experts, self._pool = args, experts, pool
+        self._weights = (layers, embed, norm, lm_head)  # the core's tables point into them
+        self._rotary = Rotary(args.rope)
+        self._handle: int | None = None
+        self._error: BaseException | None = None
+        self._angles: tuple[int, int, Tensor, Tensor] | None = None  # of a block of positions
+        num_places = len(args.moe_layers)
+        self._routes = np.zeros((num_places, args.top_k), dtype=np.int32)
+        self._routing_weights = np.zeros((num_places, args.top_k), dtype=np.float32)
+        self._call = core.DecodeArgs(
+            demand=core.Demand(self._demand),
+            routes=self._routes.ctypes.data,
+            routing_weights=self._routing_weights.ctypes.data,
+        )
+        self._call_pointer = ctypes.byref(self._call)
+
+    def __del__(self) -> None:
+        if self._handle:
+            core.lib.em_decoder_destroy(self._handle)
+
+    # ---- many tokens ---------------------------------------------------------------------------
+
+    def run(self, ids: Tensor, kv_cache: KVCache, on_route: OnRoute | None) -> Tensor:
+        """Append the tokens ids `[T]` to the context; returns x `[T, D]` behind the last layer."""
+        handle, lib, args = self._decoder(), core.lib, self._args
+        num_tokens = len(ids)
+        x = torch.empty((num_tokens, args.hidden))
+        normed = torch.empty_like(x)
+        expert_ids = torch.empty((num_tokens, args.top_k), dtype=torch.int32)
+        weights = torch.empty((num_tokens, args.top_k))
+        ids = ids.to(torch.int32)
+        _check(lib.em_decoder_embed(handle, num_tokens, ids.data_ptr(), x.data_ptr()))
+        cos, sin = self._rotary.angles(kv_cache.offset, num_tokens, kv_cache.capacity)
+        kv_cache.view.position = kv_cache.offset
+        for layer in range(args.num_layers):
+            _check(
+                lib.em_decoder_attend(
+                    handle,
+                    layer,
+                    ctypes.byref(kv_cache.view),
+                    cos.data_ptr(),
+                    sin.data_ptr(),
+                    num_tokens,
+                    x.data_ptr(),
+                    normed.data_ptr(),
+                    expert_ids.data_ptr(),
+                    weights.data_ptr(),
+                )
+            )
+            y = None
+            if layer in args.moe_layers:
+                if on_route is not None:
+                    on_route(layer, expert_ids.long(), weights.clone())
+                y = self._experts.run(layer, normed, expert_ids, weights)
+            _check(
+                lib.em_decoder_finish(
+                    handle,
+                    layer,
+                    num_tokens,
+                    normed.data_ptr(),
+                    None if y is None else y.data_ptr(),
+                    x.data_ptr(),
+                )
+            )
+        kv_cache.advance(num_tokens)
+        return x
+
+    def logits(self, x: Tensor) -> Tensor:
+        """x `[T, D]` -> fp32 logits `[T, vocab]`."""
+        x = x.contiguous()
+        out = torch.empty((len(x), self._args.vocab))
+        _check(core.lib.em_decoder_logits(self._decoder(), len(x), x.data_ptr(), out.data_ptr()))
+        return out
+
+    # ---- one token -----------------------------------------------------------------------------
+
+    def decode(self, token_id: int, kv_cache: KVCache, on_route: OnRoute | None) -> Tensor:
+        """Append one token to the context; returns its fp32 logits `[1, vocab]`."""
+        handle, call, experts = self._decoder(), self._call, self._experts
+        position = kv_cache.offset
+        logits = torch.empty((1, self._args.vocab))
+        call.token_id = token_id
+        kv_cache.view.position = position
+        call.kv = kv_cache.view
+        call.cos, call.sin = self._angles_at(position, kv_cache.capacity)
+        call.logits = logits.data_ptr()
+        status = core.lib.em_decode(handle, experts.reader_handle, self._call_pointer)
+        if status:
+            error, self._error = self._error, None
+            experts.abort_token(call.num_places, self._routes)
+            if error is not None:
+                raise error
+            if call.failed_key >= 0:
+                raise experts.table.failure(call.failed_key, status)
+            _check(status)
+        experts.finish_token(
+            self._routes,
+            stall_s=call.stall_ns * 1e-9,
+            compute_s=call.moe_ns * 1e-9,
+            native_s=call.native_ns * 1e-9,
+        )
+        kv_cache.advance(1)
+        if on_route is not None:
+            for place, layer in enumerate(self._args.moe_layers):
+                ids = torch.from_numpy(self._routes[place : place + 1].astype(np.int64))
+                on_route(
+                    layer, ids, torch.from_numpy(self._routing_weights[place : place + 1].copy())
+                )
+        return logits
+
+    def _demand(self, context: int, place: int) -> int:
+        """Called by the core; what is raised here is raised by `decode`."""
+        try:
+            self._experts.demand(place, self._routes)
+        except BaseException as error:
+            self._error = error
+            return -1
+        return 0
+
+    def _angles_at(self, position: int, capacity: int) -> tuple[int, int]:
+        """Addresses of the cosine and sine of one position."""
+        first = position - position % _ANGLE_BLOCK
+        if self._angles is None or self._angles[:2] != (first, capacity):
+            self._angles = (first, capacity, *self._rotary.angles(first, _ANGLE_BLOCK, capacity))
+        offset = (position - first) * self._args.rope.rotary_dim // 2 * 4
+        return self._angles[2].data_ptr() + offset, self._angles[3].data_ptr() + offset
+
+    # ---- the tables ----------------------------------------------------------------------------
+
+    def _decoder(self) -> int:
+        if self._handle is None:
+            self._handle = self._make()
+        return self._handle
+
+    def _make(self) -> int:
+        args, experts = self._args, self._experts
+        layers, embed, norm, lm_head = self._weights
+        tables = (core.Block * args.num_layers)()
+        for number, (table, weights) in enumerate(zip(tables, layers, strict=True)):
+            for name in ("input_norm", "post_norm", "qkv_bias", "q_norm", "k_norm", "output_bias"):
+                setattr(table, name, _address(getattr(weights, name)))
+            for name in ("output", "router", "down", "shared_weight"):
+                setattr(table, name, _matrix(getattr(weights, name)))
+            for name, places in (("qkv", table.qkv), ("gate_up", table.gate_up)):
+                matrix = getattr(weights, name)
+                parts = matrix.parts if isinstance(matrix, Rows) else [matrix]
+                for place, part in enumerate(parts):
+                    places[place] = _matrix(part)
+            table.window = args.window[number]
+            if weights.router is not None:
+                table.first_key = experts.table.first_key[number]
+                table.expert_width = experts.table.width[number]
+        model = core.Model(
+            num_layers=args.num_layers,
+            hidden=args.hidden,
+            num_heads=args.num_heads,
+            num_kv_heads=args.num_kv_heads,
+            head_dim=args.head_dim,
+            rotary_dim=args.rope.rotary_dim,
+            top_k=args.top_k,
+            qk_norm=QK_NORMS.index(args.qk_norm),
+            renormalise=args.norm_topk,
+            rms_eps=args.rms_eps,
+            clip=args.clip_qkv or 0.0,
+            embedding=_matrix(embed),
+            lm_head=_matrix(lm_head),
+            norm=_address(norm),
+            layers=tables,
+        )
+        self._call.addresses = experts.addresses.ctypes.data
+        pool = self._pool.handle if self._pool is not None else None
+        handle = core.lib.em_decoder_create(ctypes.byref(model), pool)
+        if not handle:
+            raise EdgeMoeError("the core refused the sizes of this model's layers")
+        return handle
+
+
+def _address(vector: Tensor | None) -> int | None:
+    return None if vector is None else vector.data_ptr()
+
+
+def _matrix(matrix: Linear | None) -> core.Matrix:
+    if matrix is None:
+        return core.Matrix()
+    parts = matrix.parts if isinstance(matrix, Fp32Matrix) else [matrix]
+    packed = [part.data.data_ptr() for part in parts]
+    return core.Matrix(
+        rows=matrix.rows,
+        cols=matrix.cols,
+        format=core.Format.of(parts[0].spec),
+        num_parts=len(parts),
+        packed=(ctypes.c_void_p * 3)(*packed),
+    )
+
+
+def _check(status: int) -> None:
+    if status:
+        raise EdgeMoeError("the core refused a step of the decoder", f"status {status}")

@@ -1,0 +1,291 @@
+// One token through all layers, and the C face of the decoder.
+#include <cerrno>
+#include <cmath>
+#include <cstring>
+#include <memory>
+
+#include "decoder.h"
+#include "kernels.h"
+#include "platform.h"
+#include "store.h"
+
+namespace em {
+namespace {
+
+bool has_shape(const em_matrix &matrix, int64_t rows, int64_t cols) {
+  if (matrix.rows != rows || matrix.cols != cols) return false;
+  if (matrix.num_parts != 1 && matrix.num_parts != 3) return false;
+  for (int i = 0; i < matrix.num_parts; ++i) {
+    if (matrix.packed[i] == nullptr) return false;
+  }
+  return em_matrix_bytes(rows, cols, matrix.format) >= 0;
+}
+
+bool have_shape(const em_matrix *matrices, int num, const int64_t *rows, int64_t cols) {
+  int64_t sum = 0;
+  for (int i = 0; i < num; ++i) sum += rows[i];
+  if (matrices[1].rows == 0) return has_shape(matrices[0], sum, cols);
+  for (int i = 0; i < num; ++i) {
+    if (!has_shape(matrices[i], rows[i], cols)) return false;
+  }
+  return true;
+}
+
+}  // namespace
+
+float *Scratch::floats(int64_t num) {
+  constexpr int64_t kFloatsPerLine = kLineBytes / sizeof(float);
+  if (num > capacity_) {
+    memory_.reset();
+    capacity_ = 0;
+    memory_.reset(std::malloc((num + kFloatsPerLine) * sizeof(float)));
+    start_ = static_cast<float *>(memory_.get());
+    if (start_ == nullptr) return nullptr;
+    const uintptr_t past = reinterpret_cast<uintptr_t>(start_) % kLineBytes;
+    start_ += (kLineBytes - past) % kLineBytes / sizeof(float);
+    capacity_ = num;
+  }
+  return start_;
+}
+
+bool Decoder::is_valid(const em_block &layer) const {
+  const int64_t heads = model_.num_heads * model_.head_dim;
+  const int64_t kv_heads = model_.num_kv_heads * model_.head_dim;
+  const int64_t qkv[3] = {heads, kv_heads, kv_heads};
+  const bool has_norms = layer.q_norm != nullptr && layer.k_norm != nullptr;
+  if (!layer.input_norm || !layer.post_norm || layer.window < 0 ||
+      (model_.qk_norm != EM_QK_NORM_NONE && !has_norms) ||
+      !have_shape(layer.qkv, 3, qkv, model_.hidden) ||
+      !has_shape(layer.output, model_.hidden, heads)) {
+    return false;
+  }
+  const bool has_mlp = layer.down.rows != 0;
+  const int64_t width = layer.down.cols;
+  const int64_t gate_up[2] = {width, width};
+  if (has_mlp && (width < 1 || !has_shape(layer.down, model_.hidden, width) ||
+                  !have_shape(layer.gate_up, 2, gate_up, model_.hidden))) {
+    return false;
+  }
+  if (layer.router.rows == 0) return has_mlp;
+  return has_shape(layer.router, layer.router.rows, model_.hidden) && layer.first_key >= 0 &&
+         layer.expert_width > 0 && model_.top_k <= layer.router.rows &&
+         has_mlp == (layer.shared_weight.rows != 0) &&
+         (!has_mlp || has_shape(layer.shared_weight, 1, model_.hidden));
+}
+
+bool Decoder::is_valid() const {
+  const em_model &m = model_;
+  if (m.num_heads < 1 || m.num_kv_heads < 1 || m.num_heads % m.num_kv_heads || m.head_dim < 1 ||
+      m.rotary_dim < 0 || m.rotary_dim > m.head_dim || m.rotary_dim % 2 || m.top_k < 1 ||
+      m.hidden < 1 || m.qk_norm < EM_QK_NORM_NONE || m.qk_norm > EM_QK_NORM_WHOLE || !m.norm ||
+      !has_shape(m.embedding, m.embedding.rows, m.hidden) || m.embedding.num_parts != 1 ||
+      !has_shape(m.lm_head, m.lm_head.rows, m.hidden)) {
+    return false;
+  }
+  for (const em_block &layer : layers_) {
+    if (!is_valid(layer)) return false;
+  }
+  return true;
+}
+
+Decoder::Decoder(const em_model &model, em_pool *pool)
+    : model_(model),
+      layers_(model.layers, model.layers + model.num_layers),
+      pool_(pool),
+      attention_scale_(static_cast<float>(1.0 / std::sqrt(static_cast<double>(model.head_dim)))) {
+  for (const em_block &layer : layers_) {
+    if (layer.router.rows == 0) continue;
+    const int64_t end = layer.first_key + layer.router.rows;
+    num_records_ = end > num_records_ ? end : num_records_;
+  }
+  const size_t top_k = model.top_k > 0 ? static_cast<size_t>(model.top_k) : 0;
+  keys_.resize(top_k);
+  data_.resize(top_k);
+  pair_token_.resize(top_k);
+  for (size_t k = 0; k <= top_k; ++k) pair_begin_.push_back(static_cast<int64_t>(k));
+}
+
+int32_t Decoder::embed(int64_t num_tokens, const int32_t *ids, float *x) {
+  const em_matrix &table = model_.embedding;
+  for (int64_t t = 0; t < num_tokens; ++t) {
+    const int32_t status = em_unpack_rows(table.packed[0], table.rows, table.cols, table.format,
+                                          ids[t], 1, x + t * model_.hidden);
+    if (status != 0) return status;
+  }
+  return 0;
+}
+
+int32_t Decoder::logits(int64_t num_tokens, const float *x, float *logits) {
+  float *normed = projected_.floats(num_tokens * model_.hidden);
+  if (normed == nullptr) return -ENOMEM;
+  em_rms_norm(x, model_.norm, num_tokens, model_.hidden, model_.rms_eps, normed);
+  return multiply(model_.lm_head, normed, num_tokens, nullptr, logits);
+}
+
+// The experts of the place just routed, whose sum goes to y.
+int32_t Decoder::run_experts(const em_block &layer, em_store *store, em_decode_args &args,
+                             int64_t place, const float *normed, float *y) {
+  const int64_t top_k = model_.top_k, hidden = model_.hidden;
+  const int32_t *ids = args.routes + place * top_k;
+  for (int64_t k = 0; k < top_k; ++k) {
+    keys_[k] = static_cast<int32_t>(layer.first_key + ids[k]);
+    data_[k] = reinterpret_cast<const uint8_t *>(args.addresses[keys_[k]]);
+  }
+  float *workspace =
+      workspace_.floats(em_moe_workspace_floats(1, top_k, hidden, layer.expert_width));
+  if (workspace == nullptr) return -ENOMEM;
+  std::memset(y, 0, hidden * sizeof(float));
+  em_moe_args run = {};
+  run.num_tokens = 1;
+  run.hidden = hidden;
+  run.width = layer.expert_width;
+  run.num_experts = top_k;
+  run.x = normed;
+  run.y = y;
+  run.keys = keys_.data();
+  run.data = data_.data();
+  run.pair_begin = pair_begin_.data();
+  run.pair_token = pair_token_.data();
+  run.pair_weight = args.routing_weights + place * top_k;
+  run.workspace = workspace;
+  run.failed = -1;
+  const int64_t start = monotonic_ns();
+  const int32_t status = em_moe_run(pool_, store, nullptr, &run);
+  args.moe_ns += monotonic_ns() - start - run.stall_ns;
+  args.stall_ns += run.stall_ns;
+  if (status != 0 && run.failed >= 0) args.failed_key = keys_[run.failed];
+  return status;
+}
+
+bool Decoder::is_here(const em_block &layer, em_store *store, const em_decode_args &args,
+                      int64_t place) const {
+  const int32_t *ids = args.routes + place * model_.top_k;
+  for (int64_t k = 0; k < model_.top_k; ++k) {
+    const int64_t key = layer.first_key + ids[k];
+    const bool is_coming = status_of(store, static_cast<int32_t>(key)) > EM_ABSENT;
+    if (args.addresses[key] == 0 || !is_coming) return false;
+  }
+  return true;
+}
+
+int32_t Decoder::decode(em_store *store, em_decode_args &args) {
+  const int64_t hidden = model_.hidden, top_k = model_.top_k;
+  const int64_t start = monotonic_ns();
+  int64_t demand_ns = 0, place = 0;
+  args.native_ns = args.moe_ns = args.stall_ns = args.num_places = 0;
+  args.failed_key = -1;
+  float *x = token_.floats(3 * hidden);
+  if (x == nullptr) return -ENOMEM;
+  float *normed = x + hidden, *y = normed + hidden;
+  const auto run_layer = [&](int64_t number) {
+    const em_block &layer = layers_[number];
+    int32_t status = attend(number, args.kv, args.cos, args.sin, 1, x, normed,
+                            args.routes + place * top_k, args.routing_weights + place * top_k);
+    if (status != 0) return status;
+    const bool has_experts = layer.router.rows != 0;
+    if (has_experts) {
+      args.num_places = place + 1;
+      if (!is_here(layer, store, args, place)) {
+        const int64_t before = monotonic_ns();
+        const int32_t answer = args.demand(args.context, place);
+        demand_ns += monotonic_ns() - before;
+        if (answer != 0 || !is_here(layer, store, args, place)) return int32_t{EM_ERR_DEMAND};
+      }
+    }
+    status = mlp(number, 1, normed);  // the shared expert, while reads fly
+    if (status == 0 && has_experts) {
+      status = run_experts(layer, store, args, place++, normed, y);
+    }
+    if (status == 0) add(number, 1, has_experts ? y : nullptr, x);
+    return status;
+  };
+  const int32_t id = static_cast<int32_t>(args.token_id);
+  int32_t status = embed(1, &id, x);
+  for (int64_t number = 0; status == 0 && number < model_.num_layers; ++number) {
+    status = run_layer(number);
+  }
+  if (status == 0 && args.logits != nullptr) status = logits(1, x, args.logits);
+  args.native_ns = monotonic_ns() - start - demand_ns;
+  return status;
+}
+
+bool is_valid(const em_kv_cache &kv, int64_t num_tokens) {
+  return kv.data != nullptr && kv.position >= 0 && num_tokens <= kv.capacity &&
+         kv.position <= kv.capacity - num_tokens &&
+         (kv.kv_bits == 32 || kv.kv_bits == 16 || (kv.kv_bits == 8 && kv.scales != nullptr));
+}
+
+// Only vectors and the store's own lists allocate with an exception.
+template <class Call>
+int32_t without_exceptions(const Call &call) {
+  try {
+    return call();
+  } catch (...) {
+    return -ENOMEM;
+  }
+}
+
+}  // namespace em
+
+em_decoder *em_decoder_create(const em_model *model, em_pool *pool) {
+  if (model == nullptr || model->num_layers < 1 || model->layers == nullptr) return nullptr;
+  try {
+    std::unique_ptr<em_decoder> decoder(new em_decoder(*model, pool));
+    return decoder->is_valid() ? decoder.release() : nullptr;
+  } catch (...) {
+    return nullptr;
+  }
+}
+
+void em_decoder_destroy(em_decoder *decoder) { delete decoder; }
+
+int32_t em_decoder_embed(em_decoder *decoder, int64_t num_tokens, const int32_t *ids, float *x) {
+  if (!decoder || num_tokens < 0 || !ids || !x) return EM_ERR_ARG;
+  return decoder->embed(num_tokens, ids, x);
+}
+
+int32_t em_decoder_attend(em_decoder *decoder, int64_t layer, const em_kv_cache *kv,
+                          const float *cos, const float *sin, int64_t num_tokens, float *x,
+                          float *normed, int32_t *expert_ids, float *routing_weights) {
+  if (!decoder || !kv || !x || !normed || num_tokens < 0 || !em::is_valid(*kv, num_tokens) ||
+      layer < 0 || layer >= decoder->model().num_layers) {
+    return EM_ERR_ARG;
+  }
+  const bool has_router = decoder->layer(layer).router.rows != 0;
+  if (has_router && (expert_ids == nullptr || routing_weights == nullptr)) return EM_ERR_ARG;
+  if (decoder->model().rotary_dim && (cos == nullptr || sin == nullptr)) return EM_ERR_ARG;
+  if (num_tokens == 0) return 0;
+  return em::without_exceptions([&] {
+    return decoder->attend(layer, *kv, cos, sin, num_tokens, x, normed, expert_ids, routing_weights);
+  });
+}
+
+int32_t em_decoder_finish(em_decoder *decoder, int64_t layer, int64_t num_tokens,
+                          const float *normed, float *y, float *x) {
+  if (!decoder || num_tokens < 0 || !normed || !x || layer < 0 ||
+      layer >= decoder->model().num_layers ||
+      (y != nullptr) != (decoder->layer(layer).router.rows != 0)) {
+    return EM_ERR_ARG;
+  }
+  return em::without_exceptions([&] {
+    const int32_t status = decoder->mlp(layer, num_tokens, normed);
+    if (status == 0) decoder->add(layer, num_tokens, y, x);
+    return status;
+  });
+}
+
+int32_t em_decoder_logits(em_decoder *decoder, int64_t num_tokens, const float *x, float *logits) {
+  if (!decoder || num_tokens < 0 || !x || !logits) return EM_ERR_ARG;
+  return decoder->logits(num_tokens, x, logits);
+}
+
+int32_t em_decode(em_decoder *decoder, em_store *store, em_decode_args *args) {
+  if (!decoder || !store || !args || !em::is_valid(args->kv, 1) || !args->addresses ||
+      !args->demand || !args->routes || !args->routing_weights || args->token_id < 0 ||
+      args->token_id >= decoder->model().embedding.rows ||
+      (decoder->model().rotary_dim && (args->cos == nullptr || args->sin == nullptr)) ||
+      decoder->num_records() > em::num_records_of(store)) {
+    return EM_ERR_ARG;
+  }
+  return em::without_exceptions([&] { return decoder->decode(store, *args); });
+}

@@ -1,0 +1,88 @@
+// The decoder behind em_decoder: the blocks of a layer, and the scratch they share.
+#pragma once
+#include <cstdint>
+#include <cstdlib>
+#include <memory>
+#include <vector>
+
+#include "attention.h"
+#include "edgemoe_core.h"
+
+namespace em {
+
+// 64-byte aligned memory that grows and is then kept; its contents do not survive growth.
+class Scratch {
+ public:
+  // At least num floats, or null where there is no memory.
+  float *floats(int64_t num);
+
+ private:
+  struct Free {
+    void operator()(void *memory) const { std::free(memory); }
+  };
+  std::unique_ptr<void, Free> memory_;
+  float *start_ = nullptr;
+  int64_t capacity_ = 0;
+};
+
+// Rows of one of several matrices of the same input: token t at data + t * stride.
+struct Rows {
+  float *data = nullptr;
+  int64_t stride = 0;
+  float *row(int64_t t) const { return data + t * stride; }
+};
+
+class Decoder {
+ public:
+  Decoder(const em_model &model, em_pool *pool);
+
+  const em_model &model() const { return model_; }
+  const em_block &layer(int64_t layer) const { return layers_[layer]; }
+  int64_t num_records() const { return num_records_; }  // that a store must have at least
+  bool is_valid() const;
+
+  int32_t embed(int64_t num_tokens, const int32_t *ids, float *x);
+  int32_t attend(int64_t layer, const em_kv_cache &kv, const float *cos, const float *sin,
+                 int64_t num_tokens, float *x, float *normed, int32_t *ids, float *weights);
+  // The dense mlp or the shared expert of normed, kept until `add`.
+  int32_t mlp(int64_t layer, int64_t num_tokens, const float *normed);
+  // x += mlp, or x += y + share * mlp.
+  void add(int64_t layer, int64_t num_tokens, float *y, float *x);
+  int32_t logits(int64_t num_tokens, const float *x, float *logits);
+  int32_t decode(em_store *store, em_decode_args &args);
+
+ private:
+  bool is_valid(const em_block &layer) const;
+  int32_t multiply(const em_matrix &matrix, const float *x, int64_t num_tokens, const float *bias,
+                   float *y);
+  int32_t multiply_all(const em_matrix *matrices, int num, const int64_t *rows, const float *x,
+                       int64_t num_tokens, const float *bias, float *y, Rows *results);
+  void finish_heads(const em_block &layer, const Rows *qkv, const float *cos, const float *sin,
+                    int64_t token) const;
+  void store_heads(const em_kv_cache &kv, int64_t layer, int part, const float *heads,
+                   int64_t token) const;
+  int32_t route(const em_block &layer, const float *normed, int64_t num_tokens, int32_t *ids,
+                float *weights);
+  bool is_here(const em_block &layer, em_store *store, const em_decode_args &args,
+               int64_t place) const;
+  int32_t run_experts(const em_block &layer, em_store *store, em_decode_args &args, int64_t place,
+                      const float *normed, float *y);
+
+  em_model model_;
+  std::vector<em_block> layers_;
+  em_pool *pool_;
+  float attention_scale_;
+  int64_t num_records_ = 0;
+  Scratch parts_, qkv_, mixed_, projected_, attention_, scores_, gate_up_, mlp_, shares_;
+  Scratch token_, workspace_;
+  // One token's em_moe_args.
+  std::vector<int32_t> keys_, pair_token_;
+  std::vector<const uint8_t *> data_;
+  std::vector<int64_t> pair_begin_;
+};
+
+}  // namespace em
+
+struct em_decoder : em::Decoder {
+  using em::Decoder::Decoder;
+};
