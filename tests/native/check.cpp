@@ -1,4 +1,3 @@
-// Runs the tests whose name contains the argument, or all; 0 when none failed.
 #include "check.h"
 
 #include <chrono>
@@ -84,19 +83,19 @@ const std::string &folder() {
   return made.name;
 }
 
-}  // namespace check
-
-int main(int argc, char **argv) {
+int run_all(const char *part) {
   int num_run = 0;
-  for (const check::Test *test = check::first; test != nullptr; test = test->next) {
-    if (argc > 1 && std::strstr(test->name, argv[1]) == nullptr) continue;
-    const int before = check::num_failures;
+  for (const Test *test = first; test != nullptr; test = test->next) {
+    if (std::strstr(test->name, part) == nullptr) continue;
+    const int before = num_failures;
     test->run();
     ++num_run;
-    std::printf("%s %s\n", check::num_failures == before ? "ok  " : "FAIL", test->name);
+    std::printf("%s %s\n", num_failures == before ? "ok  " : "FAIL", test->name);
     std::fflush(stdout);
   }
-  std::printf("%d tests, %d failures, isa %s, digest %016llx\n", num_run, check::num_failures,
-              em_isa(), static_cast<unsigned long long>(check::hash));
-  return check::num_failures != 0 || num_run == 0;
+  std::printf("%d tests, %d failures, isa %s, digest %016llx\n", num_run, num_failures, em_isa(),
+              static_cast<unsigned long long>(hash));
+  return num_failures != 0 || num_run == 0;
 }
+
+}  // namespace check

@@ -17,6 +17,9 @@ struct Test {
   Test *next;
 };
 
+// Runs the tests whose name contains `part`; 0 where some ran and none failed.
+int run_all(const char *part);
+
 void fail(const char *file, int line, const std::string &what);
 
 template <class T>
