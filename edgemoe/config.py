@@ -17,7 +17,6 @@ from .runtime.io import IO_MODES
 from .runtime.policy import DEFAULT_POLICY, POLICIES
 
 # Two outstanding whole-record reads fill a drive's queue; more only take time from compute.
-READER_THREADS = 2
 DEFAULT_CONTEXT = 4096
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .chat_template import ChatTemplate, TemplateWorker
-from .config import READER_THREADS, EngineConfig
+from .config import EngineConfig
 from .interrupts import DeferredInterrupt
 from .preflight import Preflight, cache_capacity, line_bytes, preflight, release_free_memory
 from .report import engine_report, notes_on
@@ -113,7 +113,7 @@ class Engine:
         from .runtime.store import Store
 
         config, args = self.config, self.args
-        store = Store(self.path, READER_THREADS, config.io, config.backend)
+        store = Store(self.path, io=config.io, backend=config.backend)
         self._resources.callback(store.close)
         self.reader = store.reader
         pool = ThreadPool(config.threads)

@@ -30,11 +30,13 @@ from .python_reader import (
 
 __all__ = [
     "ABSENT",
+    "DEFAULT_DEPTH",
     "DEMAND",
     "ERR_ARG",
     "ERR_CRC",
     "ERR_SHORT",
     "IO_MODES",
+    "METHODS",
     "NEXT_LAYER",
     "READING",
     "READY",
@@ -48,6 +50,8 @@ __all__ = [
 
 DEMAND, NEXT_LAYER, SPECULATION = 0, 1, 2  # priorities
 IO_MODES = ("auto", "direct", "buffered")  # the order is em_store_open's numbering
+METHODS = ("auto", "io_uring", "threads")  # how direct reads are made
+DEFAULT_DEPTH = 2
 
 
 def failure_text(status: int) -> str:
@@ -69,34 +73,41 @@ class RecordReader:
     never while READING. `landed_ns` [num_records] int64 is the monotonic time when the last read of
     each record ended. Both are views of the core's memory, not to be used after `close`.
 
-    Raises NotFoundError, FormatError for records that cannot be, UsageError where `io="direct"` is
-    refused, EdgeMoeError for other failures to open.
+    `depth`: requests being read at a time. Direct reads go through io_uring where it is allowed,
+    else through `depth` reader threads; `io_note` says which, and why. With io_uring nothing moves
+    on its own: `submit`, `wait` and `pump` take note of what has landed and start what is queued.
+
+    Raises NotFoundError, FormatError for records that cannot be, UsageError where `io="direct"` or
+    `method="io_uring"` is refused, EdgeMoeError for other failures to open.
     """
 
     def __init__(
         self,
         path: str | Path,
         records: Sequence[ExpertRecord],
-        num_threads: int = 2,
+        depth: int = DEFAULT_DEPTH,
         io: str = "auto",
         backend: str | None = None,
+        method: str = "auto",
     ) -> None:
         if io not in IO_MODES:
             raise UsageError(f"unknown io `{io}`", f"expected one of {', '.join(IO_MODES)}")
-        if not 1 <= num_threads <= 256:
-            raise UsageError(f"expected 1 to 256 reader threads, got {num_threads}")
+        if method not in METHODS:
+            raise UsageError(f"unknown method `{method}`", f"expected {', '.join(METHODS)}")
+        if not 1 <= depth <= 256:
+            raise UsageError(f"expected 1 to 256 reads at a time, got {depth}")
         self.path = Path(path)
         self.backend = backend or core.BACKEND
-        self.io_note = "direct" if io != "buffered" else "buffered: as asked"
+        why_buffered = "as asked"
         make = _NativeReader if self.backend == "native" else PythonReader
         attempts = {"auto": (True, False), "direct": (True,), "buffered": (False,)}[io]
         for direct in attempts:
             try:
-                self._reader = make(self.path, records, num_threads, direct)
+                self._reader = make(self.path, records, depth, direct, method == "threads")
                 break
             except OSError as error:
                 if direct and error.errno not in (errno.ENOENT, errno.EACCES, errno.EPERM):
-                    self.io_note = f"buffered: direct I/O refused ({os.strerror(error.errno)})"
+                    why_buffered = f"direct I/O refused ({os.strerror(error.errno)})"
                     if len(attempts) > 1:
                         continue
                     raise UsageError(
@@ -106,6 +117,19 @@ class RecordReader:
                     ) from error
                 raise _open_error(self.path, error) from error
         self.is_direct: bool = direct
+        why_threads = self._reader.why_threads  # None: io_uring
+        if not direct:
+            self.io_note = f"buffered, reader threads: {why_buffered}"
+        elif why_threads is not None:
+            self.io_note = f"direct, reader threads: {why_threads}"
+        else:
+            self.io_note = "direct, io_uring"
+        if method == "io_uring" and why_threads is not None:
+            self._reader.close()
+            raise UsageError(
+                f"`{self.path}` cannot be read with io_uring",
+                why_threads if direct else why_buffered,
+            )
         self.status: np.ndarray = self._reader.status
         self.landed_ns: np.ndarray = self._reader.landed_ns
         self.handle: int | None = self._reader.handle
@@ -196,7 +220,12 @@ def _open_error(path: Path, error: OSError) -> EdgeMoeError:
 
 class _NativeReader:
     def __init__(
-        self, path: Path, records: Sequence[ExpertRecord], num_threads: int, direct: bool
+        self,
+        path: Path,
+        records: Sequence[ExpertRecord],
+        depth: int,
+        direct: bool,
+        with_threads: bool,
     ) -> None:
         table = (core.Record * max(len(records), 1))()
         for row, record in zip(table, records, strict=False):
@@ -208,12 +237,16 @@ class _NativeReader:
         error = ctypes.c_int32()
         mode = IO_MODES.index("direct" if direct else "buffered")
         self.handle: int = core.lib.em_store_open(
-            os.fsencode(path), table, len(records), num_threads, mode, error
+            os.fsencode(path), table, len(records), depth, mode, with_threads, error
         )
         if not self.handle:
             if error.value == ERR_ARG:
                 raise FormatError(f"`{path}`: a record is not on page boundaries")
             raise OSError(-error.value, os.strerror(-error.value))
+        uring = core.lib.em_store_uring(self.handle)
+        self.why_threads = None if uring == 1 else "as asked"
+        if uring < 0:
+            self.why_threads = f"io_uring refused ({os.strerror(-uring)})"
         status = core.lib.em_store_status(self.handle)
         landed = core.lib.em_store_landed_ns(self.handle)
         self.status = np.ctypeslib.as_array(status, shape=(len(records),))

@@ -82,9 +82,15 @@ class _Request(NamedTuple):
 
 class PythonReader:
     handle = None
+    why_threads = "the reference has no io_uring"
 
     def __init__(
-        self, path: Path, records: Sequence[ExpertRecord], num_threads: int, direct: bool
+        self,
+        path: Path,
+        records: Sequence[ExpertRecord],
+        depth: int,
+        direct: bool,
+        with_threads: bool,  # always
     ) -> None:
         for record in records:
             if record.offset < 0 or record.offset % PAGE_BYTES:
@@ -113,7 +119,7 @@ class PythonReader:
         # Daemons: a reader that was never closed must not keep the interpreter from ending.
         self._threads = [
             threading.Thread(target=self._run, name=f"edgemoe-read-{i}", daemon=True)
-            for i in range(num_threads)
+            for i in range(depth)
         ]
         for thread in self._threads:
             thread.start()

@@ -11,7 +11,7 @@ from .errors import EdgeMoeError, FormatError, NotFoundError, RecordError
 from .files import advise, read_some, read_trunk_tensor
 from .format import TensorEntry, read_header
 from .index import EXPERTS_FILE, TRUNK_FILE, ExpertRecord, StoreIndex, load_index
-from .io import READY, Arena, RecordReader, failure_text
+from .io import DEFAULT_DEPTH, READY, Arena, RecordReader, failure_text
 
 if TYPE_CHECKING:
     import torch
@@ -43,7 +43,7 @@ class Store:
     def __init__(
         self,
         path: str | Path,
-        num_threads: int = 2,
+        depth: int = DEFAULT_DEPTH,
         io: str = "auto",
         backend: str | None = None,
     ) -> None:
@@ -55,7 +55,7 @@ class Store:
         for key, (layer, _) in enumerate(self.pairs):
             self.layer_first_key.setdefault(layer, key)
         self._backend = backend
-        self._num_threads = num_threads
+        self._depth = depth
         self._io = io
         trunk = self.path / TRUNK_FILE
         try:
@@ -70,9 +70,7 @@ class Store:
         try:
             self._trunk, _ = read_header(self._trunk_file, str(trunk))
             self._check_trunk()
-            self.reader = RecordReader(
-                self.path / EXPERTS_FILE, self.records, num_threads, io, backend
-            )
+            self.reader = RecordReader(self.path / EXPERTS_FILE, self.records, depth, io, backend)
         except BaseException:
             self._trunk_file.close()
             raise
@@ -155,7 +153,7 @@ class Store:
         with (
             Arena(2 * slot_bytes, self._backend) as arena,
             RecordReader(
-                self.path / EXPERTS_FILE, self.records, self._num_threads, self._io, self._backend
+                self.path / EXPERTS_FILE, self.records, self._depth, self._io, self._backend
             ) as reader,
         ):
             addresses = np.array([arena.address, arena.address + slot_bytes], dtype=np.uint64)

@@ -109,7 +109,7 @@ def test_reads_every_record(experts, backend, io):
     reader = (
         direct_or_skip(path, records, backend)
         if io == "direct"
-        else record_io.RecordReader(path, records, num_threads=3, io=io, backend=backend)
+        else record_io.RecordReader(path, records, depth=3, io=io, backend=backend)
     )
     with reader:
         slots = Slots(records, backend)
@@ -124,9 +124,9 @@ def test_reads_every_record(experts, backend, io):
         assert stats["num_reads"] == len(records)
         assert stats["num_bytes"] == sum(record.num_bytes for record in records)
         assert stats["read_s"] > 0 and stats["cpu_s"] > 0
-        assert reader.is_direct == (reader.io_note == "direct")
+        assert reader.io_note.startswith("direct, " if reader.is_direct else "buffered, reader ")
         if io == "buffered":
-            assert reader.io_note == "buffered: as asked"
+            assert reader.io_note == "buffered, reader threads: as asked"
 
 
 def test_handle_is_native_only(experts, backend):
@@ -140,11 +140,11 @@ def test_direct_refused_is_said(experts, backend, monkeypatch):
     if backend == "native":
         real = core.lib.em_store_open
 
-        def refuse(path, table, num, threads, mode, error):
+        def refuse(path, table, num, depth, mode, with_threads, error):
             if mode == 1:
                 error.value = -errno.EINVAL
                 return None
-            return real(path, table, num, threads, mode, error)
+            return real(path, table, num, depth, mode, with_threads, error)
 
         monkeypatch.setattr(core.lib, "em_store_open", refuse)
     else:
@@ -158,7 +158,7 @@ def test_direct_refused_is_said(experts, backend, monkeypatch):
         monkeypatch.setattr(python_reader, "open_raw", refuse)
     with record_io.RecordReader(path, records, backend=backend) as reader:
         assert not reader.is_direct
-        assert reader.io_note == "buffered: direct I/O refused (Invalid argument)"
+        assert reader.io_note == "buffered, reader threads: direct I/O refused (Invalid argument)"
     with pytest.raises(UsageError, match="direct I/O"):
         record_io.RecordReader(path, records, io="direct", backend=backend)
 
@@ -233,8 +233,8 @@ def test_open_errors(tmp_path, experts, backend):
         record_io.RecordReader(tmp_path / "missing.safetensors", records, backend=backend)
     with pytest.raises(UsageError, match="unknown io"):
         record_io.RecordReader(path, records, io="mmap", backend=backend)
-    with pytest.raises(UsageError, match="reader threads"):
-        record_io.RecordReader(path, records, num_threads=0, backend=backend)
+    with pytest.raises(UsageError, match="reads at a time"):
+        record_io.RecordReader(path, records, depth=0, backend=backend)
     shifted = [ExpertRecord(100, records[0].layout, (0, 0))]
     with pytest.raises(FormatError, match="page"):
         record_io.RecordReader(path, shifted, backend=backend)
@@ -279,7 +279,7 @@ def test_submit_is_all_or_nothing(experts, backend):
 
 def test_many_submits_while_waiting(experts, backend):
     path, records, contents = experts
-    with record_io.RecordReader(path, records, num_threads=4, backend=backend) as reader:
+    with record_io.RecordReader(path, records, depth=4, backend=backend) as reader:
         slots = Slots(records, backend)
         rng = np.random.default_rng(7)
         failures = []
@@ -314,7 +314,7 @@ def test_many_submits_while_waiting(experts, backend):
 def test_close_with_reads_queued(experts, backend):
     path, records, contents = experts
     slots = Slots(records, backend)
-    reader = record_io.RecordReader(path, records, num_threads=1, backend=backend)
+    reader = record_io.RecordReader(path, records, depth=1, backend=backend)
     submit(reader, slots, range(len(records)))
     reader.close()
     reader.close()

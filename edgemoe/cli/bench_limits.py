@@ -120,7 +120,6 @@ class StorageReads:
     def __init__(self, index: Any, io: str) -> None:
         import numpy as np
 
-        from ..config import READER_THREADS
         from ..runtime.index import EXPERTS_FILE
         from ..runtime.io import Arena, RecordReader
 
@@ -134,7 +133,7 @@ class StorageReads:
         self._batches = [np.sort(np.array(batch, dtype=np.int32)) for batch in batches]
         self._next = 0
         path = index.path / EXPERTS_FILE
-        self._reader = RecordReader(path, self._records, num_threads=READER_THREADS, io=io)
+        self._reader = RecordReader(path, self._records, io=io)
         self.io_note = self._reader.io_note
         self._arena = Arena(2 * size * slot_bytes)
         steps = np.arange(2 * size, dtype=np.uint64) * np.uint64(slot_bytes)

@@ -125,12 +125,19 @@ EM_API int32_t em_index_key(const em_index *index, int64_t layer, int64_t expert
 /* ---- store --------------------------------------------------------------------------------- */
 typedef struct em_store em_store;
 /* Open an experts.safetensors. records[num_records] is copied; a key is an index into it.
+ * depth: requests that are being read at a time, 1 .. 256.
  * io: 0 direct where the file system takes it, else buffered; 1 direct or fail; 2 buffered.
- * On failure returns NULL and sets *error to -errno. */
+ * method: direct reads go through io_uring where there is one and it is allowed; else, and buffered
+ * ones always, through `depth` reader threads.
+ * On failure returns NULL and sets *error to -errno, or EM_ERR_ARG for a record off its pages. */
+enum { EM_METHOD_AUTO = 0, EM_METHOD_THREADS = 1 };
 EM_API em_store *em_store_open(const char *path, const em_record *records, int64_t num_records,
-                               int32_t num_threads, int32_t io, int32_t *error);
+                               int32_t depth, int32_t io, int32_t method, int32_t *error);
 EM_API void em_store_close(em_store *store); /* waits for reads in flight */
 EM_API int32_t em_store_is_direct(const em_store *store);
+/* 1: io_uring reads; 0: reader threads, since nothing else was asked for; -errno: reader threads,
+ * since io_uring was refused with it. */
+EM_API int32_t em_store_uring(const em_store *store);
 /* int32 [num_records], owned by the store. The store writes EM_READING, then EM_READY or an error;
  * the caller writes EM_ABSENT when it gives the memory to another record (never while EM_READING). */
 EM_API int32_t *em_store_status(em_store *store);

@@ -25,6 +25,7 @@ class File {
   void forget(int64_t offset, int64_t num_bytes) const;
   // 1 if the page at `offset` is in the page cache, 0 if not, negative where nobody can tell.
   int32_t is_cached(int64_t offset) const;
+  intptr_t handle() const { return handle_; }  // of the operating system, -1: not open
 
  private:
   intptr_t handle_ = -1;

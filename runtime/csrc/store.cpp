@@ -10,38 +10,71 @@
 #include <new>
 #include <system_error>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #include "platform.h"
 #include "read_queue.h"
+#include "uring.h"
 
 namespace {
 
 constexpr int64_t kPage = 4096;
+constexpr int32_t kMaxDepth = 256;
+constexpr uint64_t kNop = ~uint64_t{0};  // tag of what wakes the waiter
+constexpr int32_t kMaxRepeats = 100;     // of a read that the system says to try again
 
 bool is_aligned(const void *memory) { return reinterpret_cast<uintptr_t>(memory) % kPage == 0; }
+
+struct Page {
+  std::unique_ptr<char[]> memory{new char[2 * kPage]};
+  char *begin() const {
+    return memory.get() + (-reinterpret_cast<intptr_t>(memory.get()) & (kPage - 1));
+  }
+};
 
 // Direct I/O is what a real read of a page says it is: file systems take the flag and then refuse
 // the read, or serve it through the page cache.
 int32_t try_direct(em::File &file, const char *path, int64_t offset) {
   int32_t error = file.open(path, true);
   if (error) return error;
-  std::unique_ptr<char[]> memory(new (std::nothrow) char[2 * kPage]);
-  if (!memory) return -ENOMEM;
-  char *page = memory.get() + (-reinterpret_cast<intptr_t>(memory.get()) & (kPage - 1));
+  const Page page;
   file.forget(offset, kPage);
   const int32_t before = file.is_cached(offset);
-  const int64_t got = file.read_at(page, kPage, offset);
+  const int64_t got = file.read_at(page.begin(), kPage, offset);
   if (got < 0) return static_cast<int32_t>(got);
   if (before == 0 && file.is_cached(offset) == 1) return -ENOTSUP;
   return 0;
 }
+
+// A container may allow the ring and deny its use: read a page.
+int32_t try_uring(em::Uring &ring, const em::File &file, int32_t num_reads, int64_t offset) {
+  int32_t error = ring.open(num_reads);
+  if (error) return error;
+  const Page page;
+  uint64_t tag;
+  int32_t result = 0;
+  ring.push_read(file, page.begin(), kPage, offset, 0);
+  error = ring.submit();
+  if (error) return error;
+  while (!ring.pop(&tag, &result)) ring.wait();
+  return result < 0 ? result : 0;
+}
+
+// A request that the ring is reading.
+struct Flight {
+  em::Request request;
+  int64_t num_bytes = 0, begin_ns = 0;  // landed; when it was handed over
+  int32_t num_repeats = 0;
+  bool is_used = false;
+};
 
 }  // namespace
 
 struct em_store {
   em::File file;
   bool direct = false;
+  int32_t uring_error = 0;  // why there is no ring, 0: not wanted
   std::vector<em_record> records;
   std::unique_ptr<std::atomic<int32_t>[]> status;
   std::unique_ptr<std::atomic<bool>[]> has_gate_up;  // while the record is being read
@@ -55,6 +88,14 @@ struct em_store {
   bool closing = false;
   std::vector<std::thread> readers;
 
+  // With a ring there are no reader threads: whoever submits, pumps or waits does it all.
+  std::unique_ptr<em::Uring> ring;
+  int32_t depth = 0;
+  std::vector<Flight> flights;  // by tag
+  int32_t num_demands = 0, num_flights = 0;
+  bool has_waiter = false;  // a thread sleeps in the ring: only it may pop completions
+  bool is_nop_under_way = false;
+
   using Lock = std::unique_lock<std::mutex>;
 
   ~em_store() {
@@ -62,6 +103,7 @@ struct em_store {
       Lock lock(mutex);
       closing = true;
       for (size_t key = 0; key < records.size(); ++key) cancel(static_cast<int32_t>(key));
+      while (ring && num_flights > 0) block(lock);
     }
     work.notify_all();
     changed.notify_all();
@@ -94,9 +136,20 @@ struct em_store {
     status[key].store(result, std::memory_order_release);
   }
 
-  // A request has ended with all its bytes or an error. Without the lock while it checks a section.
-  void land(Lock &lock, const em::Request &request, int32_t error) {
+  // Something was published or has come further.
+  void notify() {
+    changed.notify_all();
+    if (!has_waiter || is_nop_under_way) return;
+    is_nop_under_way = true;
+    ring->push_nop(kNop);
+    ring->submit();
+  }
+
+  // A request has ended with all its bytes or an error. Without the lock while it checks a section;
+  // returns the CPU time of that.
+  int64_t land(Lock &lock, const em::Request &request, int32_t error) {
     const int32_t key = request.key;
+    int64_t crc_ns = 0;
     const uint8_t bit = static_cast<uint8_t>(1 << request.section);
     if (queue.land(request, error) && !(verified[key] & bit)) {
       const em_record &record = records[key];
@@ -106,7 +159,7 @@ struct em_store {
       lock.unlock();
       const int64_t before = em::thread_cpu_ns();
       const uint32_t crc = em_crc32c(0, section, num_bytes);
-      const int64_t crc_ns = em::thread_cpu_ns() - before;
+      crc_ns = em::thread_cpu_ns() - before;
       lock.lock();
       stats.crc_ns += crc_ns;
       if (crc == (is_down ? record.crc_down : record.crc_gate_up)) {
@@ -121,7 +174,8 @@ struct em_store {
     } else if (queue.has_section(key, em::kGateUp)) {
       has_gate_up[key].store(true, std::memory_order_release);
     }
-    changed.notify_all();
+    notify();
+    return crc_ns;
   }
 
   // All bytes of a request: 0 or a negative status.
@@ -160,6 +214,108 @@ struct em_store {
     }
   }
 
+  // ---- with a ring; all under the lock ------------------------------------------------------
+
+  void push(uint64_t tag) {
+    const Flight &flight = flights[tag];
+    const em::Request &request = flight.request;
+    ring->push_read(file, request.dst + flight.num_bytes, request.num_bytes - flight.num_bytes,
+                    records[request.key].offset + request.begin + flight.num_bytes, tag);
+  }
+
+  // Start what the depth allows. Guesses under way do not keep a demand waiting.
+  void start() {
+    while (!queue.empty() &&
+           (queue.top_priority() == 0 ? num_demands : num_flights) < depth) {
+      uint64_t tag = 0;
+      while (flights[tag].is_used) ++tag;
+      Flight &flight = flights[tag];
+      flight = Flight();
+      flight.request = queue.next();
+      flight.begin_ns = em::monotonic_ns();
+      flight.is_used = true;
+      ++num_flights;
+      num_demands += flight.request.priority == 0;
+      push(tag);
+    }
+  }
+
+  em::Request take(uint64_t tag) {
+    Flight &flight = flights[tag];
+    count(flight.request, flight.num_bytes, em::monotonic_ns() - flight.begin_ns);
+    flight.is_used = false;
+    --num_flights;
+    num_demands -= flight.request.priority == 0;
+    return flight.request;
+  }
+
+  // Hand over what was pushed. What the system does not take has failed.
+  void hand_over(Lock &lock) {
+    while (const int32_t error = ring->submit()) {
+      uint64_t tag;
+      while (ring->take_back(&tag)) {
+        if (tag == kNop) {
+          is_nop_under_way = false;
+        } else {
+          land(lock, take(tag), error);
+        }
+      }
+      if (num_flights > 0) return;  // their end starts what is left
+      start();
+    }
+  }
+
+  void start_now(Lock &lock) {
+    const int64_t before = em::thread_cpu_ns();
+    start();
+    hand_over(lock);
+    stats.cpu_ns += em::thread_cpu_ns() - before;
+  }
+
+  // Take note of what has landed, unless a waiter is going to.
+  void reap(Lock &lock) {
+    if (has_waiter || !ring->has_completion()) return;
+    const int64_t before = em::thread_cpu_ns();
+    int64_t crc_ns = 0;
+    uint64_t tag;
+    int32_t result;
+    while (!has_waiter && ring->pop(&tag, &result)) {
+      if (tag == kNop) {
+        is_nop_under_way = false;
+        continue;
+      }
+      Flight &flight = flights[tag];
+      if (result > 0) flight.num_bytes += result;
+      const int64_t left = flight.request.num_bytes - flight.num_bytes;
+      const bool is_short = left > 0 && result > 0 && result % kPage == 0;
+      const bool is_to_repeat = result == -EINTR || result == -EAGAIN;
+      if (is_short || (is_to_repeat && ++flight.num_repeats < kMaxRepeats)) {
+        push(tag);
+        hand_over(lock);
+        continue;
+      }
+      const em::Request request = take(tag);
+      start();  // before a checksum keeps this thread
+      hand_over(lock);
+      crc_ns += land(lock, request, left == 0 ? 0 : result < 0 ? result : EM_ERR_SHORT);
+    }
+    stats.cpu_ns += em::thread_cpu_ns() - before - crc_ns;
+  }
+
+  // Returns when something may have changed. One thread sleeps in the ring, others on `changed`.
+  void block(Lock &lock) {
+    if (!ring || has_waiter || num_flights == 0) return changed.wait(lock);
+    const int64_t before = em::thread_cpu_ns();
+    has_waiter = true;
+    lock.unlock();
+    ring->wait();
+    lock.lock();
+    has_waiter = false;
+    stats.cpu_ns += em::thread_cpu_ns() - before;
+    changed.notify_all();  // another one may sleep there now
+    reap(lock);
+  }
+
   void count(const em::Request &request, int64_t num_bytes, int64_t read_ns) {
     ++stats.num_requests;
     stats.num_bytes += num_bytes;
@@ -172,7 +328,11 @@ namespace em {
 
 int32_t arrival_of(const em_store *store, int32_t key) { return store->arrival(key); }
 
-void pump(em_store *) {}
+void pump(em_store *store) {
+  if (!store->ring || !store->ring->has_completion()) return;
+  em_store::Lock lock(store->mutex, std::try_to_lock);
+  if (lock) store->reap(lock);  // else somebody is at it
+}
 
 int64_t wait_any(em_store *store, const int32_t *keys, const int32_t *seen, int64_t n) {
   if (!store || n <= 0) return -1;
@@ -188,8 +348,11 @@ int64_t wait_any(em_store *store, const int32_t *keys, const int32_t *seen, int6
   int64_t position = find();
   if (position >= 0) return position;
   em_store::Lock lock(store->mutex);
-  store->changed.wait(lock, [&] { return (position = find()) >= 0; });
-  return position;
+  for (;;) {
+    if (store->ring) store->reap(lock);
+    if ((position = find()) >= 0) return position;
+    store->block(lock);
+  }
 }
 
 const em_record *records_of(const em_store *store) { return store->records.data(); }
@@ -207,12 +370,12 @@ int32_t status_of(const em_store *store, int32_t key) {
 extern "C" {
 
 em_store *em_store_open(const char *path, const em_record *records, int64_t num_records,
-                        int32_t num_threads, int32_t io, int32_t *error) {
+                        int32_t depth, int32_t io, int32_t method, int32_t *error) {
   int32_t unused;
   int32_t &result = error ? *error : unused;
   result = EM_ERR_ARG;
   if (!path || num_records < 0 || num_records > INT32_MAX || (num_records && !records) ||
-      num_threads < 1 || num_threads > 256 || io < 0 || io > 2) {
+      depth < 1 || depth > kMaxDepth || io < 0 || io > 2 || method < 0 || method > 1) {
     return nullptr;
   }
   for (int64_t i = 0; i < num_records; ++i) {
@@ -245,7 +408,18 @@ em_store *em_store_open(const char *path, const em_record *records, int64_t num_
       if (result) return nullptr;
       store->file.expect_random();
     }
-    for (int32_t i = 0; i < num_threads; ++i) {
+    store->depth = depth;
+    if (method == EM_METHOD_AUTO && store->direct) {
+      std::unique_ptr<em::Uring> ring(new em::Uring);
+      const int32_t num_reads = 2 * depth;  // demands, and guesses that were under way before them
+      store->uring_error =
+          try_uring(*ring, store->file, num_reads, num_records ? records[0].offset : 0);
+      if (store->uring_error == 0) {
+        store->flights.resize(static_cast<size_t>(num_reads));
+        store->ring = std::move(ring);
+      }
+    }
+    for (int32_t i = 0; i < depth && !store->ring; ++i) {
       store->readers.emplace_back([raw = store.get()] { raw->run_reader(); });
     }
     result = 0;
@@ -261,6 +435,10 @@ em_store *em_store_open(const char *path, const em_record *records, int64_t num_
 void em_store_close(em_store *store) { delete store; }
 
 int32_t em_store_is_direct(const em_store *store) { return store->direct; }
+
+int32_t em_store_uring(const em_store *store) {
+  return store->ring ? 1 : store->uring_error;
+}
 
 int32_t *em_store_status(em_store *store) {
   static_assert(sizeof(std::atomic<int32_t>) == sizeof(int32_t), "a status is one int32");
@@ -298,6 +476,10 @@ int32_t em_store_submit(em_store *store, int64_t num, const int32_t *keys, void 
       restore();
       throw;
     }
+    if (store->ring) {
+      store->start_now(lock);
+      return 0;
+    }
   } catch (const std::bad_alloc &) {
     return -ENOMEM;
   }
@@ -314,6 +496,7 @@ int32_t em_store_promote(em_store *store, int64_t num, const int32_t *keys, int3
   for (int64_t i = 0; i < num; ++i) {
     if (em::status_of(store, keys[i]) == EM_READING) store->queue.promote(keys[i], priority);
   }
+  if (store->ring) store->start_now(lock);  // a demand does not wait for guesses under way
   return 0;
 }
 
@@ -321,11 +504,9 @@ int32_t em_store_cancel(em_store *store, int64_t num, const int32_t *keys) {
   for (int64_t i = 0; i < num; ++i) {
     if (!store->is_valid(keys[i])) return EM_ERR_ARG;
   }
-  {
-    em_store::Lock lock(store->mutex);
-    for (int64_t i = 0; i < num; ++i) store->cancel(keys[i]);
-  }
-  store->changed.notify_all();
+  em_store::Lock lock(store->mutex);
+  for (int64_t i = 0; i < num; ++i) store->cancel(keys[i]);
+  store->notify();
   return 0;
 }
 
