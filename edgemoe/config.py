@@ -16,7 +16,6 @@ from .runtime.errors import UsageError
 from .runtime.io import IO_MODES
 from .runtime.policy import DEFAULT_POLICY, POLICIES
 
-# Two outstanding whole-record reads fill a drive's queue; more only take time from compute.
 DEFAULT_CONTEXT = 4096
 
 

@@ -51,7 +51,7 @@ __all__ = [
 DEMAND, NEXT_LAYER, SPECULATION = 0, 1, 2  # priorities
 IO_MODES = ("auto", "direct", "buffered")  # the order is em_store_open's numbering
 METHODS = ("auto", "io_uring", "threads")  # how direct reads are made
-DEFAULT_DEPTH = 2
+DEFAULT_DEPTH = 2  # requests that fill a drive's queue; more of them only wait for each other
 
 
 def failure_text(status: int) -> str:

@@ -2,6 +2,7 @@
 
 import ctypes
 import errno
+import functools
 import mmap
 import os
 import threading
@@ -39,9 +40,14 @@ SPECS = [
 HIDDEN, WIDTH = 64, 128
 
 
-@pytest.fixture(params=BACKENDS)
-def backend(request):
-    return request.param
+@pytest.fixture(params=[*BACKENDS, *(["native threads"] if core.lib else [])])
+def backend(request, monkeypatch):
+    """A backend; the native one with io_uring where it is allowed, and with reader threads."""
+    name, _, threads = request.param.partition(" ")
+    if threads:
+        with_threads = functools.partial(record_io.RecordReader, method="threads")
+        monkeypatch.setattr(record_io, "RecordReader", with_threads)
+    return name
 
 
 def write_records(path: Path, num_records: int = 12, seed: int = 0):
@@ -247,12 +253,16 @@ def test_open_errors(tmp_path, experts, backend):
         raise EdgeMoeError(record_io.failure_text(status))
 
 
-def test_read_error_has_a_name(experts, backend):
+@pytest.mark.parametrize("io", ["auto", "buffered"])
+def test_read_error_has_a_name(experts, backend, io):
     path, records, _ = experts
-    with record_io.RecordReader(path, records, io="buffered", backend=backend) as reader:
+    with record_io.RecordReader(path, records, io=io, backend=backend) as reader:
         # Nothing is mapped at the lowest page: the system refuses the copy with EFAULT.
         reader.submit(np.array([0]), np.array([PAGE_BYTES], dtype=np.uint64))
         assert reader.wait(0) == -errno.EFAULT
+        slots = Slots(records, backend)
+        submit(reader, slots, [0, 1])
+        assert [reader.wait(0), reader.wait(1)] == [record_io.READY] * 2
         assert "Bad address" in record_io.failure_text(-errno.EFAULT)
 
 
