@@ -21,7 +21,7 @@
 
 namespace {
 
-enum : uint8_t { kRaw = 1, kBuffered = 2, kCancel = 4, kTruncate = 8, kCompute = 16 };
+enum : uint8_t { kRaw = 1, kBuffered = 2, kCancel = 4, kTruncate = 8, kCompute = 16, kThreads = 64 };
 constexpr int64_t kPage = 4096;
 constexpr int64_t kMaxRead = 1 << 20;  // bytes of records that one input makes us read
 
@@ -89,7 +89,8 @@ void compute(const em_index &index, em_store *store, const std::vector<Memory> &
 void read_all(const em_index &index, uint8_t switches) {
   int32_t error = 0;
   em_store *store = em_store_open(index.experts_path, index.records, index.num_records, 1,
-                                  switches & kBuffered ? 2 : 0, &error);
+                                  switches & kBuffered ? 2 : 0,
+                                  switches & kThreads ? EM_METHOD_THREADS : EM_METHOD_AUTO, &error);
   if (store == nullptr) broken("an index that opened describes what a store can read");
   std::vector<Memory> memory;
   std::vector<int32_t> keys;

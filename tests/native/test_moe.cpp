@@ -96,11 +96,11 @@ std::vector<double> oracle(const StoreFolder &folder, const Routes &routes,
   return y;
 }
 
-em_store *open(const StoreFolder &folder, int32_t num_threads = 2) {
+em_store *open(const StoreFolder &folder, int32_t depth = 2) {
   int32_t error = 0;
   em_store *store =
       em_store_open(folder.experts_path().c_str(), folder.records.data(),
-                    static_cast<int64_t>(folder.records.size()), num_threads, 0, &error);
+                    static_cast<int64_t>(folder.records.size()), depth, 0, EM_METHOD_AUTO, &error);
   CHECK_EQUAL(error, 0);
   return store;
 }

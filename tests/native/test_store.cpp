@@ -9,15 +9,20 @@
 
 namespace {
 
-constexpr int32_t kIo[] = {0, 2};  // direct where it can be, buffered
+struct Way {
+  int32_t io, method;
+};
+// Direct where it can be, with io_uring where it is allowed, and with threads; buffered.
+constexpr Way kWays[] = {{0, EM_METHOD_AUTO}, {0, EM_METHOD_THREADS}, {2, EM_METHOD_AUTO}};
 
 StoreFolder make() { return make_store("store", 128, 96, {0, 1}, 6, {{4, 32, EM_MODE_SYM}, {8, 32, EM_MODE_ASYM}}); }
 
 struct Open {
-  Open(const StoreFolder &folder, int32_t io, int32_t num_threads = 2) {
+  Open(const StoreFolder &folder, Way way, int32_t depth = 2) {
     int32_t error = 1;
     store = em_store_open(folder.experts_path().c_str(), folder.records.data(),
-                          static_cast<int64_t>(folder.records.size()), num_threads, io, &error);
+                          static_cast<int64_t>(folder.records.size()), depth, way.io, way.method,
+                          &error);
     CHECK_EQUAL(error, 0);
     CHECK(store != nullptr);
   }
@@ -39,9 +44,9 @@ int64_t slot_bytes(const StoreFolder &folder) {
 TEST(records_arrive_as_they_are_on_storage) {
   const StoreFolder folder = make();
   const int64_t num = static_cast<int64_t>(folder.records.size());
-  for (const int32_t io : kIo) {
+  for (const Way way : kWays) {
     const Slots slots(num, slot_bytes(folder));
-    const Open open(folder, io);
+    const Open open(folder, way);
     std::vector<int32_t> keys;
     std::vector<void *> dst;
     for (int64_t key = num; key-- > 0;) {
@@ -77,8 +82,8 @@ TEST(damage_is_seen_in_either_section) {
     bytes[record.offset + (in_down ? record.num_bytes - 1 : 17)] ^= 1;
     write_file(folder.experts_path(), bytes);
     const Slots slots(1, slot_bytes(folder));
-    for (const int32_t io : kIo) {
-      const Open open(folder, io);
+    for (const Way way : kWays) {
+      const Open open(folder, way);
       for (int times = 0; times < 2; ++times) {
         CHECK_EQUAL(open.submit(4, slots.at(0)), 0);
         CHECK_EQUAL(em_store_wait(open.store, 4), EM_ERR_CRC);
@@ -96,8 +101,8 @@ TEST(a_file_that_ends_inside_a_record_is_told_from_damage) {
   for (const int64_t missing : {1, 4095, 4096, 5000}) {
     write_file(folder.experts_path(), whole.substr(0, whole.size() - missing));
     const Slots slots(1, slot_bytes(folder));
-    for (const int32_t io : kIo) {
-      const Open open(folder, io);
+    for (const Way way : kWays) {
+      const Open open(folder, way);
       CHECK_EQUAL(open.submit(last, slots.at(0)), 0);
       CHECK_EQUAL(em_store_wait(open.store, last), EM_ERR_SHORT);
       CHECK_EQUAL(open.submit(0, slots.at(0)), 0);
@@ -109,11 +114,11 @@ TEST(a_file_that_ends_inside_a_record_is_told_from_damage) {
 TEST(what_cannot_be_read_is_refused) {
   const StoreFolder folder = make();
   int32_t error = 0;
-  const auto open = [&](const char *path, std::vector<em_record> records, int32_t threads = 1,
-                        int32_t io = 0) {
+  const auto open = [&](const char *path, std::vector<em_record> records, int32_t depth = 1,
+                        int32_t io = 0, int32_t method = EM_METHOD_AUTO) {
     error = 0;
     em_store *store = em_store_open(path, records.data(), static_cast<int64_t>(records.size()),
-                                    threads, io, &error);
+                                    depth, io, method, &error);
     em_store_close(store);
     return store != nullptr;
   };
@@ -124,6 +129,7 @@ TEST(what_cannot_be_read_is_refused) {
   CHECK(!open(nullptr, folder.records) && error == EM_ERR_ARG);
   CHECK(!open(path.c_str(), folder.records, 0) && error == EM_ERR_ARG);
   CHECK(!open(path.c_str(), folder.records, 1, 3) && error == EM_ERR_ARG);
+  CHECK(!open(path.c_str(), folder.records, 1, 0, 2) && error == EM_ERR_ARG);
   const auto with = [&](int64_t em_record::*field, int64_t value) {
     std::vector<em_record> records = folder.records;
     records[3].*field = value;
@@ -137,7 +143,7 @@ TEST(what_cannot_be_read_is_refused) {
   CHECK(!open(path.c_str(), with(&em_record::num_bytes, 0)));
   CHECK(!open(path.c_str(), with(&em_record::down_offset, folder.records[3].num_bytes)));
 
-  const Open whole(folder, 0);
+  const Open whole(folder, kWays[0]);
   const Slots slots(2, slot_bytes(folder));
   CHECK_EQUAL(whole.submit(-1, slots.at(0)), EM_ERR_ARG);
   CHECK_EQUAL(whole.submit(12, slots.at(0)), EM_ERR_ARG);
@@ -157,8 +163,8 @@ TEST(cancelled_reads_leave_their_memory_alone) {
   const int64_t num = static_cast<int64_t>(folder.records.size());
   const Slots slots(num, slot_bytes(folder));
   check::Random random(41);
-  for (const int32_t io : kIo) {
-    const Open open(folder, io, 1);
+  for (const Way way : kWays) {
+    const Open open(folder, way, 1);
     for (int round = 0; round < 60; ++round) {
       std::vector<int32_t> keys;
       std::vector<void *> dst;
@@ -188,10 +194,10 @@ TEST(cancelled_reads_leave_their_memory_alone) {
 TEST(a_store_closes_while_it_reads) {
   const StoreFolder folder = make();
   const int64_t num = static_cast<int64_t>(folder.records.size());
-  for (const int32_t io : kIo) {
+  for (const Way way : kWays) {
     for (int round = 0; round < 20; ++round) {
       const Slots slots(num, slot_bytes(folder));
-      const Open open(folder, io, 1 + round % 3);
+      const Open open(folder, way, 1 + round % 3);
       for (int32_t key = 0; key < num; ++key) CHECK_EQUAL(open.submit(key, slots.at(key)), 0);
     }
   }
@@ -201,28 +207,30 @@ TEST(arrivals_are_told_to_who_waits) {
   const StoreFolder folder = make();
   const int64_t num = static_cast<int64_t>(folder.records.size());
   const Slots slots(num, slot_bytes(folder));
-  const Open open(folder, 0);
-  std::vector<int32_t> keys, seen;
-  for (int32_t key = 0; key < num; ++key) {
-    CHECK_EQUAL(open.submit(key, slots.at(key)), 0);
-    keys.push_back(key);
-    seen.push_back(EM_READING);
+  for (const Way way : kWays) {
+    const Open open(folder, way);
+    std::vector<int32_t> keys, seen;
+    for (int32_t key = 0; key < num; ++key) {
+      CHECK_EQUAL(open.submit(key, slots.at(key)), 0);
+      keys.push_back(key);
+      seen.push_back(EM_READING);
+    }
+    int num_ready = 0;
+    while (num_ready < num) {
+      const int64_t at = em::wait_any(open.store, keys.data(), seen.data(), num);
+      REQUIRE(at >= 0 && at < num);
+      const int32_t now = em::arrival_of(open.store, keys[at]);
+      CHECK(now == em::kGateUpReady || now == EM_READY);
+      const std::vector<uint8_t> &right = folder.experts[at].record;
+      const size_t have = now == EM_READY ? right.size() : folder.records[at].down_offset;
+      CHECK(std::memcmp(slots.at(at), right.data(), have) == 0);
+      seen[at] = now;
+      num_ready += now == EM_READY;
+    }
+    CHECK_EQUAL(em::wait_any(open.store, keys.data(), seen.data(), 0), -1);
+    const int32_t beyond = 12, any = 0;
+    CHECK_EQUAL(em::wait_any(open.store, &beyond, &any, 1), -1);
   }
-  int num_ready = 0;
-  while (num_ready < num) {
-    const int64_t at = em::wait_any(open.store, keys.data(), seen.data(), num);
-    REQUIRE(at >= 0 && at < num);
-    const int32_t now = em::arrival_of(open.store, keys[at]);
-    CHECK(now == em::kGateUpReady || now == EM_READY);
-    const std::vector<uint8_t> &right = folder.experts[at].record;
-    const size_t have = now == EM_READY ? right.size() : folder.records[at].down_offset;
-    CHECK(std::memcmp(slots.at(at), right.data(), have) == 0);
-    seen[at] = now;
-    num_ready += now == EM_READY;
-  }
-  CHECK_EQUAL(em::wait_any(open.store, keys.data(), seen.data(), 0), -1);
-  const int32_t beyond = 12, any = 0;
-  CHECK_EQUAL(em::wait_any(open.store, &beyond, &any, 1), -1);
 }
 
 TEST(checksums_are_those_of_crc32c) {
