@@ -55,6 +55,7 @@ class ExpertCache:
         self.table = table = RecordTable(records)
         self._num_bytes_of = table.num_bytes
         self._max_record_bytes = max(table.num_bytes, default=0)
+        self._places = table.place_of_key
         self._policy = make_policy(policy, table.place_of_key, max(1, len(table.first_key)))
         self._arena_bytes = arena.num_bytes
         self._status = reader.status
@@ -198,6 +199,32 @@ class ExpertCache:
         else:
             self._unsettled.update(freed)
             self._settle(wait=False)
+
+    def preload(self) -> int:
+        """Read absent records as long as they fit without an eviction, of every layer as many;
+        returns the bytes read. Counts neither as demand nor as use.
+
+        Raises RecordError for a record that cannot be read; those that can stay.
+        """
+        first = list(self.table.first_key.values())
+        order = sorted(range(len(self.table)), key=lambda key: key - first[self._places[key]])
+        placed = [key for key in order if not self._address[key] and self._slots.place(key)]
+        index = np.array(placed, dtype=np.int32)
+        try:
+            self.reader.submit(index, self._slots.table[index])
+        except BaseException:
+            for key in placed:
+                self._drop(key)
+            raise
+        self._unsettled.update(placed)  # so that an interrupted wait leaves nothing behind
+        for key in placed:
+            self._policy.insert(key)
+        statuses = [self.reader.wait(key) for key in placed]
+        self._settle(wait=True)
+        for key, status in zip(placed, statuses, strict=True):
+            if status != READY:
+                raise self.table.failure(key, status)
+        return sum(self._num_bytes_of[key] for key in placed)
 
     def trim(self, capacity_bytes: int) -> None:
         """Change the capacity, within the arena, between two steps; what no longer fits is evicted

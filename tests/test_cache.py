@@ -178,6 +178,46 @@ def test_the_whole_store_is_read_once_where_it_fits(index, backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+def test_preload_fills_what_is_free_and_counts_no_demand(index, backend, share):
+    with Rig(index, int(share * index.expert_bytes), backend=backend) as rig:
+        cache = rig.cache
+        if share:
+            rig.use([3, 9])
+        before, counters = rig.resident(), (cache.hits, cache.misses, cache.bytes_read)
+        num_bytes = cache.preload()
+        rig.check()
+        assert before <= rig.resident()
+        assert num_bytes == sum(rig.sizes[key] for key in rig.resident() - before)
+        assert (cache.hits, cache.misses, cache.bytes_read) == counters
+        assert cache.evictions == cache.pinned_bytes == 0
+        free = [offset_bytes for _, offset_bytes in cache._slots.extents.free_extents()]
+        absent = set(range(len(rig.sizes))) - rig.resident()
+        assert max(free, default=0) < min((rig.sizes[key] for key in absent), default=1 << 60)
+        by_layer = np.bincount([key // NUM_EXPERTS for key in rig.resident()], minlength=4)
+        assert share == 0 or by_layer.min() > 0
+        assert cache.preload() == 0
+        for _, keys in random_steps(20, seed=4):  # the policy knows what was read
+            if cache.fits(keys):
+                rig.use(keys)
+        rig.check()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_preload_names_a_damaged_record_and_keeps_the_others(tmp_path, backend):
+    index = make_store(tmp_path / "bad.edgemoe")
+    damage_record(index, 2, 4)
+    with Rig(index, index.expert_bytes, backend=backend) as rig:
+        with pytest.raises(RecordError) as error:
+            rig.cache.preload()
+        assert (error.value.layer, error.value.expert) == (2, 4)
+        assert rig.resident() == set(range(len(rig.sizes))) - {2 * NUM_EXPERTS + 4}
+        rig.check()
+        damage_record(index, 2, 4)  # the same bit again: repaired
+        assert rig.cache.preload() == rig.sizes[2 * NUM_EXPERTS + 4]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @settings(max_examples=20, deadline=None)
 @given(data=st.data())
 def test_any_history_of_hints_keeps_its_promises(index, backend, data):
