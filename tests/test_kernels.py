@@ -152,6 +152,22 @@ def test_largest_codes_and_activations_do_not_saturate(bits: int, mode: str):
 
 
 @native
+@some
+def test_every_number_of_tokens_has_the_bits_of_one(spec: QuantSpec, pools):
+    rng = np.random.default_rng(17)
+    for rows, groups in ((70, 5), (48, 1), (80, 21)):  # one block of columns, several, odd tails
+        cols = groups * (spec.group_size or 26)
+        matrix = matrix_of(cases.random_part(rng, rows, cols, spec), rows, cols, spec)
+        x = rng.normal(size=(150, cols)).astype(np.float32)
+        x[3], x[9], x[20] = 0, x[9] * 1e30, x[20] * 1e-30
+        bias = torch.from_numpy(rng.normal(size=rows).astype(np.float32))
+        x = torch.from_numpy(x)
+        alone = torch.cat([matrix.linear(x[t : t + 1], bias) for t in range(len(x))])
+        for num in (*range(2, 34), 63, 128, 129, 150):
+            assert torch.equal(matrix.linear(x[:num], bias, pools[2]), alone[:num]), num
+
+
+@native
 def test_every_instruction_set_gives_the_same_bits():
     program = Path(cases.__file__)
     levels = {}

@@ -90,6 +90,21 @@ def test_experts_have_the_same_bits_for_every_batch_and_thread_count(pools):
         assert alone[0].tobytes() == together[t].tobytes()
 
 
+def test_experts_of_few_and_of_many_tokens_agree(pools):
+    rng = np.random.default_rng(14)
+    experts = cases.mixed_experts(rng, 640, 256)
+    x = rng.normal(size=(140, 640)).astype(np.float32)
+    x[2], x[5] = 0, x[5] * 1e20
+    for num in (5, 6, 15, 16, 17, 33, 140):
+        pairs = [[(t, 0.5) for t in range(max(0, num - i))] for i in range(len(experts))]
+        together, status, _ = cases.run_moe(experts, pairs, x[:num], pools[2])
+        assert status == 0
+        for t in range(num):
+            own = [[(0, w) for token, w in part if token == t] for part in pairs]
+            alone, _, _ = cases.run_moe(experts, own, x[t : t + 1])
+            assert alone[0].tobytes() == together[t].tobytes(), (num, t)
+
+
 class Stored:
     """Experts in a file, as a reader sees them, and an arena for all of them."""
 

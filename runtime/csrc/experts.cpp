@@ -80,14 +80,12 @@ void Experts::gather(const Segment &segment, int64_t item) const {
 }
 
 // The 32 rows of one item are one activation group of the down projection, quantized here.
-void Experts::put_h(const Segment &segment, int64_t pair, int64_t item, const float *gate,
-                    const float *up) const {
+void Experts::put_h(const Segment &segment, int64_t pair, int64_t item,
+                    const float *values) const {
   const em_format down = record(segment.expert).down;
   const int64_t row = item * kItemRows, num_rows = min_of(kItemRows, a_.width - row);
   const int64_t groups = a_.width / kActGroup;
   float *const h = h_ + (segment.row + pair) * a_.width;
-  float values[kItemRows];
-  level_.silu_mul(gate, up, num_rows, values);
   if (is_16bit(down)) {
     std::memcpy(h + row, values, num_rows * sizeof(float));
   } else if (uses_panels(segment, down)) {
@@ -107,17 +105,19 @@ void Experts::gate_up_panels(const Segment &segment, int64_t item) const {
   const int64_t stride = tile_bytes(a_.hidden, format);
   const int64_t row = item * kItemRows, num_rows = min_of(kItemRows, a_.width - row);
   const uint8_t *tiles = a_.data[segment.expert] + row / kTileRows * 2 * stride;
-  float gate[kMaxPanelTokens * kItemRows], up[kMaxPanelTokens * kItemRows];
+  // Of a token: 16 rows of gate, the same of up, and so on.
+  float rows[kMaxPanelTokens * 2 * kItemRows];
   for (int64_t p = 0; p < segment.num_pairs; p += kMaxPanelTokens) {
     const int64_t num = min_of(kMaxPanelTokens, segment.num_pairs - p);
-    const ActPanel *const panels = input_panels(segment) + num_panels(p, a_.hidden);
-    for (int64_t r = 0; r < num_rows; r += kTileRows) {
-      const uint8_t *tile = tiles + r / kTileRows * 2 * stride;
-      level_.panels(tile, a_.hidden, format, panels, num, gate + r, kItemRows);
-      level_.panels(tile + stride, a_.hidden, format, panels, num, up + r, kItemRows);
+    level_.panels(tiles, 2 * num_rows / kTileRows, a_.hidden, format,
+                  input_panels(segment) + num_panels(p, a_.hidden), num, rows, 2 * kItemRows);
+    for (int64_t i = 0; i < num; ++i) {
+      float h[kItemRows];
+      const float *gate = rows + i * 2 * kItemRows;
+      for (int64_t r = 0; r < num_rows; r += kTileRows, gate += 2 * kTileRows)
+        level_.silu_mul(gate, gate + kTileRows, kTileRows, h + r);
+      put_h(segment, p + i, item, h);
     }
-    for (int64_t i = 0; i < num; ++i)
-      put_h(segment, p + i, item, gate + i * kItemRows, up + i * kItemRows);
   }
 }
 
@@ -143,8 +143,11 @@ void Experts::gate_up_tiles(const Segment &segment, int64_t item) const {
       kernel(tile, a_.hidden, inputs, block, gate + r, kItemRows);
       kernel(tile + stride, a_.hidden, inputs, block, up + r, kItemRows);
     }
-    for (int i = 0; i < block; ++i)
-      put_h(segment, p + i, item, gate + i * kItemRows, up + i * kItemRows);
+    for (int i = 0; i < block; ++i) {
+      float h[kItemRows];
+      level_.silu_mul(gate + i * kItemRows, up + i * kItemRows, num_rows, h);
+      put_h(segment, p + i, item, h);
+    }
   }
 }
 
@@ -172,14 +175,13 @@ void Experts::down(const Segment &segment, int64_t item) const {
     for (int i = 0; i < block && !has_panels; ++i)
       inputs[i] = h_ + (segment.row + p + i) * a_.width;
     float *dst = partial_ + (segment.pair + p) * a_.hidden;
+    if (has_panels) {
+      level_.panels(tiles + first * stride, end - first, a_.width, source.down, panels, block,
+                    dst + first * kTileRows, a_.hidden);
+      continue;
+    }
     for (int64_t tile = first; tile < end; ++tile) {
-      const uint8_t *const data = tiles + tile * stride;
-      float *const out = dst + tile * kTileRows;
-      if (has_panels) {
-        level_.panels(data, a_.width, source.down, panels, block, out, a_.hidden);
-      } else {
-        kernel(data, a_.width, inputs, block, out, a_.hidden);
-      }
+      kernel(tiles + tile * stride, a_.width, inputs, block, dst + tile * kTileRows, a_.hidden);
     }
   }
 }

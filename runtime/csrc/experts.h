@@ -44,8 +44,7 @@ class Experts {
   ActPanel *h_panels(const Segment &segment) const;
   void gate_up_panels(const Segment &segment, int64_t item) const;
   void gate_up_tiles(const Segment &segment, int64_t item) const;
-  void put_h(const Segment &segment, int64_t pair, int64_t item, const float *gate,
-             const float *up) const;
+  void put_h(const Segment &segment, int64_t pair, int64_t item, const float *values) const;
 
   em_pool *pool_;
   const em_record *records_;

@@ -87,20 +87,14 @@ const uint8_t *unpack_block(const uint8_t *p, int64_t num_groups, int64_t units,
                             __m512i table, Block *block) {
   const int64_t unit_bytes = kLineBytes * BITS;
   uint8_t *codes = block->codes;
-  // The next block comes from memory while this one is multiplied.
-  const int64_t ahead = num_groups * units * unit_bytes + num_groups * kLineBytes;
   for (int64_t g = 0; g < num_groups;) {
     const uint8_t *scales = p;
     p += is_asym ? 2 * kLineBytes : kLineBytes;
     for (int i = 0; i < 2 && g < num_groups; ++i, ++g, scales += kLineBytes / 2) {
       load_16_halves(scales, block->scales[g]);
       if (is_asym) load_16_halves(scales + kLineBytes, block->mins[g]);
-      for (int64_t u = 0; u < units; ++u, p += unit_bytes, codes += 8 * kLineBytes) {
-        for (int b = 0; b < BITS; ++b) {
-          _mm_prefetch(reinterpret_cast<const char *>(p + ahead + b * kLineBytes), _MM_HINT_T1);
-        }
+      for (int64_t u = 0; u < units; ++u, p += unit_bytes, codes += 8 * kLineBytes)
         unpack_unit<BITS>(p, table, codes);
-      }
     }
   }
   return p;
@@ -137,32 +131,39 @@ Plan plan_of(em_format format) {
           format.group_size / kActGroup, is_asym};
 }
 
-// multiply(block, num_groups, panels, num_tokens, acc) for every block of columns and of tokens: adds
-// to acc [16][16] what the block makes of the tokens.
+// One tile: multiply(block, num_groups, panels, num_tokens, acc) for every block of columns and of
+// tokens adds to acc [16][16] what the block makes of the tokens. Returns where the next tile begins.
 template <class Multiply>
-EM_INLINE void for_blocks(const Plan &plan, const uint8_t *tile, int64_t cols,
-                          const ActPanel *panels, int64_t num_tokens, float *out,
-                          int64_t out_stride, const Multiply &multiply) {
-  Block block;
-  alignas(64) float acc[kMaxPanelTokens * kTileRows];
+EM_INLINE const uint8_t *for_blocks(const Plan &plan, const uint8_t *tile, int64_t cols,
+                                    const ActPanel *panels, int64_t num_tokens, float *out,
+                                    int64_t out_stride, Block *block, float *acc,
+                                    const Multiply &multiply) {
   const int64_t num_units = cols / kActGroup;
-  const int64_t padded = (num_tokens + kPanelTokens - 1) / kPanelTokens * kPanelTokens;
-  for (int64_t t = 0; t < padded; ++t) {
-    _mm512_store_ps(acc + t * kTileRows, _mm512_setzero_ps());
+  const int64_t num_blocks = (num_tokens + kPanelTokens - 1) / kPanelTokens;
+  for (int64_t i = 0; i < num_blocks * kPanelTokens; ++i) {
+    _mm512_store_ps(acc + i * kTileRows, _mm512_setzero_ps());
   }
   for (int64_t s = 0; s < num_units; s += kBlockUnits) {
     const int64_t left = num_units - s;
     const int64_t num_groups = (left < kBlockUnits ? left : kBlockUnits) / plan.units;
-    tile = plan.unpack(tile, num_groups, plan.units, plan.is_asym, plan.table, &block);
-    for (int64_t t = 0; t < num_tokens; t += kPanelTokens) {
-      const int64_t rest = num_tokens - t;
-      multiply(block, num_groups, panels + t / kPanelTokens * num_units + s,
-               static_cast<int>(rest < kPanelTokens ? rest : kPanelTokens), acc + t * kTileRows);
+    const uint8_t *const next =
+        plan.unpack(tile, num_groups, plan.units, plan.is_asym, plan.table, block);
+    // The next block comes from memory while this one is multiplied, a few lines at a time.
+    const int64_t ahead = (next - tile) / num_blocks;
+    for (int64_t b = 0; b < num_blocks; ++b) {
+      for (int64_t i = b * ahead; i < (b + 1) * ahead; i += kLineBytes)
+        _mm_prefetch(reinterpret_cast<const char *>(next + i), _MM_HINT_T1);
+      const int64_t rest = num_tokens - b * kPanelTokens;
+      multiply(*block, num_groups, panels + b * num_units + s,
+               static_cast<int>(rest < kPanelTokens ? rest : kPanelTokens),
+               acc + b * kPanelTokens * kTileRows);
     }
+    tile = next;
   }
   for (int64_t t = 0; t < num_tokens; ++t) {
     _mm512_storeu_ps(out + t * out_stride, _mm512_load_ps(acc + t * kTileRows));
   }
+  return tile;
 }
 
 // Tile registers: 0-3 sums, 4 and 5 activations, 6 and 7 weights.
@@ -172,7 +173,7 @@ struct alignas(64) TileConfig {
   uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 8, 8};
 };
 
-constexpr int64_t kChunkUnits = 8;  // activation groups whose sums are held: 8 KiB
+constexpr int64_t kChunk = 4;  // activation groups whose sums are held at a time
 constexpr int64_t kSums = kPanelTokens * kTileRows;
 constexpr int64_t kUnitCodes = kActGroup * kTileRows;
 
@@ -184,43 +185,6 @@ constexpr int64_t kUnitCodes = kActGroup * kTileRows;
   if constexpr (ASYM) _tile_dpbsud(SUM, ACT, WEIGHT);              \
   else _tile_dpbssd(SUM, ACT, WEIGHT)
 #define EM_STORE(SUM, UNIT) _tile_stored(SUM, dots + (UNIT)*kSums, kTileRows * sizeof(int32_t))
-
-// dots[unit][token][row]. A tile is stored two products after its own: a store that waits for its
-// product holds up the products behind it.
-template <bool ASYM>
-EM_INLINE void tile_dots(const uint8_t *codes, const ActPanel *panels, int64_t num_units,
-                         int32_t *dots) {
-  int64_t u = 0;
-  if (num_units >= 4) {
-    EM_LOAD(4, 6, 0);
-    EM_DOT(0, 4, 6);
-    EM_LOAD(5, 7, 1);
-    EM_DOT(1, 5, 7);
-    for (;; u += 4) {
-      EM_LOAD(4, 6, u + 2);
-      EM_DOT(2, 4, 6);
-      EM_STORE(0, u);
-      EM_LOAD(5, 7, u + 3);
-      EM_DOT(3, 5, 7);
-      EM_STORE(1, u + 1);
-      if (u + 8 > num_units) break;
-      EM_LOAD(4, 6, u + 4);
-      EM_DOT(0, 4, 6);
-      EM_STORE(2, u + 2);
-      EM_LOAD(5, 7, u + 5);
-      EM_DOT(1, 5, 7);
-      EM_STORE(3, u + 3);
-    }
-    EM_STORE(2, u + 2);
-    EM_STORE(3, u + 3);
-    u += 4;
-  }
-  for (; u < num_units; ++u) {
-    EM_LOAD(4, 6, u);
-    EM_DOT(0, 4, 6);
-    EM_STORE(0, u);
-  }
-}
 
 // Token numbers as a list, so that arrays of registers are never indexed at run time.
 template <int... T>
@@ -244,28 +208,65 @@ EM_INLINE __m512 part_of(const int32_t *dots, const ActPanel *panels, int token)
   return part;
 }
 
+// Adds what `num_groups` weight groups, whose dots are there, make of 16 tokens.
 template <int UNITS, bool ASYM, int... T>
-void multiply(const Block &block, int64_t num_groups, const ActPanel *panels, float *acc,
-              Tokens<T...>) {
-  constexpr int64_t kChunkGroups = kChunkUnits / UNITS;
-  alignas(64) int32_t dots[kChunkUnits * kSums];
-  __m512 sum[] = {_mm512_load_ps(acc + T * kTileRows)...};
-  for (int64_t first = 0; first < num_groups; first += kChunkGroups) {
-    const int64_t left = num_groups - first;
-    const int64_t num = left < kChunkGroups ? left : kChunkGroups;
-    const ActPanel *p = panels + first * UNITS;
-    tile_dots<ASYM>(block.codes + first * UNITS * kUnitCodes, p, num * UNITS, dots);
-    const int32_t *d = dots;
-    for (int64_t g = first; g < first + num; ++g, p += UNITS, d += UNITS * kSums) {
-      const __m512 scale = _mm512_load_ps(block.scales[g]);
-      ((sum[T] = _mm512_fmadd_ps(scale, part_of<UNITS>(d, p, T), sum[T])), ...);
-      if constexpr (ASYM) {
-        const __m512 min = _mm512_load_ps(block.mins[g]);
-        for (int u = 0; u < UNITS; ++u)
-          ((sum[T] = _mm512_fmadd_ps(min, _mm512_set1_ps(p[u].sum[T]), sum[T])), ...);
-      }
+EM_INLINE void add_groups(const int32_t *dots, const Block &block, int64_t first,
+                          int64_t num_groups, const ActPanel *panels, __m512 *sum, Tokens<T...>) {
+  for (int64_t g = first; g < first + num_groups; ++g, dots += UNITS * kSums) {
+    const ActPanel *const p = panels + g * UNITS;
+    const __m512 scale = _mm512_load_ps(block.scales[g]);
+    ((sum[T] = _mm512_fmadd_ps(scale, part_of<UNITS>(dots, p, T), sum[T])), ...);
+    if constexpr (ASYM) {
+      const __m512 min = _mm512_load_ps(block.mins[g]);
+      for (int u = 0; u < UNITS; ++u)
+        ((sum[T] = _mm512_fmadd_ps(min, _mm512_set1_ps(p[u].sum[T]), sum[T])), ...);
     }
   }
+}
+
+// Four tiles of sums take turns. A tile is stored two products after its own, since a store that
+// waits for its product holds up the products behind it; two products run on while the vector unit
+// scales the sums of the last kChunk units.
+template <int UNITS, bool ASYM, int... T>
+void multiply(const Block &block, int64_t num_groups, const ActPanel *panels, float *acc,
+              Tokens<T...> tokens) {
+  alignas(64) int32_t dots[kChunk * kSums];
+  const uint8_t *const codes = block.codes;
+  const int64_t num_units = num_groups * UNITS, whole = num_units / kChunk * kChunk;
+  __m512 sum[] = {_mm512_load_ps(acc + T * kTileRows)...};
+  if (whole > 0) {
+    EM_LOAD(4, 6, 0);
+    EM_DOT(0, 4, 6);
+    EM_LOAD(5, 7, 1);
+    EM_DOT(1, 5, 7);
+  }
+  for (int64_t u = 0; u < whole; u += kChunk) {
+    EM_LOAD(4, 6, u + 2);
+    EM_DOT(2, 4, 6);
+    EM_STORE(0, 0);
+    EM_LOAD(5, 7, u + 3);
+    EM_DOT(3, 5, 7);
+    EM_STORE(1, 1);
+    if (u + kChunk < whole) {
+      EM_LOAD(4, 6, u + 4);
+      EM_DOT(0, 4, 6);
+      EM_STORE(2, 2);
+      EM_LOAD(5, 7, u + 5);
+      EM_DOT(1, 5, 7);
+      EM_STORE(3, 3);
+    } else {
+      EM_STORE(2, 2);
+      EM_STORE(3, 3);
+    }
+    add_groups<UNITS, ASYM>(dots, block, u / UNITS, kChunk / UNITS, panels, sum, tokens);
+  }
+  for (int64_t u = whole; u < num_units; ++u) {
+    EM_LOAD(4, 6, u);
+    EM_DOT(0, 4, 6);
+    EM_STORE(0, u - whole);
+  }
+  add_groups<UNITS, ASYM>(dots, block, whole / UNITS, num_groups - whole / UNITS, panels, sum,
+                          tokens);
   (_mm512_store_ps(acc + T * kTileRows, sum[T]), ...);
 }
 
@@ -285,21 +286,24 @@ BlockKernel kernel_of(int64_t units) {
   return units == 2 ? multiply_any<2, ASYM> : multiply_any<4, ASYM>;
 }
 
-}  // namespace
-
-void panels_amx(const uint8_t *tile, int64_t cols, em_format format, const ActPanel *panels,
-                int64_t num_tokens, float *out, int64_t out_stride) {
+void panels_amx(const uint8_t *tiles, int64_t num_tiles, int64_t cols, em_format format,
+                const ActPanel *panels, int64_t num_tokens, float *out, int64_t out_stride) {
   TileConfig config;
   if (num_tokens < kPanelTokens) {
     for (int i = 0; i < 6; ++i) config.rows[i] = static_cast<uint8_t>(num_tokens);
   }
-  // Beside a call's work configuring costs nothing, and no thread is left with tiles in use.
-  _tile_loadconfig(&config);
   const Plan plan = plan_of(format);
   const BlockKernel kernel = plan.is_asym ? kernel_of<true>(plan.units) : kernel_of<false>(plan.units);
-  for_blocks(plan, tile, cols, panels, num_tokens, out, out_stride, kernel);
+  Block block;
+  alignas(64) float acc[kMaxPanelTokens * kTileRows];
+  _tile_loadconfig(&config);  // takes as long as a few products
+  for (int64_t i = 0; i < num_tiles; ++i, out += kTileRows) {
+    tiles = for_blocks(plan, tiles, cols, panels, num_tokens, out, out_stride, &block, acc, kernel);
+  }
   _tile_release();
 }
+
+}  // namespace
 
 const Kernels *kernels_amx() {
   static const Kernels table = [] {

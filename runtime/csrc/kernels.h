@@ -31,11 +31,12 @@ constexpr int64_t kActGroupFloats = 11;
 using TileKernel = void (*)(const uint8_t *tile, int64_t cols, const void *const *x, int num_tokens,
                             float *out, int64_t out_stride);
 
-// The same for num_tokens <= kMaxPanelTokens, packed into panels; see gemm.h. Quantized modes only.
+// The same for num_tiles consecutive tiles, row r of tile i at r + 16 i, and num_tokens <=
+// kMaxPanelTokens packed into panels; see gemm.h. Quantized modes only.
 struct ActPanel;
-using PanelKernel = void (*)(const uint8_t *tile, int64_t cols, em_format format,
-                             const ActPanel *panels, int64_t num_tokens, float *out,
-                             int64_t out_stride);
+using PanelKernel = void (*)(const uint8_t *tiles, int64_t num_tiles, int64_t cols,
+                             em_format format, const ActPanel *panels, int64_t num_tokens,
+                             float *out, int64_t out_stride);
 
 struct Kernels {
   const char *name;

@@ -53,23 +53,26 @@ struct Linear {
   int32_t run_panels() const;
   void pack_block(int64_t first, ActPanel *dst) const;
   template <class Kernel>
-  void multiply(int64_t tile, int64_t token, int64_t num, const Kernel &kernel) const;
+  void multiply(int64_t tile, int64_t num_tiles, int64_t token, int64_t num,
+                const Kernel &kernel) const;
 };
 
-// kernel(tile, out, stride) for `num` <= kMaxPanelTokens tokens; the last tile may have rows that
+// kernel(tiles, out, stride) for `num_tiles` tiles and `num` tokens; the last tile may have rows that
 // the matrix does not have.
 template <class Kernel>
-void Linear::multiply(int64_t tile, int64_t token, int64_t num, const Kernel &kernel) const {
+void Linear::multiply(int64_t tile, int64_t num_tiles, int64_t token, int64_t num,
+                      const Kernel &kernel) const {
   const uint8_t *const data = packed + tile * tile_bytes(cols, format);
-  const int64_t row = tile * kTileRows, num_rows = min_of(kTileRows, rows - row);
+  const int64_t row = tile * kTileRows, most = num_tiles * kTileRows;
+  const int64_t num_rows = min_of(most, rows - row);
   float *dst = y + token * rows + row;
-  if (num_rows == kTileRows) {
+  if (num_rows == most) {
     kernel(data, dst, rows);
   } else {
-    float padded[kMaxPanelTokens * kTileRows];
-    kernel(data, padded, kTileRows);
+    float padded[kMaxPanelTokens * kPanelTiles * kTileRows];
+    kernel(data, padded, most);
     for (int64_t t = 0; t < num; ++t)
-      std::memcpy(dst + t * rows, padded + t * kTileRows, num_rows * sizeof(float));
+      std::memcpy(dst + t * rows, padded + t * most, num_rows * sizeof(float));
   }
   if (bias == nullptr) return;
   for (int64_t t = 0; t < num; ++t, dst += rows) {
@@ -101,7 +104,7 @@ int32_t Linear::run() const {
                           ? static_cast<const void *>(quantized.get() + (t + i) * num_groups())
                           : static_cast<const void *>(x + (t + i) * cols);
         }
-        multiply(tile, t, block, [&](const uint8_t *data, float *out, int64_t out_stride) {
+        multiply(tile, 1, t, block, [&](const uint8_t *data, float *out, int64_t out_stride) {
           kernel(data, cols, inputs, block, out, out_stride);
         });
       }
@@ -137,11 +140,10 @@ int32_t Linear::run_panels() const {
     const int64_t num = min_of(kMaxPanelTokens, num_tokens - token);
     const ActPanel *const block = panels.get() + num_panels(token, cols);
     const int64_t first = item % runs * kPanelTiles;
-    for (int64_t tile = first; tile < min_of(num_tiles(), first + kPanelTiles); ++tile) {
-      multiply(tile, token, num, [&](const uint8_t *data, float *out, int64_t out_stride) {
-        level.panels(data, cols, format, block, num, out, out_stride);
-      });
-    }
+    const int64_t tiles = min_of(num_tiles() - first, kPanelTiles);
+    multiply(first, tiles, token, num, [&](const uint8_t *data, float *out, int64_t out_stride) {
+      level.panels(data, tiles, cols, format, block, num, out, out_stride);
+    });
   });
   return 0;
 }
