@@ -241,7 +241,8 @@ class _Meter:
         self._prefill_s = 0.0
         self._first = self._last = 0.0
         self._result: GenerationStats | None = None
-        self._sums = dict.fromkeys(("hits", "misses", "bytes_read", "stall_s", "compute_s"), 0)
+        names = ("hits", "misses", "bytes_read", "stall_s", "compute_s", "native_s")
+        self._sums = dict.fromkeys(names, 0)
 
     def add(self, step: Any) -> None:
         for name in self._sums:
@@ -249,6 +250,7 @@ class _Meter:
 
     def prefilled(self) -> None:
         self._prefill_s = time.perf_counter() - self._start
+        self._sums["native_s"] = 0  # of a prompt of one token
 
     def drew_token(self) -> None:
         self._last = time.perf_counter()

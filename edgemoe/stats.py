@@ -23,6 +23,7 @@ class GenerationStats:
     ttft_s: float = 0.0
     prefill_s: float = 0.0
     decode_s: float = 0.0  # first to last token
+    native_s: float = 0.0  # of decode_s inside the core; 0 where torch runs the layers
     hits: int = 0
     misses: int = 0
     bytes_read: int = 0
@@ -44,6 +45,11 @@ class GenerationStats:
     def tpot_s(self) -> float:
         """Time per output token after the first."""
         return self.decode_s / max(1, self.generated_tokens - 1)
+
+    @property
+    def dispatch_s(self) -> float:
+        """Of decode_s outside the core: Python, sampling, text, the expert cache's decisions."""
+        return max(0.0, self.decode_s - self.native_s) if self.native_s else 0.0
 
     @property
     def prefill_tokens_per_s(self) -> float:
@@ -70,7 +76,7 @@ class GenerationStats:
 
     def to_dict(self) -> dict[str, Any]:
         """Fields and derived figures as plain JSON values."""
-        derived = ("tokens_per_s", "tpot_s", "prefill_tokens_per_s", "hit_rate")
+        derived = ("tokens_per_s", "tpot_s", "dispatch_s", "prefill_tokens_per_s", "hit_rate")
         return asdict(self) | {name: getattr(self, name) for name in derived}
 
 

@@ -329,7 +329,7 @@ PIECES = ([40], [1] * 40, [7, 1, 30, 2], [39, 1])
 
 
 @native
-@pytest.mark.parametrize("kv_bits", [32, 16])
+@pytest.mark.parametrize("kv_bits", [32, 16, 8])
 @pytest.mark.parametrize(
     "name, options",
     [
@@ -459,11 +459,25 @@ def test_a_trunk_of_the_wrong_shape_is_named(stores, running):
         CausalLM(ours.args, read, None, ours.pool, "reference")
 
 
-def test_the_kv_cache_is_small_in_16_bits_and_near(stores, running):
+@pytest.mark.parametrize("backend", ["reference", pytest.param("native", marks=native)])
+@pytest.mark.parametrize("kv_bits", [16, 8])
+def test_a_small_kv_cache_is_near(kv_bits, backend, stores, running):
     path, _ = stores(CASES["qwen3_moe"])
-    ours = running(path)
+    ours = running(path, backend)
     exact = ours.model.forward(PROMPT, ours.kv_cache(kv_bits=32), logits="all")
-    kv_cache = ours.kv_cache(kv_bits=16)
-    assert kv_cache.num_bytes == KVCache.bytes_for(3, 2, 32, 160, 16)
+    kv_cache = ours.kv_cache(kv_bits=kv_bits)
+    assert kv_cache.num_bytes == KVCache.bytes_for(3, 2, 32, 160, kv_bits)
     rounded = ours.model.forward(PROMPT, kv_cache, logits="all")
     assert 1e-4 < row_error(rounded, exact) < 2e-2
+
+
+@native
+@pytest.mark.parametrize("name", ["olmoe", "mixtral narrow keys"])
+def test_int8_keys_and_values_are_those_of_the_reference(name, stores, running):
+    """Both round the same way: logits differ by a few numbers on the edge between two steps."""
+    path, _ = stores(CASES[name])
+    slow, fast = running(path), running(path, "native")
+    expected = slow.model.forward(PROMPT, slow.kv_cache(kv_bits=8), logits="all")
+    got = fast.model.forward(PROMPT, fast.kv_cache(kv_bits=8), logits="all")
+    exact = fast.model.forward(PROMPT, fast.kv_cache(kv_bits=32), logits="all")
+    assert row_error(got, expected) < row_error(got, exact) / 3

@@ -258,6 +258,7 @@ def test_statistics(session):
     # 3 layers x top-2 for each of 9 fed tokens, and 2 to 8 experts of each layer for the prompt
     assert 9 * 6 + 6 <= stats.hits + stats.misses <= 9 * 6 + 24
     assert stats.budget_bytes and stats.memory_bytes > 1 << 20
+    assert 0 < stats.native_s < stats.decode_s
     assert session.last_stats == stats
 
 

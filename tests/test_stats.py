@@ -23,6 +23,8 @@ def test_footer():
     assert abs(stats.tpot_s * stats.tokens_per_s - 1) < 1e-9
     assert stats.prefill_tokens_per_s == 20
     document = json.loads(json.dumps(stats.to_dict()))
+    assert document["dispatch_s"] == 0  # nothing was said of the core
+    assert GenerationStats(decode_s=2.0, native_s=1.5).dispatch_s == 0.5
     assert document["hit_rate"] == 0.81 and document["generated_tokens"] == 412
 
 

@@ -47,7 +47,6 @@ class CausalLM:
         kind = NativeLayers if self._native else TorchLayers
         self._layers = kind(args, layers, embed, weights.vector("norm"), lm_head, executor, pool)
 
-    @torch.inference_mode()
     def forward(
         self,
         token_ids: Sequence[int] | Tensor,
@@ -74,6 +73,16 @@ class CausalLM:
             self._check(token_id, token_id)
             kv_cache.check_room(1)
             return self._layers.decode(token_id, kv_cache, on_route)
+        return self._forward(token_ids, kv_cache, logits, on_route)
+
+    @torch.inference_mode()  # not for one native token, which it would cost a tenth of its Python
+    def _forward(
+        self,
+        token_ids: Sequence[int] | Tensor,
+        kv_cache: KVCache,
+        logits: str,
+        on_route: OnRoute | None,
+    ) -> Tensor:
         ids = torch.as_tensor(token_ids, dtype=torch.int64)
         if ids.ndim != 1 or len(ids) == 0:
             raise UsageError("a step needs at least one token", f"got shape {list(ids.shape)}")
