@@ -77,8 +77,8 @@ def convert(
         partial = Partial.open(target, wanted)
         try:
             _write_experts(checkpoint, plan, partial, progress, num_threads)
-            _write_trunk(checkpoint, plan, partial, progress)
-            index = _finish(checkpoint, plan, partial, progress)
+            write_trunk(checkpoint, plan, partial, progress)
+            index = finish_store(checkpoint, plan, partial, progress)
             save_index(index)
             partial.publish()
         except CheckpointError:
@@ -161,7 +161,7 @@ def _records(
     """Packed experts in the order of `keys`; `workers` threads each read and pack a whole one."""
 
     def make(key: tuple[int, int]) -> Record:
-        return _pack(checkpoint.expert(*key), plan.layouts[key])
+        return pack_expert(checkpoint.expert(*key), plan.layouts[key])
 
     pool = ThreadPoolExecutor(workers)
     try:
@@ -176,7 +176,7 @@ def _records(
         pool.shutdown(cancel_futures=True)
 
 
-def _pack(weights: tuple[Tensor, Tensor, Tensor], layout: RecordLayout) -> Record:
+def pack_expert(weights: tuple[Tensor, Tensor, Tensor], layout: RecordLayout) -> Record:
     """The bytes of a record, and the crc32c of its two sections with their padding."""
     specs = (layout.gate_up, layout.gate_up, layout.down)
     parts = [_coded(weight, spec) for weight, spec in zip(weights, specs, strict=True)]
@@ -196,7 +196,7 @@ def _coded(weight: Tensor, spec: QuantSpec) -> np.ndarray | tuple[np.ndarray, ..
 # ---- trunk and the rest -------------------------------------------------------------------------
 
 
-def _write_trunk(
+def write_trunk(
     checkpoint: Checkpoint, plan: ConversionPlan, partial: Partial, progress: Progress
 ) -> None:
     done = plan.trunk[: partial.num_trunk_tensors]
@@ -239,7 +239,7 @@ def _bytes_of(block: Tensor) -> np.ndarray:
     return block.reshape(-1).view(torch.uint8).numpy()
 
 
-def _finish(
+def finish_store(
     checkpoint: Checkpoint, plan: ConversionPlan, partial: Partial, progress: Progress
 ) -> StoreIndex:
     """Copy the small files, read everything back, and make the index."""

@@ -13,12 +13,15 @@ from edgemoe.models import load_module
 from edgemoe.models.names import trunk_shapes
 from edgemoe.quant.checkpoint import Checkpoint
 from edgemoe.quant.convert import convert
+from edgemoe.quant.options import ConvertOptions
+from edgemoe.runtime.errors import UsageError
 from edgemoe.runtime.index import load_index
 
 TOOLS = Path(__file__).resolve().parent.parent / "tools"
 sys.path.insert(0, str(TOOLS))
 
 from make_checkpoint import main, make_checkpoint  # noqa: E402
+from make_store import dealt, make_store  # noqa: E402
 from random_checkpoint import model  # noqa: E402
 from random_checkpoint.shapes import SHAPES  # noqa: E402
 from random_checkpoint.tokenizer import write_tokenizer  # noqa: E402
@@ -92,6 +95,31 @@ def test_it_converts(tiny: tuple[Path, list[float]], tmp_path: Path) -> None:
     with Checkpoint(tiny[0]) as checkpoint:
         assert checkpoint.unused == []
     assert len(load_index(convert(tiny[0], tmp_path / "a.edgemoe")).records) == 4 * 64
+
+
+def test_a_store_without_a_checkpoint_is_what_convert_makes(tmp_path: Path) -> None:
+    make_checkpoint("tiny", tmp_path / "hf", layers=1)
+    options = ConvertOptions(trunk_bits=4)
+    convert(tmp_path / "hf", tmp_path / "a.edgemoe", options)
+    make_store("tiny", tmp_path / "b.edgemoe", options, pool=64, layers=1)
+    files = sorted(file.name for file in (tmp_path / "a.edgemoe").iterdir())
+    assert files == sorted(file.name for file in (tmp_path / "b.edgemoe").iterdir())
+    for name in set(files) - {"store.json"}:  # which says that the experts are dealt
+        first, second = (tmp_path / store / name for store in ("a.edgemoe", "b.edgemoe"))
+        assert first.read_bytes() == second.read_bytes(), name
+
+
+def test_a_store_deals_its_experts_to_the_layers(tmp_path: Path) -> None:
+    rates = make_store("tiny", tmp_path / "a.edgemoe", ConvertOptions(), pool=16, layers=2)
+    assert all(abs(found - wanted) < 0.06 for found, wanted in zip(rates, TARGET, strict=True))
+    index = load_index(tmp_path / "a.edgemoe")
+    crcs = [[index.records[layer, expert].crc32c for expert in range(64)] for layer in (0, 1)]
+    assert len({*crcs[0], *crcs[1]}) == 16 and crcs[0] != crcs[1]
+    for layer in (0, 1):
+        assert crcs[layer] == [crcs[0][dealt(layer, expert, 16)] for expert in range(64)]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.edgemoe"]
+    with pytest.raises(UsageError, match="already exists"):
+        make_store("tiny", tmp_path / "a.edgemoe", ConvertOptions())
 
 
 @pytest.mark.parametrize("size", (512, 50304, 151936))

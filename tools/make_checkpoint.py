@@ -19,24 +19,21 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from math import prod, sqrt
+from itertools import chain
+from math import prod
 from pathlib import Path
 
 import torch
 from random_checkpoint import model
+from random_checkpoint.maker import Maker
 from random_checkpoint.shapes import SHAPES
-from random_checkpoint.tokenizer import SPECIAL, write_tokenizer
+from random_checkpoint.tokenizer import write_tokenizer
 from torch import Tensor
 
 from edgemoe.models import load_module
-from edgemoe.models.names import layer_slots, spellings
+from edgemoe.models.names import spellings
 from edgemoe.quant.journal import OutputFile
 from edgemoe.runtime.format import encode_header
-
-NUM_CALIBRATION = 512  # tokens whose mean calibrates the routers
-NUM_MEASURED = 384  # tokens after them, on which hit rates are counted
-_ROWS = 4096  # of the embedding and the head, made at once
 
 
 class Shards:
@@ -70,121 +67,33 @@ class Shards:
         (self.path / "model.safetensors.index.json").write_text(text, encoding="utf-8")
 
 
-class Maker:
-    """Makes one checkpoint in order; `hidden` [T, D] is what the tokens have become."""
+def write_layer(maker: Maker, shards: Shards, layer: int) -> list[float]:
+    """Make, run and write one layer; returns the hit rates of three LRU caches."""
+    made = maker.attention(layer)
+    routing = maker.routing(made)
+    shapes = dict(maker.names(layer).values())
+    for expert in range(maker.args.num_experts):
+        shapes |= maker.expert_shapes(layer, expert)
+    down = model.down_std(maker.args, routing.weights)
 
-    def __init__(self, config: dict[str, object], path: Path, seed: int, threads: int) -> None:
-        self.module = load_module(str(config["model_type"]))
-        self.args = self.module.parse(config)
-        self.shards = Shards(path, self.args.num_layers + 2)
-        self.gaussian = model.Gaussian(seed)
-        self.pool = ThreadPoolExecutor(threads)
-        self.threads = threads
-        generator = torch.Generator().manual_seed(seed)
-        count = NUM_CALIBRATION + NUM_MEASURED
-        self.tokens = torch.randint(self.args.vocab - len(SPECIAL), (count,), generator=generator)
-        self.hidden = torch.empty(count, self.args.hidden)
+    def tensors() -> Iterator[Tensor]:
+        yield from made.values()
+        for matrices in maker.mix(
+            layer, routing, maker.experts(layer, maker.args.num_experts, down)
+        ):
+            yield from matrices
 
-    def embedding(self) -> None:
-        args = self.args
-        common = self.gaussian.matrix((args.hidden,), model.EMBED_RMS, 0, 0)
+    shards.write(shapes, tensors())
+    return maker.hit_rates(routing)
 
-        def blocks() -> Iterator[Tensor]:
-            for begin in range(0, args.vocab, _ROWS):
-                rows = min(_ROWS, args.vocab - begin)
-                noise = self.gaussian.matrix((rows, args.hidden), model.EMBED_RMS, 0, 1, begin)
-                block = (noise.float() + common.float()).to(torch.bfloat16)
-                mine = (self.tokens >= begin) & (self.tokens < begin + rows)
-                self.hidden[mine] = block[self.tokens[mine] - begin].float()
-                yield block
 
-        name = spellings(self.module.TRUNK, "embed")[0]
-        self.shards.write({name: (args.vocab, args.hidden)}, blocks())
-
-    def layer(self, layer: int) -> list[float]:
-        """Make, run and write one layer; returns the hit rates of three LRU caches."""
-        args, module = self.args, self.module
-        trunk = {
-            slot: (spellings(module.TRUNK, slot, layer)[0], shape)
-            for slot, shape in layer_slots(args, layer)
-        }
-        made: dict[str, Tensor] = {}
-        for number, (slot, (_, shape)) in enumerate(trunk.items()):
-            if len(shape) == 1:
-                made[slot] = torch.ones(shape, dtype=torch.bfloat16)
-            else:
-                std = model.unit_std(shape[1])
-                made[slot] = self.gaussian.matrix(shape, std, 1, layer, number)
-        x = model.rms_norm(self.hidden, args.rms_eps)
-        names = ("layer.q", "layer.k", "layer.v")
-        inner = model.attention_inner(args, x, *(made[name] for name in names))
-        scale = model.BLOCK_RMS / float(inner.square().mean().sqrt())
-        made["layer.o"] = (made["layer.o"].float() * scale).to(torch.bfloat16)
-        self.hidden += inner @ made["layer.o"].float().T
-        x = model.rms_norm(self.hidden, args.rms_eps)
-        router = model.calibrate_router(made["layer.router"], x[:NUM_CALIBRATION])
-        made["layer.router"] = router
-        ids, weights = model.route(args, router, x)
-        shapes = dict(trunk.values())
-        wide, tall = (args.expert_width, args.hidden), (args.hidden, args.expert_width)
-        for expert in range(args.num_experts):
-            for proj, shape in (("gate", wide), ("up", wide), ("down", tall)):
-                shapes[module.expert_tensor(layer, expert, proj)] = shape
-
-        def tensors() -> Iterator[Tensor]:
-            yield from made.values()
-            total = torch.zeros_like(self.hidden)
-            for expert, matrices in enumerate(self._experts(layer, model.down_std(args, weights))):
-                token, slot = (ids == expert).nonzero(as_tuple=True)
-                out = model.expert_output(x[token], *matrices)
-                total.index_add_(0, token, out * weights[token, slot, None])
-                yield from matrices
-            self.hidden += total
-
-        self.shards.write(shapes, tensors())
-        if not torch.isfinite(self.hidden).all():
-            raise AssertionError(f"layer {layer}: hidden states are not finite")
-        capacities = [args.num_experts * quarters // 4 for quarters in (1, 2, 3)]
-        return [model.lru_hit_rate(ids, size, NUM_CALIBRATION) for size in capacities]
-
-    def _experts(self, layer: int, down: float) -> Iterator[list[Tensor]]:
-        """The matrices of every expert in order; the next ones are made meanwhile."""
-        args = self.args
-        wide, tall = (args.expert_width, args.hidden), (args.hidden, args.expert_width)
-        std = model.unit_std(args.hidden)
-
-        def make(expert: int) -> list[Tensor]:
-            kinds = ((wide, std), (wide, std), (tall, down))
-            return [
-                self.gaussian.matrix(shape, spread, 2, layer, expert, proj)
-                for proj, (shape, spread) in enumerate(kinds)
-            ]
-
-        waiting = [self.pool.submit(make, e) for e in range(min(self.threads, args.num_experts))]
-        for expert in range(args.num_experts):
-            matrices = waiting.pop(0).result()
-            if expert + self.threads < args.num_experts:
-                waiting.append(self.pool.submit(make, expert + self.threads))
-            yield matrices
-            del matrices
-
-    def head(self) -> None:
-        args, table = self.args, self.module.TRUNK
-        mean = model.rms_norm(self.hidden, args.rms_eps).mean(0)
-        mean /= mean.norm()
-        std = model.LOGIT_STD / sqrt(args.hidden)
-
-        def blocks() -> Iterator[Tensor]:
-            yield torch.ones(args.hidden, dtype=torch.bfloat16)
-            for begin in range(0, args.vocab, _ROWS):
-                shape = (min(_ROWS, args.vocab - begin), args.hidden)
-                block = self.gaussian.matrix(shape, std, 3, begin).float()
-                yield (block - torch.outer(block @ mean, mean)).to(torch.bfloat16)
-
-        shapes = {spellings(table, "norm")[0]: (args.hidden,)}
-        shapes[spellings(table, "lm_head")[0]] = (args.vocab, args.hidden)
-        self.shards.write(shapes, blocks())
-        self.shards.close()
+def write_small_files(path: Path, config: dict[str, object]) -> None:
+    """Tokenizer, config.json and generation_config.json; end of text goes into `config`."""
+    end = write_tokenizer(path, int(str(config["vocab_size"])))
+    config["eos_token_id"] = config["pad_token_id"] = end
+    generation = {"eos_token_id": end, "do_sample": False}
+    for name, document in (("config.json", config), ("generation_config.json", generation)):
+        (path / name).write_text(json.dumps(document, indent=2), encoding="utf-8")
 
 
 def make_checkpoint(
@@ -199,24 +108,26 @@ def make_checkpoint(
     partial = out.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    vocab = int(config["vocab_size"])
-    config["eos_token_id"] = config["pad_token_id"] = write_tokenizer(partial, vocab)
-    generation = {"eos_token_id": config["eos_token_id"], "do_sample": False}
-    for name, document in (("config.json", config), ("generation_config.json", generation)):
-        (partial / name).write_text(json.dumps(document, indent=2), encoding="utf-8")
-    maker = Maker(config, partial, seed, threads)
+    write_small_files(partial, config)
+    maker = Maker(config, seed, threads)
+    args, table = maker.args, maker.module.TRUNK
+    shards = Shards(partial, args.num_layers + 2)
     begin, rates = time.monotonic(), []
     with torch.inference_mode():
-        maker.embedding()
-        for layer in range(maker.args.num_layers):
-            rates.append(maker.layer(layer))
+        embed = {spellings(table, "embed")[0]: (args.vocab, args.hidden)}
+        shards.write(embed, maker.embedding())
+        for layer in range(args.num_layers):
+            rates.append(write_layer(maker, shards, layer))
             text = "/".join(f"{rate:.2f}" for rate in rates[-1])
             rms = float(maker.hidden.square().mean().sqrt())
             elapsed = time.monotonic() - begin
             print(
                 f"layer {layer}: LRU hits {text}, hidden rms {rms:.3f}, {elapsed:.0f} s", flush=True
             )
-        maker.head()
+        last = {spellings(table, "norm")[0]: (args.hidden,)}
+        last[spellings(table, "lm_head")[0]] = (args.vocab, args.hidden)
+        shards.write(last, chain([torch.ones(args.hidden, dtype=torch.bfloat16)], maker.head()))
+        shards.close()
     maker.pool.shutdown()
     partial.rename(out)
     return [sum(column) / len(rates) for column in zip(*rates, strict=True)]
