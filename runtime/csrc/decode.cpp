@@ -157,13 +157,14 @@ int32_t Decoder::run_experts(const em_block &layer, em_store *store, em_decode_a
   return status;
 }
 
+// Whether every record of the place is in memory or being read, or with `failed` its read has failed.
 bool Decoder::is_here(const em_block &layer, em_store *store, const em_decode_args &args,
-                      int64_t place) const {
+                      int64_t place, bool failed) const {
   const int32_t *ids = args.routes + place * model_.top_k;
   for (int64_t k = 0; k < model_.top_k; ++k) {
     const int64_t key = layer.first_key + ids[k];
-    const bool is_coming = status_of(store, static_cast<int32_t>(key)) > EM_ABSENT;
-    if (args.addresses[key] == 0 || !is_coming) return false;
+    const int32_t status = status_of(store, static_cast<int32_t>(key));
+    if (args.addresses[key] == 0 || status == EM_ABSENT || (status < 0 && !failed)) return false;
   }
   return true;
 }
@@ -185,11 +186,13 @@ int32_t Decoder::decode(em_store *store, em_decode_args &args) {
     const bool has_experts = layer.router.rows != 0;
     if (has_experts) {
       args.num_places = place + 1;
-      if (!is_here(layer, store, args, place)) {
+      if (!is_here(layer, store, args, place, false)) {
         const int64_t before = monotonic_ns();
         const int32_t answer = args.demand(args.context, place);
         demand_ns += monotonic_ns() - before;
-        if (answer != 0 || !is_here(layer, store, args, place)) return int32_t{EM_ERR_DEMAND};
+        // A read that has failed by now is em_moe_run's to report.
+        const bool is_given = answer == 0 && is_here(layer, store, args, place, true);
+        if (!is_given) return int32_t{EM_ERR_DEMAND};
       }
     }
     status = mlp(number, 1, normed);  // the shared expert, while reads fly

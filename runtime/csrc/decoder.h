@@ -64,7 +64,7 @@ class Decoder {
   int32_t route(const em_block &layer, const float *normed, int64_t num_tokens, int32_t *ids,
                 float *weights);
   bool is_here(const em_block &layer, em_store *store, const em_decode_args &args,
-               int64_t place) const;
+               int64_t place, bool failed) const;
   int32_t run_experts(const em_block &layer, em_store *store, em_decode_args &args, int64_t place,
                       const float *normed, float *y);
 
