@@ -19,6 +19,7 @@ COMMANDS = {
     "inspect": (".inspect", "show what a store holds"),
     "verify": (".verify", "check a store, and that streaming does not change its output"),
     "bench": (".bench", "measure speed, reads and memory at several budgets"),
+    "bench io": (".bench_io", "measure how fast records come from storage, and what that costs"),
 }
 EXIT_INTERRUPTED = 130
 

@@ -391,7 +391,7 @@ em_store *em_store_open(const char *path, const em_record *records, int64_t num_
     store->records.assign(records, records + num_records);
     store->queue.open(&store->records);
     store->verified.assign(static_cast<size_t>(num_records), 0);
-    store->landed_ns.assign(static_cast<size_t>(num_records), 0);
+    store->landed_ns.assign(static_cast<size_t>(num_records) + 1, 0);  // never a null pointer
     store->status.reset(new std::atomic<int32_t>[num_records]);
     store->has_gate_up.reset(new std::atomic<bool>[num_records]);
     for (int64_t i = 0; i < num_records; ++i) {

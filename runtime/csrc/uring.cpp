@@ -22,7 +22,7 @@
 namespace em {
 namespace {
 
-constexpr int kMaxAttempts = 50;  // a millisecond each, where the system has no memory for a request
+constexpr int kMaxAttempts = 50;  // a millisecond each, where the system is short of memory
 
 // The same on every architecture (alpha apart); older headers do not name them.
 constexpr long kSetup = 425, kEnter = 426;
@@ -72,7 +72,9 @@ int32_t Uring::open(int32_t num_reads) {
     ::close(ring);
     return is_one_mapping ? -ENOMEM : -ENOSYS;
   }
-  const auto word = [this](uint32_t offset) { return reinterpret_cast<uint32_t *>(rings_ + offset); };
+  const auto word = [this](uint32_t offset) {
+    return reinterpret_cast<uint32_t *>(rings_ + offset);
+  };
   sq_head_ = word(params.sq_off.head);
   sq_tail_ = word(params.sq_off.tail);
   sq_mask_ = *word(params.sq_off.ring_mask);

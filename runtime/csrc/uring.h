@@ -6,9 +6,9 @@ namespace em {
 
 class File;
 
-// One ring. The caller serialises everything but `has_completion`, and `wait`, which one thread at a
-// time may be in while others push and submit (they must not pop then: a waiter counts completions
-// from where the ring stood when it entered).
+// One ring. The caller serialises everything but `has_completion`, and `wait`: one thread at a time
+// may be in it while others push and submit. They must not pop then: a waiter counts completions
+// from where the ring stood when it entered.
 class Uring {
  public:
   Uring() = default;
@@ -22,7 +22,7 @@ class Uring {
 
   void push_read(const File &file, void *dst, int64_t num_bytes, int64_t offset, uint64_t tag);
   void push_nop(uint64_t tag);  // completes at once: wakes the waiter
-  // Hand over what was pushed; on -errno `take_back` gives the tags of what the system did not take.
+  // Hand over what was pushed. After -errno, `take_back` gives the tags of what was not taken.
   int32_t submit();
   bool take_back(uint64_t *tag);
 

@@ -21,7 +21,14 @@
 
 namespace {
 
-enum : uint8_t { kRaw = 1, kBuffered = 2, kCancel = 4, kTruncate = 8, kCompute = 16, kThreads = 64 };
+enum : uint8_t {
+  kRaw = 1,
+  kBuffered = 2,
+  kCancel = 4,
+  kTruncate = 8,
+  kCompute = 16,
+  kThreads = 64
+};
 constexpr int64_t kPage = 4096;
 constexpr int64_t kMaxRead = 1 << 20;  // bytes of records that one input makes us read
 
