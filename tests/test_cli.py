@@ -400,9 +400,7 @@ def test_bench_measures_every_arm(store: Path, tmp_path: Path) -> None:
             assert len(each["limits_around"]) == 2
     assert [r["logits_hash"] for r in floor["rounds"]] == [r["logits_hash"] for r in full["rounds"]]
     assert floor["rounds"][0]["logits_hash"] != floor["rounds"][1]["logits_hash"]
-    assert (
-        floor["rounds"][0]["bytes_read_per_token"] > 0 == full["rounds"][0]["bytes_read_per_token"]
-    )
+    assert floor["rounds"][0]["bytes_read_per_token"] > 0 == full["rounds"][0]["prefill_bytes_read"]
     assert document["prompts"]["kind"] == "real" and "built-in text" in out
     assert "reached" in out and "round 2 of 2: 100%" in done.stderr
 

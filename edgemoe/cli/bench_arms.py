@@ -188,6 +188,8 @@ def _measure_one(
             for line in engine.notes:
                 note(f"note: {arm.name}: {line}")
             cache_bytes = engine.cache.capacity_bytes
+            if arm.is_resident:
+                engine.cache.preload()
             with Session(engine) as session:
                 greedy(session, prompt, min(WARM_UP_TOKENS, args.tokens))
                 session.reset()

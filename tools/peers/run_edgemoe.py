@@ -3,7 +3,7 @@
     python tools/peers/run_edgemoe.py olmoe.edgemoe --tokens tokens.json --memory 2GiB
 
 One process per measurement; one JSON line on standard output. Without `--memory` every expert stays
-resident; the warm-up round reads them.
+resident, and is read while the engine opens.
 """
 
 import argparse
@@ -27,6 +27,8 @@ class Runner:
 
         begin = time.perf_counter()
         self.engine = Engine.from_pretrained(path, memory=memory, context=context, threads=threads)
+        if memory is None:
+            self.engine.cache.preload()
         self._session = Session(self.engine)
         self.load_s = time.perf_counter() - begin
         self._tokens: list[int] = []
