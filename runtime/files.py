@@ -10,19 +10,19 @@ from typing import BinaryIO
 import numpy as np
 
 from .errors import FormatError
-from .format import LINE_BYTES, TensorEntry
+from .format import TensorEntry
+from .memory import Pile, aligned_memory
 
 _BLOCK_BYTES = 8 << 20  # buffered reads drop their pages after so many bytes
 
 
-def read_trunk_tensor(file: BinaryIO, entry: TensorEntry) -> np.ndarray:
+def read_trunk_tensor(file: BinaryIO, entry: TensorEntry, pile: Pile | None = None) -> np.ndarray:
     """The bytes of one tensor, u8 [num_bytes], 64-byte aligned; leaves none in the page cache.
 
-    Raises FormatError where the file ends too early or cannot be read.
+    Where a pile is given, they lie in it. Raises FormatError where the file ends too early or
+    cannot be read.
     """
-    room = np.empty(entry.num_bytes + LINE_BYTES, dtype=np.uint8)
-    start = -room.ctypes.data % LINE_BYTES
-    data = room[start : start + entry.num_bytes]
+    data = pile.take(entry.num_bytes) if pile else aligned_memory(entry.num_bytes)
     done = 0
     while done < entry.num_bytes:
         offset = entry.offset + done

@@ -10,6 +10,7 @@ from . import core, reference
 from .checksum import crc32c
 from .errors import EdgeMoeError, UsageError
 from .format import LINE_BYTES, QuantSpec
+from .memory import Pile, aligned_memory
 from .packing import (
     fail,
     pack_16bit,
@@ -95,8 +96,13 @@ class PackedMatrix:
         return self.data.numel()
 
     @classmethod
-    def from_16bit(cls, weight: Tensor, backend: str | None = None) -> "PackedMatrix":
-        """Pack a bf16 or fp16 weight `[rows, cols]`; its bits are kept."""
+    def from_16bit(
+        cls, weight: Tensor, backend: str | None = None, pile: Pile | None = None
+    ) -> "PackedMatrix":
+        """Pack a bf16 or fp16 weight `[rows, cols]`, into the pile where one is given.
+
+        Its bits are kept.
+        """
         modes = {torch.bfloat16: "bf16", torch.float16: "fp16"}
         if weight.dtype not in modes or weight.dim() != 2:
             raise UsageError(
@@ -106,7 +112,8 @@ class PackedMatrix:
         rows, cols = weight.shape
         spec.check_shape(rows, cols)
         words = weight.contiguous().view(torch.int16).numpy().view(np.uint16)
-        data = torch.empty(spec.matrix_bytes(rows, cols), dtype=torch.uint8)
+        num_bytes = spec.matrix_bytes(rows, cols)
+        data = torch.from_numpy(pile.take(num_bytes) if pile else aligned_memory(num_bytes))
         pack_16bit_into(words, data.numpy(), backend)
         return cls(data, rows, cols, spec, backend)
 

@@ -1,4 +1,4 @@
-"""Memory for expert records. Floor 0."""
+"""Memory for expert records and for the trunk. Floor 0."""
 
 import contextlib
 import ctypes
@@ -9,6 +9,7 @@ import numpy as np
 
 from . import core
 from .errors import EdgeMoeError, UsageError
+from .format import LINE_BYTES
 
 HUGE_PAGE_BYTES = 2 << 20
 
@@ -64,6 +65,40 @@ class Arena:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def aligned_memory(num_bytes: int) -> np.ndarray:
+    """u8 [num_bytes], 64-byte aligned, not cleared."""
+    room = np.empty(num_bytes + LINE_BYTES, dtype=np.uint8)
+    start = -room.ctypes.data % LINE_BYTES
+    return room[start : start + num_bytes]
+
+
+class Pile:
+    """Memory for matrices that stay, on huge pages where the system has them.
+
+    A token reads the whole trunk once: on 4 KiB pages the processor's prefetch stops at every page
+    and most pages miss its table of addresses. Matrices lie one after the other in few arenas, of
+    which only what is written takes memory; small ones lie elsewhere, since a huge page for each
+    model of a few MB would be much.
+    """
+
+    def __init__(self, backend: str | None = None, arena_bytes: int = 256 << 20) -> None:
+        self._backend = backend
+        self._arena_bytes = arena_bytes
+        self._arena: Arena | None = None
+        self._used = 0
+
+    def take(self, num_bytes: int) -> np.ndarray:
+        """u8 [num_bytes], 64-byte aligned, not cleared; stays until the last view is gone."""
+        if num_bytes < HUGE_PAGE_BYTES:
+            return aligned_memory(num_bytes)
+        if self._arena is None or self._used + num_bytes > self._arena.num_bytes:
+            self._arena = Arena(max(num_bytes, self._arena_bytes), self._backend)
+            self._used = 0
+        first, end = self._used, self._used + num_bytes
+        self._used = -(-end // LINE_BYTES) * LINE_BYTES
+        return self._arena.view(first, num_bytes)
 
 
 class _NativeMemory:

@@ -12,6 +12,7 @@ from .files import advise, read_some, read_trunk_tensor
 from .format import TensorEntry, read_header
 from .index import EXPERTS_FILE, TRUNK_FILE, ExpertRecord, StoreIndex, load_index
 from .io import DEFAULT_DEPTH, READY, Arena, RecordReader, failure_text
+from .memory import Pile
 
 if TYPE_CHECKING:
     import torch
@@ -107,18 +108,20 @@ class Store:
         except KeyError:
             raise NotFoundError(f"`{self.path / TRUNK_FILE}` has no tensor `{name}`") from None
 
-    def trunk_tensor(self, name: str) -> "torch.Tensor | PackedMatrix":
+    def trunk_tensor(self, name: str, pile: Pile | None = None) -> "torch.Tensor | PackedMatrix":
         """Read one trunk tensor: a PackedMatrix where the store packed it, else a torch tensor.
 
-        Nothing is kept; asking twice reads twice. Raises NotFoundError, FormatError.
+        A PackedMatrix lies in the pile where one is given. Nothing is kept; asking twice reads
+        twice. Raises NotFoundError, FormatError.
         """
         import torch
 
         entry = self.trunk_entry(name)
         if name not in self.index.packed_trunk and entry.dtype not in _TORCH_DTYPES:
             raise FormatError(f"trunk tensor `{name}` has unknown dtype `{entry.dtype}`")
-        data = torch.from_numpy(read_trunk_tensor(self._trunk_file, entry))
         packed = self.index.packed_trunk.get(name)
+        own = None if packed is None else pile
+        data = torch.from_numpy(read_trunk_tensor(self._trunk_file, entry, own))
         if packed is not None:
             from .kernels import PackedMatrix
 

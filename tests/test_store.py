@@ -24,6 +24,7 @@ from edgemoe.runtime.index import (
     save_index,
 )
 from edgemoe.runtime.io import ERR_CRC, READY, Arena
+from edgemoe.runtime.memory import Pile
 from edgemoe.runtime.store import Store, file_sha256
 
 BACKENDS = ["reference"] + (["native"] if core.lib else [])
@@ -298,3 +299,14 @@ def test_infinity_is_no_size(fuzz_index):
                 load_index(fuzz_index.path)
     finally:
         (fuzz_index.path / STORE_FILE).write_text(original)
+
+
+def test_a_pile_hands_out_what_was_not_handed_out():
+    pile = Pile(arena_bytes=8 << 20)
+    sizes = (100, 3 << 20, (2 << 20) + 5, 4 << 20, 20 << 20, 2 << 20)
+    pieces = [pile.take(size) for size in sizes]
+    for i, piece in enumerate(pieces):
+        piece[:] = i + 1
+    for i, (piece, size) in enumerate(zip(pieces, sizes, strict=True)):
+        assert piece.size == size and piece.ctypes.data % 64 == 0
+        assert (piece == i + 1).all()

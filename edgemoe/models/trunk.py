@@ -10,11 +10,13 @@ from torch import Tensor
 from ..runtime.errors import FormatError
 from ..runtime.format import TILE_ROWS
 from ..runtime.kernels import PackedMatrix, ThreadPool
+from ..runtime.memory import Pile
 from . import names
 from .args import ModelArgs
 
-# Gives a stored tensor by its name, raising where there is none (`Store.trunk_tensor`).
-ReadTensor = Callable[[str], Tensor | PackedMatrix]
+# Gives a stored tensor by its name, raising where there is none (`Store.trunk_tensor`); packed ones
+# in the pile, where one is given.
+ReadTensor = Callable[[str, Pile | None], Tensor | PackedMatrix]
 
 
 class Linear(Protocol):
@@ -91,6 +93,7 @@ class Trunk:
     ) -> None:
         self._table, self._read, self._backend = table, read, backend
         self._shapes = {(slot, layer): shape for slot, layer, shape in names.trunk_slots(args)}
+        self._pile = Pile(backend)
 
     def layer(self, layer: int) -> LayerWeights:
         """All parts of one layer."""
@@ -123,7 +126,7 @@ class Trunk:
 
     def embedding(self, slot: str) -> PackedMatrix:
         """A matrix whose rows can be looked up."""
-        name, value = self._stored(slot, -1)
+        name, value = self._stored(slot, -1, self._pile)
         if isinstance(value, PackedMatrix):
             return value
         if value.dtype not in (torch.bfloat16, torch.float16):
@@ -132,30 +135,34 @@ class Trunk:
                 "expected 16 bits or tiles",
                 "convert the checkpoint again",
             )
-        return PackedMatrix.from_16bit(value, self._backend)
+        return PackedMatrix.from_16bit(value, self._backend, self._pile)
 
     def matrix(self, slot: str, layer: int = -1) -> Linear:
         """A linear; the small ones (routers) may also be stored in fp32."""
-        _, value = self._stored(slot, layer)
+        return self._matrix(slot, layer, self._pile)
+
+    def _matrix(self, slot: str, layer: int, pile: Pile | None) -> Linear:
+        _, value = self._stored(slot, layer, pile)
         if isinstance(value, PackedMatrix):
             return value
         if value.dtype == torch.float32:
             return Fp32Matrix(value, self._backend)
-        return PackedMatrix.from_16bit(value, self._backend)
+        return PackedMatrix.from_16bit(value, self._backend, pile)
 
     def stacked(self, slots: Sequence[str], layer: int) -> Linear:
         """Several matrices of one input as one, which is one call instead of several.
 
         Tiles hold whole rows, so matrices of one format are joined by joining their bytes.
         """
-        parts = [self.matrix(slot, layer) for slot in slots]
+        parts = [self._matrix(slot, layer, None) for slot in slots]
         first = parts[0]
         if not all(
             isinstance(part, PackedMatrix) and part.spec == first.spec and not part.rows % TILE_ROWS
             for part in parts
         ):
             return Rows(parts)
-        data = torch.cat([part.data for part in parts])
+        data = torch.from_numpy(self._pile.take(sum(part.num_bytes for part in parts)))
+        torch.cat([part.data for part in parts], out=data)
         rows = sum(part.rows for part in parts)
         return PackedMatrix.from_packed(data, rows, first.cols, first.spec, self._backend)
 
@@ -165,9 +172,11 @@ class Trunk:
             return None
         return torch.cat([self.vector(slot, layer) for slot in slots])
 
-    def _stored(self, slot: str, layer: int) -> tuple[str, Tensor | PackedMatrix]:
+    def _stored(
+        self, slot: str, layer: int, pile: Pile | None = None
+    ) -> tuple[str, Tensor | PackedMatrix]:
         name = names.spellings(self._table, slot, layer)[0]  # a store uses the released names
-        value = self._read(name)
+        value = self._read(name, pile)
         packed = isinstance(value, PackedMatrix)
         expected = self._shapes[slot, layer]
         got = (value.rows, value.cols) if packed else tuple(value.shape)
