@@ -125,7 +125,7 @@ EM_API int32_t em_index_key(const em_index *index, int64_t layer, int64_t expert
 /* ---- store --------------------------------------------------------------------------------- */
 typedef struct em_store em_store;
 /* Open an experts.safetensors. records[num_records] is copied; a key is an index into it.
- * depth: requests that are being read at a time, 1 .. 256.
+ * depth: requests that are being read at a time, 1 .. 256; a record is two. Guesses get half of it.
  * io: 0 direct where the file system takes it, else buffered; 1 direct or fail; 2 buffered.
  * method: direct reads go through io_uring where there is one and it is allowed; else, and buffered
  * ones always, through `depth` reader threads.

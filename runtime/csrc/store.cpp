@@ -223,10 +223,11 @@ struct em_store {
                     records[request.key].offset + request.begin + flight.num_bytes, tag);
   }
 
-  // Start what the depth allows. Guesses under way do not keep a demand waiting.
+  // Start what the depth allows: half of it for guesses, and guesses under way do not keep a demand
+  // waiting.
   void start() {
-    while (!queue.empty() &&
-           (queue.top_priority() == 0 ? num_demands : num_flights) < depth) {
+    while (!queue.empty() && (queue.top_priority() == 0 ? num_demands < depth
+                                                        : num_flights < (depth + 1) / 2)) {
       uint64_t tag = 0;
       while (flights[tag].is_used) ++tag;
       Flight &flight = flights[tag];
