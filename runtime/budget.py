@@ -227,14 +227,14 @@ def moe_workspace_bytes(num_tokens: int, num_pairs: int, hidden: int, width: int
 
 
 def _activation_bytes(dims: ModelDims, context: int, chunk: int, index: StoreIndex) -> int:
-    """An upper estimate of what lives at once in one layer of one chunk, and of the logits."""
+    """An upper estimate of what one chunk needs, whose buffers the core keeps, and of the logits."""
     tokens = min(chunk, context)
     num_experts = max(index.layer_to_num_experts.values(), default=0)
     per_token = 6 * dims.hidden  # residual, normed, output, int8 copy, temporaries
     attention = dims.num_heads * dims.head_dim
     attention += 2 * dims.num_kv_heads * dims.head_dim
     router = 4 * num_experts + 4 * dims.top_k
-    per_token += max(3 * attention, 3 * dims.dense_width, router)
+    per_token += 3 * attention + 3 * dims.dense_width + router
     logits = 6 * dims.vocab  # of one token, and what sampling makes of them
     workspace = moe_workspace_bytes(
         tokens, wave_pairs(tokens, dims.top_k), dims.hidden, dims.expert_width
