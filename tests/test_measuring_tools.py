@@ -103,9 +103,9 @@ def test_rates() -> None:
 def test_rounds_feed_the_same_tokens_to_everybody() -> None:
     fed: list[list[int]] = []
 
-    def feed(ids: Sequence[int]) -> int:
+    def feed(ids: Sequence[int]) -> list[int]:
         fed.append(list(ids))
-        return ids[-1] + 1
+        return [ids[-1] + 1, 5]
 
     found = measure.run_rounds(
         feed, lambda: fed.append([]), [1, 2, 3], list(range(10, 22)), 2, warm_up=True
@@ -115,7 +115,7 @@ def test_rounds_feed_the_same_tokens_to_everybody() -> None:
     assert fed == warm + whole + whole
     assert len(found["prefill_tokens_per_s"]) == len(found["decode_tokens_per_s"]) == 2
     assert [len(steps) for steps in found["step_s"]] == [12, 12]
-    assert found["likeliest"] == [4, *range(11, 23)]
+    assert found["logits"] == [22.0, 5.0]
 
 
 def test_random_tokens_repeat(tmp_path: Path) -> None:
@@ -203,7 +203,7 @@ def result(prefill: float, steps: list[float]) -> dict[str, object]:
     outside = {"anonymous": 10**9, "page_cache": 2 * 10**9, "file_backed": 0, "read": 3 * 10**9}
     speed = [len(steps) / sum(steps)]
     measured = {"prefill_tokens_per_s": [prefill], "decode_tokens_per_s": speed, "step_s": [steps]}
-    return measured | {"load_s": 1.0, "outside": outside, "likeliest": [7, 8, 9]}
+    return measured | {"load_s": 1.0, "outside": outside, "logits": [7.0, 8.0, 9.0]}
 
 
 def test_table_has_medians_and_ratios() -> None:
@@ -223,12 +223,13 @@ def test_table_has_medians_and_ratios() -> None:
     assert cells[5][2] == "killed for memory"
 
 
-def test_agreement_counts_equal_tokens() -> None:
-    arms = [
-        side_by_side.Arm("none", None, name, [], [result(1, [1.0])]) for name in ("edgemoe", "x")
-    ]
-    arms[1].rounds[0]["likeliest"] = [7, 0, 9]
-    assert side_by_side.agreement(arms) == "same likeliest token as edgemoe: x 2 of 3"
+def test_agreement_is_a_correlation_after_as_many_tokens() -> None:
+    arms = [side_by_side.Arm("none", None, name, []) for name in ("edgemoe", "x", "y")]
+    for arm, steps in zip(arms, ([1.0, 1.0], [1.0, 1.0], [1.0]), strict=True):
+        arm.rounds.append(result(1, steps))
+    arms[1].rounds[0]["logits"] = [-14.0, -16.0, -18.0]
+    assert side_by_side.agreement(arms, 2) == "correlation of logits with edgemoe: x -1.00"
+    assert side_by_side.agreement(arms[:1], 2) == ""
 
 
 def test_limited_rows_are_skipped_aloud(

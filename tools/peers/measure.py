@@ -13,7 +13,9 @@ from typing import Any
 
 WARM_UP_TOKENS = 8
 
-Feed = Callable[[Sequence[int]], int]  # appends tokens; returns the likeliest next one
+KEPT_LOGITS = 4096  # of the last token: enough to see whether two engines run one model
+
+Feed = Callable[[Sequence[int]], Any]  # appends tokens; returns the logits after the last
 
 
 def random_tokens(vocab: int, prompt: int, continuation: int, seed: int) -> dict[str, list[int]]:
@@ -40,16 +42,15 @@ def run_rounds(
     """Prefill the prompt and decode the continuation `repeats` times.
 
     The warm-up is an unmeasured round of the whole prompt and a few tokens. Returns tokens per
-    second of every round, the seconds of every decoded token, and the likeliest token after each of
-    them in the last round.
+    second of every round, the seconds of every decoded token, and the first logits after the last.
     """
-    prefill, decode, steps, likeliest = [], [], [], []
+    prefill, decode, steps = [], [], []
     for turn in range(-1 if warm_up else 0, repeats):
         reset()
-        times, likeliest = [time.perf_counter()], []
+        times = [time.perf_counter()]
         tokens = continuation if turn >= 0 else continuation[:WARM_UP_TOKENS]
         for ids in (prompt, *([token] for token in tokens)):
-            likeliest.append(feed(ids))
+            logits = feed(ids)
             times.append(time.perf_counter())
         if turn < 0:
             continue
@@ -62,7 +63,7 @@ def run_rounds(
         "prefill_tokens_per_s": prefill,
         "decode_tokens_per_s": decode,
         "step_s": steps,
-        "likeliest": likeliest,
+        "logits": [float(value) for value in logits[:KEPT_LOGITS]],
     }
 
 

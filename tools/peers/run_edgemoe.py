@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from measure import read_tokens, report, run_rounds
 
@@ -40,13 +41,13 @@ class Runner:
         self._session.reset()
         self.engine.take_step_stats()
 
-    def feed(self, ids: Sequence[int]) -> int:
-        """Append tokens; the likeliest next one."""
+    def feed(self, ids: Sequence[int]) -> Any:
+        """Append tokens; the fp32 logits [vocab] after the last."""
         self._tokens.extend(ids)
         logits = self._session.logits(self._tokens)
         step = self.engine.take_step_stats()
         self.costs.append({name: getattr(step, name) for name in COUNTED})
-        return int(logits.argmax())
+        return logits
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -78,7 +78,7 @@ class Engine:
         """Forget all tokens."""
         self._lib.llama_memory_clear(self._lib.llama_get_memory(self._context), True)
 
-    def logits(self, ids: Sequence[int]) -> Any:
+    def feed(self, ids: Sequence[int]) -> Any:
         """Append tokens; the fp32 logits [vocab] after the last, valid until the next call."""
         import numpy as np
 
@@ -92,10 +92,6 @@ class Engine:
         return np.ctypeslib.as_array(
             ctypes.cast(pointer, ctypes.POINTER(ctypes.c_float)), (self.vocab,)
         )
-
-    def feed(self, ids: Sequence[int]) -> int:
-        """Append tokens; the likeliest next one."""
-        return int(self.logits(ids).argmax())
 
     def system(self) -> str:
         """The instruction sets of this build."""
