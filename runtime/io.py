@@ -51,8 +51,8 @@ __all__ = [
 DEMAND, NEXT_LAYER, SPECULATION = 0, 1, 2  # priorities
 IO_MODES = ("auto", "direct", "buffered")  # the order is em_store_open's numbering
 METHODS = ("auto", "io_uring", "threads")  # how direct reads are made
-# Two records in flight: a drive reads on while nobody looks, and one late request costs less. On two
-# busy cores, io_uring at depth 1, 2, 3, 4: .46, .74, .90, 1.02 GB/s.
+# Two records: the drive reads on while nobody looks, and one late request costs less. io_uring on
+# two busy cores at depth 1, 2, 3, 4: .46, .74, .90, 1.02 GB/s.
 DEFAULT_DEPTH = 4
 
 
