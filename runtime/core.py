@@ -2,7 +2,7 @@
 
 import ctypes
 import sys
-from ctypes import POINTER, c_char_p, c_float, c_int32, c_int64, c_uint32, c_void_p
+from ctypes import POINTER, c_char_p, c_float, c_int32, c_int64, c_uint32, c_uint64, c_void_p
 from pathlib import Path
 
 from . import format as layout
@@ -187,6 +187,7 @@ _SIGNATURES: dict[str, tuple[object, list[object]]] = {
     ),
     "em_arena_create": (_P, [_I64]),
     "em_arena_destroy": (None, [_P, _I64]),
+    "em_memory_sweep": (c_uint64, [_P, _P, _I64]),
     "em_index_open": (POINTER(Index), [c_char_p, c_char_p, _I64]),
     "em_index_close": (None, [POINTER(Index)]),
     "em_index_key": (_I32, [POINTER(Index), _I64, _I64]),

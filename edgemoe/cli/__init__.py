@@ -20,6 +20,7 @@ COMMANDS = {
     "verify": (".verify", "check a store, and that streaming does not change its output"),
     "bench": (".bench", "measure speed, reads and memory at several budgets"),
     "bench io": (".bench_io", "measure how fast records come from storage, and what that costs"),
+    "bench kernels": (".bench_kernels", "measure the kernels against the memory; needs no model"),
 }
 EXIT_INTERRUPTED = 130
 

@@ -101,6 +101,9 @@ EM_API int32_t em_attention(em_pool *pool, const float *q, const void *keys, con
 /* Anonymous memory, 2 MiB aligned, huge pages asked for, not touched. NULL where there is none. */
 EM_API void *em_arena_create(int64_t num_bytes);
 EM_API void em_arena_destroy(void *arena, int64_t num_bytes);
+/* Read num_bytes (a multiple of 64) once with the widest loads of the instruction set, split among
+ * the threads: the memory roof beside a kernel. Returns the union of its 64-bit words. */
+EM_API uint64_t em_memory_sweep(em_pool *pool, const void *data, int64_t num_bytes);
 
 /* ---- index --------------------------------------------------------------------------------- */
 /* A layer that has experts; their records are keys first_key .. first_key + num_experts - 1. */

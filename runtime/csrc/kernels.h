@@ -46,6 +46,7 @@ struct Kernels {
   void (*quantize)(const float *x, int64_t cols, ActGroup *dst);
   void (*silu_mul)(const float *gate, const float *up, int64_t num, float *h);
   void (*add_scaled)(float weight, const float *x, int64_t num, float *y);  // y = fma(weight, x, y)
+  uint64_t (*sweep)(const uint8_t *data, int64_t num_lines);  // reads lines of 64 bytes: their union
   PanelKernel panels = nullptr;  // null where tile kernels are as fast for many tokens
 };
 

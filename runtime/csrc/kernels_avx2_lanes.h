@@ -47,6 +47,7 @@ template <int N>
 EM_INLINE B shifted_left(B x) {
   return {_mm256_slli_epi32(x.a, N), _mm256_slli_epi32(x.b, N)};
 }
+EM_INLINE B either(B x, B y) { return {_mm256_or_si256(x.a, y.a), _mm256_or_si256(x.b, y.b)}; }
 // The bits of MASK from x, the others from y.
 EM_INLINE __m256i selected(__m256i mask, __m256i x, __m256i y) {
   return _mm256_or_si256(_mm256_and_si256(mask, x), _mm256_andnot_si256(mask, y));

@@ -40,6 +40,7 @@ template <int N>
 EM_INLINE B shifted_left(B x) {
   return _mm512_slli_epi32(x, N);
 }
+EM_INLINE B either(B x, B y) { return _mm512_or_si512(x, y); }
 // The bits of MASK from x, the others from y.
 template <int MASK>
 EM_INLINE B selected(B x, B y) {

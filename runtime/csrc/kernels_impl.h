@@ -10,7 +10,7 @@
 // dot_s is an exact integer that fits a float.
 
 // How far ahead of the weights in use the next ones are fetched. The processor's own prefetch stops
-// at every page; of 1, 1.5, 2 and 4 KiB this was best, the loop a sixth faster than without.
+// at every page; of 1 to 8 KiB this was best, a cold 2-bit layer .88 of a sweep, without it .62.
 constexpr int64_t kAhead = 2048;
 
 // How the codes of a format read. The dot product of a word (4 columns of 16 rows) is taken of
@@ -351,4 +351,19 @@ void add_scaled(float weight, const float *x, int64_t num, float *y) {
   for (int64_t i = 0; i < num; ++i) y[i] = EM_FMA(weight, x[i], y[i]);
 }
 
-constexpr Kernels kTable = {kName, tile, quantize, silu_mul, add_scaled};
+uint64_t sweep(const uint8_t *data, int64_t num_lines) {
+  B sum[4] = {};
+  for (int64_t line = 0; line + 4 <= num_lines; line += 4, data += 4 * kLineBytes) {
+    EM_UNROLL
+    for (int i = 0; i < 4; ++i) sum[i] = either(sum[i], load_bytes(data + i * kLineBytes));
+  }
+  for (int64_t i = 0; i < num_lines % 4; ++i)
+    sum[i] = either(sum[i], load_bytes(data + i * kLineBytes));
+  const B all = either(either(sum[0], sum[1]), either(sum[2], sum[3]));
+  uint64_t words[8];
+  __builtin_memcpy(words, &all, sizeof words);
+  for (int i = 1; i < 8; ++i) words[0] |= words[i];
+  return words[0];
+}
+
+constexpr Kernels kTable = {kName, tile, quantize, silu_mul, add_scaled, sweep};

@@ -49,6 +49,10 @@ EM_INLINE B shifted_left(B x) {
   EM_EACH_REGISTER x.v[i] = vshlq_n_u8(x.v[i], N);
   return x;
 }
+EM_INLINE B either(B x, B y) {
+  EM_EACH_REGISTER x.v[i] = vorrq_u8(x.v[i], y.v[i]);
+  return x;
+}
 // The bits of MASK from x, the others from y.
 template <int MASK>
 EM_INLINE B selected(B x, B y) {

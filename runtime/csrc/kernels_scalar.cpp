@@ -52,6 +52,10 @@ EM_INLINE B shifted_left(B b) {
   for (int i = 0; i < 64; ++i) b.v[i] = static_cast<uint8_t>(b.v[i] << N);
   return b;
 }
+EM_INLINE B either(B a, const B &b) {
+  for (int i = 0; i < 64; ++i) a.v[i] |= b.v[i];
+  return a;
+}
 // The bits of MASK from x, the others from y.
 template <int MASK>
 EM_INLINE B selected(B x, B y) {
