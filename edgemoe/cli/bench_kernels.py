@@ -26,7 +26,7 @@ they take turns. A fraction of its roof depends little on what else the machine 
   edgemoe bench kernels --formats 4-sym-64,2-sym-64 --threads 1,2
   edgemoe bench kernels --formats all --isa avx2
 """
-LEVELS = ("avx512vnni", "avxvnni", "avx2", "neon-i8mm", "neon-dotprod", "scalar")
+LEVELS = ("amx", "avx512vnni", "avxvnni", "avx2", "neon-i8mm", "neon-dotprod", "scalar")
 SHAPES = {"olmoe": (2048, 1024), "qwen3-30b": (2048, 768)}  # hidden, expert width
 DEFAULT_FORMATS = "2-sym-64,3-sym-64,4-sym-32,4-sym-64,4-asym-64,4-nf4-64,8-sym-64"
 
@@ -79,11 +79,14 @@ def formats(text: str) -> list[QuantSpec]:
         )
     found = []
     for word in options.word_list(text):
-        bits, mode, group = [*word.split("-"), "", ""][:3] if "-" in word else ("16", word, "0")
+        parts = word.split("-")
         try:
+            bits, mode, group = ("16", word, "0") if len(parts) == 1 else parts
             found.append(QuantSpec(int(bits), int(group), mode))
         except (ValueError, EdgeMoeError) as error:
             raise UsageError(f"`{word}` is no format", str(error), "write 4-sym-64") from error
+    if not found:
+        raise UsageError("no formats given", "the list is empty", "write 4-sym-64")
     return found
 
 
