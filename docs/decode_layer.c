@@ -28,7 +28,7 @@ int main(int argc, char **argv) {
   const em_layer layer = index->layers[0];
 
   em_store *store = em_store_open(index->experts_path, index->records, index->num_records,
-                                  NUM_THREADS, 0, &status);
+                                  4, 0, EM_METHOD_AUTO, &status);
   snprintf(code, sizeof code, "code %d", (int)status);
   if (store == NULL) return stop(index->experts_path, code);
   const int64_t slot_bytes = index->max_record_bytes; /* a multiple of 4096 */
