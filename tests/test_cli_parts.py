@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -304,3 +305,21 @@ def test_a_wrong_amount_names_the_variable_it_came_from(
     assert cli.main([command, "--help"]) == 2
     error = capsys.readouterr().err
     assert "`EDGEMOE_MEMORY` is `much`" in error and "write 4GiB" in error
+
+
+@pytest.mark.parametrize("has_core", [True, False])
+def test_a_sweep_reads_all_its_memory(has_core: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    from edgemoe.cli import bench_limits
+    from edgemoe.runtime import core
+
+    if has_core and core.lib is None:
+        pytest.skip("no native core")
+    if not has_core:
+        monkeypatch.setattr(core, "lib", None)
+        monkeypatch.setattr(core, "BACKEND", "reference")
+    monkeypatch.setattr(bench_limits, "sweep_bytes", lambda: 16 << 20)
+    with closing(bench_limits.MemorySweep(2)) as sweep:
+        assert sweep.best(1) > 0
+        with sweep.running() as rate:
+            pass
+        assert rate() >= 0

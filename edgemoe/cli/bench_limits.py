@@ -6,11 +6,13 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 MIN_SWEEP_BYTES = 256 << 20
 SWEEP_CACHES = 4  # times the last-level cache, which some servers have a quarter of a gigabyte of
+PIECE_BYTES = 8 << 20  # swept in one go beside reads
 BATCH_BYTES = 32 << 20
 READ_SECONDS = 0.5
 
@@ -22,9 +24,7 @@ def measure_limits(index: Any, io: str, num_threads: int) -> dict[str, Any]:
     how the storage was read; a buffered read may come out of the page cache, and then says nothing
     about the drive.
     """
-    sweep = MemorySweep(num_threads)
-    reads = StorageReads(index, io)
-    try:
+    with closing(MemorySweep(num_threads)) as sweep, closing(StorageReads(index, io)) as reads:
         dram = sweep.best()
         storage = reads.rate()
         with sweep.running() as swept:
@@ -36,68 +36,79 @@ def measure_limits(index: Any, io: str, num_threads: int) -> dict[str, Any]:
             "dram_beside_reads_bytes_per_s": swept(),
             "io": reads.io_note,
         }
-    finally:
-        reads.close()
-        sweep.close()
 
 
 class MemorySweep:
-    """Reads memory that no cache can hold with several threads, as fast as it goes."""
+    """Reads memory that no cache can hold with several threads, as fast as it goes.
+
+    In huge pages and with the core's widest loads, as experts are read; in NumPy without the core.
+    """
 
     def __init__(self, num_threads: int) -> None:
-        import numpy as np
+        from ..runtime.io import Arena
+        from ..runtime.kernels import ThreadPool
 
-        self._data = np.ones(sweep_bytes() // 8, dtype=np.int64)
-        self._parts = np.array_split(self._data, num_threads)
-        self._reduce = np.bitwise_or.reduce
-        self._pool = ThreadPoolExecutor(num_threads)
+        self._num_bytes = sweep_bytes() // PIECE_BYTES * PIECE_BYTES
+        self._arena = Arena(self._num_bytes)
+        self._data = self._arena.view(0, self._num_bytes).view("u8")
+        self._data.fill(1)
+        self._pool = ThreadPool(num_threads)
+        self._executor = ThreadPoolExecutor(num_threads)
+        self._num_threads = num_threads
 
     def best(self, repeats: int = 3) -> float:
         """Bytes per second of the best of some sweeps."""
         best = 0.0
         for _ in range(repeats + 1):  # the first one wakes the threads
             begin = time.perf_counter()
-            for _ in self._pool.map(self._reduce, self._parts):
-                pass
-            best = max(best, self._data.nbytes / (time.perf_counter() - begin))
+            self._read(0, self._num_bytes)
+            best = max(best, self._num_bytes / (time.perf_counter() - begin))
         return best
 
     def running(self) -> "_Running":
         """Sweeps for as long as the context lasts; gives a function that tells the rate after."""
-        return _Running(self._pool, self._reduce, self._parts)
+        return _Running(self)
+
+    def until(self, stop: threading.Event) -> float:
+        """Sweep piece by piece until `stop`; bytes per second."""
+        num_bytes, begin = 0, time.perf_counter()
+        while not stop.is_set():
+            self._read(num_bytes % self._num_bytes, PIECE_BYTES)
+            num_bytes += PIECE_BYTES
+        return num_bytes / (time.perf_counter() - begin)
+
+    def _read(self, first: int, num_bytes: int) -> None:
+        import numpy as np
+
+        from ..runtime import core
+
+        if self._pool.handle is not None:
+            core.lib.em_memory_sweep(self._pool.handle, self._arena.address + first, num_bytes)
+            return
+        parts = np.array_split(self._data[first // 8 : (first + num_bytes) // 8], self._num_threads)
+        for _ in self._executor.map(np.bitwise_or.reduce, parts):
+            pass
 
     def close(self) -> None:
         """Give the memory and the threads back."""
-        self._pool.shutdown()
-        self._parts.clear()
+        self._executor.shutdown()
+        self._pool.close()
         del self._data
+        self._arena.close()
 
 
 class _Running:
-    def __init__(self, pool: ThreadPoolExecutor, reduce: Any, parts: list[Any]) -> None:
-        self._pool, self._reduce, self._parts = pool, reduce, parts
-        self._stop = threading.Event()
+    def __init__(self, sweep: MemorySweep) -> None:
+        self._sweep, self._stop = sweep, threading.Event()
+        self._executor = ThreadPoolExecutor(1)
 
     def __enter__(self) -> Callable[[], float]:
-        self._jobs = [self._pool.submit(self._sweep, part) for part in self._parts]
-        return lambda: sum(job.result() for job in self._jobs)
+        self._job = self._executor.submit(self._sweep.until, self._stop)
+        return self._job.result
 
     def __exit__(self, *_: object) -> None:
         self._stop.set()
-        for job in self._jobs:
-            job.result()
-
-    def _sweep(self, part: Any) -> float:
-        """One thread's bytes per second, a cache-sized piece at a time so that it stops soon."""
-        num_bytes, begin = 0, time.perf_counter()
-        pieces = [part[first : first + (1 << 20)] for first in range(0, len(part), 1 << 20)]
-        while not self._stop.is_set():
-            for piece in pieces:
-                self._reduce(piece)
-                num_bytes += piece.nbytes
-                if self._stop.is_set():
-                    break
-        return num_bytes / (time.perf_counter() - begin)
+        self._executor.shutdown()
 
 
 def sweep_bytes() -> int:
@@ -111,7 +122,7 @@ def sweep_bytes() -> int:
         if text.endswith("K") and text[:-1].isdigit():
             largest = max(largest, int(text[:-1]) << 10)
     free = psutil.virtual_memory().available
-    return min(max(MIN_SWEEP_BYTES, SWEEP_CACHES * largest), free // 4)
+    return max(PIECE_BYTES, min(max(MIN_SWEEP_BYTES, SWEEP_CACHES * largest), free // 4))
 
 
 class StorageReads:
