@@ -49,40 +49,53 @@ typedef struct em_record {
 } em_record;
 
 /* ---- library ------------------------------------------------------------------------------- */
+/* EM_ABI_VERSION of the header that the library was built from. */
 EM_API int32_t em_abi_version(void);
 /* Layout constants, compared with runtime/format.py when the library is loaded. */
 EM_API extern const int32_t em_format_version, em_page_bytes, em_tile_rows, em_line_bytes, em_act_group;
 /* Instruction set in use: "amx", "avx512vnni", "avxvnni", "avx2", "neon-i8mm", "neon-dotprod" or
  * "scalar". Chosen once; EDGEMOE_ISA overrides. */
 EM_API const char *em_isa(void);
+/* crc32c of num_bytes >= 0 bytes of any alignment; seed 0, or the result for the bytes before them. */
 EM_API uint32_t em_crc32c(uint32_t seed, const void *data, int64_t num_bytes);
 
 /* ---- threads ------------------------------------------------------------------------------- */
 typedef struct em_pool em_pool;
-/* num_threads includes the caller. Returns NULL where threads cannot be made. */
+/* num_threads, 1 .. 1024, includes the caller: num_threads - 1 threads are made, which block all
+ * signals and, where there are cores enough, stay on one core each. Returns NULL where they cannot be
+ * made. Wherever a pool is taken, NULL means the caller alone. Two callers of one pool take turns;
+ * from inside a call nothing may use its pool again. */
 EM_API em_pool *em_pool_create(int32_t num_threads);
+/* Ends the threads. No call may be using the pool; NULL is allowed. */
 EM_API void em_pool_destroy(em_pool *pool);
 
 /* ---- packed matrices ----------------------------------------------------------------------- */
-/* Bytes of a packed matrix [rows, cols], or EM_ERR_ARG. */
+/* Bytes of a packed matrix [rows, cols], its last tile padded to 16 rows; EM_ERR_ARG for a format that
+ * does not exist, columns that are no multiple of its group (16-bit: of 2), or a side outside
+ * 1 .. 2^30. Packed bytes may lie at any address; on 64 bytes they are read fastest. */
 EM_API int64_t em_matrix_bytes(int64_t rows, int64_t cols, em_format format);
-/* codes u8 [rows, cols]; scales, mins fp16 [rows, cols / G] (mins NULL if symmetric). */
+/* codes u8 [rows, cols], below 2^bits; scales, mins fp16 [rows, cols / G] (mins NULL unless the mode
+ * is EM_MODE_ASYM) -> dst [em_matrix_bytes]. Returns 0 or EM_ERR_ARG. */
 EM_API int32_t em_pack_codes(const uint8_t *codes, const uint16_t *scales, const uint16_t *mins,
                              int64_t rows, int64_t cols, em_format format, uint8_t *dst);
-/* weights bf16/fp16 [rows, cols] as 16-bit words -> 16-bit tiles, bits unchanged. */
+/* weights bf16/fp16 [rows, cols] as 16-bit words -> 16-bit tiles in dst [em_matrix_bytes], bits
+ * unchanged. Returns 0 or EM_ERR_ARG. */
 EM_API int32_t em_pack_16bit(const uint16_t *weights, int64_t rows, int64_t cols, uint8_t *dst);
-/* Dequantize rows row_begin .. row_begin + num_rows of a packed matrix into fp32 [num_rows, cols]. */
+/* Dequantize rows row_begin .. row_begin + num_rows of a packed matrix into fp32 [num_rows, cols].
+ * Returns 0 or EM_ERR_ARG. */
 EM_API int32_t em_unpack_rows(const uint8_t *packed, int64_t rows, int64_t cols, em_format format,
                               int64_t row_begin, int64_t num_rows, float *dst);
 /* y [T, rows] = x [T, cols] . W^T (+ bias [rows], may be NULL). Quantized modes quantize x to int8
  * in groups of 32 columns; 16-bit modes use fp32 x. A row of y has the same bits for every T, every
- * number of threads and every position in the batch. */
+ * number of threads and every position in the batch. x and y must not overlap.
+ * Returns 0, EM_ERR_ARG or -ENOMEM. */
 EM_API int32_t em_linear(em_pool *pool, const uint8_t *packed, int64_t rows, int64_t cols,
                          em_format format, const float *x, int64_t num_tokens, const float *bias,
                          float *y);
 
 /* ---- attention and norms ------------------------------------------------------------------- */
-/* y[t] = x[t] / sqrt(mean(x[t]^2) + eps) * weight; x, y [T, cols]; in place allowed. */
+/* y[t] = x[t] / sqrt(mean(x[t]^2) + eps) * weight; x, y [T, cols], weight [cols]; in place allowed.
+ * The caller alone computes. */
 EM_API void em_rms_norm(const float *x, const float *weight, int64_t num_tokens, int64_t cols,
                         float eps, float *y);
 /* Causal attention of T new tokens at positions position .. position + T - 1, whose keys and values
@@ -98,8 +111,10 @@ EM_API int32_t em_attention(em_pool *pool, const float *q, const void *keys, con
                             float scale, float *out);
 
 /* ---- memory for records -------------------------------------------------------------------- */
-/* Anonymous memory, 2 MiB aligned, huge pages asked for, not touched. NULL where there is none. */
+/* Anonymous memory, 2 MiB aligned, huge pages asked for, not touched: it counts as used when it is
+ * first written. NULL where there is none, or for num_bytes < 1. */
 EM_API void *em_arena_create(int64_t num_bytes);
+/* With the num_bytes of its creation; NULL is allowed. No store may still be reading into it. */
 EM_API void em_arena_destroy(void *arena, int64_t num_bytes);
 /* Read num_bytes (a multiple of 64) once with the widest loads of the instruction set, split among
  * the threads: the memory roof beside a kernel. Returns the union of its 64-bit words. */
@@ -136,7 +151,10 @@ typedef struct em_store em_store;
 enum { EM_METHOD_AUTO = 0, EM_METHOD_THREADS = 1 };
 EM_API em_store *em_store_open(const char *path, const em_record *records, int64_t num_records,
                                int32_t depth, int32_t io, int32_t method, int32_t *error);
-EM_API void em_store_close(em_store *store); /* waits for reads in flight */
+/* Drops queued reads and waits for those in flight; then the memory of records is the caller's again.
+ * No call may be using the store; NULL is allowed. */
+EM_API void em_store_close(em_store *store);
+/* 1 where reads go past the page cache, else 0. */
 EM_API int32_t em_store_is_direct(const em_store *store);
 /* 1: io_uring reads; 0: reader threads, since nothing else was asked for; -errno: reader threads,
  * since io_uring was refused with it. */
@@ -174,6 +192,7 @@ typedef struct em_store_stats {
   int64_t read_ns;                    /* sum over requests, waiting in the system's queue included */
   int64_t cpu_ns, crc_ns;             /* CPU time of reading, and of checking what was read */
 } em_store_stats;
+/* Sums since the store was opened. */
 EM_API void em_store_get_stats(em_store *store, em_store_stats *stats);
 
 /* ---- the experts of one layer -------------------------------------------------------------- */
@@ -181,8 +200,7 @@ EM_API void em_store_get_stats(em_store *store, em_store_stats *stats);
  *   y[t] += w * down( silu(gate x[t]) * (up x[t]) )   for each of the expert's (token t, w) pairs,
  * added in the order of the list whatever the order of arrival. Resident experts are computed
  * while the others are read; gate and up of an expert as soon as their section has landed, down when
- * the record is whole. Bits of y depend on neither T, the
- * number of threads, nor what was resident. */
+ * the record is whole. Bits of y depend on neither T, the number of threads, nor what was resident. */
 typedef struct em_moe_args {
   int64_t num_tokens, hidden, width, num_experts;
   const float *x;             /* [T, D] */
@@ -196,6 +214,7 @@ typedef struct em_moe_args {
   int64_t stall_ns;           /* out: time in which nothing could be computed */
   int64_t failed;             /* out: position of the expert that failed, or -1 */
 } em_moe_args;
+/* Floats of workspace (any alignment of float) for calls of at most so many tokens and pairs. */
 EM_API int64_t em_moe_workspace_floats(int64_t num_tokens, int64_t num_pairs, int64_t hidden,
                                        int64_t width);
 /* Returns 0, or the negative status of the record that failed (y is then undefined); all reads of
@@ -261,7 +280,7 @@ typedef struct em_decoder em_decoder;
  * decoder. Returns NULL where the sizes do not go together or memory is short. A decoder serves one
  * call at a time; its scratch grows to the largest call and stays. */
 EM_API em_decoder *em_decoder_create(const em_model *model, em_pool *pool);
-EM_API void em_decoder_destroy(em_decoder *decoder);
+EM_API void em_decoder_destroy(em_decoder *decoder); /* NULL is allowed */
 /* The functions below return 0, EM_ERR_ARG or -ENOMEM.
  * x [T, D] = the embedding rows of ids [T]. */
 EM_API int32_t em_decoder_embed(em_decoder *decoder, int64_t num_tokens, const int32_t *ids, float *x);
