@@ -29,6 +29,8 @@ inline int64_t num_panels(int64_t num_tokens, int64_t cols) {
 static_assert(kPanelTokens * sizeof(ActGroup) <= kMinPanelTokens * kActGroup * sizeof(float),
               "panels fit where fp32 rows of as many tokens lay");
 
+PanelKernel panels_neon_i8mm();  // null where the compiler was not asked for it
+
 // Packs one block of num_tokens <= 16 tokens, tokens[t] [cols / 32]; the others become 0.
 void pack_panels(const ActGroup *const *tokens, int num_tokens, int64_t cols, ActPanel *dst);
 // One group of one token.

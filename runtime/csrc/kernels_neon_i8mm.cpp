@@ -1,5 +1,5 @@
 // The level of Arm processors with 8-bit dot products and matrix products.
-#include "kernels.h"
+#include "gemm.h"
 
 #if defined(__aarch64__) && defined(__ARM_FEATURE_DOTPROD) && defined(__ARM_FEATURE_MATMUL_INT8)
 #include <arm_neon.h>
@@ -15,7 +15,14 @@ constexpr const char *kName = "neon-i8mm";
 
 }  // namespace
 
-const Kernels *kernels_neon_i8mm() { return &kTable; }
+const Kernels *kernels_neon_i8mm() {
+  static const Kernels table = [] {
+    Kernels made = kTable;
+    made.panels = panels_neon_i8mm();
+    return made;
+  }();
+  return &table;
+}
 
 }  // namespace em
 #else
