@@ -14,7 +14,7 @@ MIN_SWEEP_BYTES = 256 << 20
 SWEEP_CACHES = 4  # times the last-level cache, which some servers have a quarter of a gigabyte of
 PIECE_BYTES = 8 << 20  # swept in one go beside reads
 BATCH_BYTES = 32 << 20
-READ_SECONDS = 0.5
+NUM_WINDOWS, WINDOW_S = 3, 0.2
 
 
 def measure_limits(index: Any, io: str, num_threads: int) -> dict[str, Any]:
@@ -151,20 +151,30 @@ class StorageReads:
         slots = np.uint64(self._arena.address) + steps
         self._halves = (slots[:size], slots[size:])
 
-    def rate(self, seconds: float = READ_SECONDS) -> float:
-        """Bytes per second; there is always a batch queued behind the one that is waited for."""
-        num_bytes, begin = 0, time.perf_counter()
-        waiting = self._submit(0)
-        for turn in range(1, 1 << 30):
-            last = time.perf_counter() - begin > seconds
-            following = None if last else self._submit(turn)
+    def rate(self) -> float:
+        """Bytes per second of the best of some windows, since it is to be a roof.
+
+        There is always a batch queued behind the one that is waited for; the first one only warms
+        its memory.
+        """
+        best, num_bytes, begin, num_windows = 0.0, 0, 0.0, 0
+        waiting, turn = self._submit(0), 0
+        while num_windows < NUM_WINDOWS:
+            turn += 1
+            following = self._submit(turn)
             for key in waiting:
                 self._reader.wait(int(key))
                 num_bytes += self._records[key].num_bytes
-            if following is None:
-                break
             waiting = following
-        return num_bytes / (time.perf_counter() - begin)
+            elapsed = time.perf_counter() - begin
+            if turn == 1:
+                num_bytes, begin = 0, time.perf_counter()
+            elif elapsed > WINDOW_S:
+                best = max(best, num_bytes / elapsed)
+                num_bytes, begin, num_windows = 0, time.perf_counter(), num_windows + 1
+        for key in waiting:
+            self._reader.wait(int(key))
+        return best
 
     def _submit(self, turn: int) -> Any:
         """Queue the next batch; it must not hold a record of the one being read."""
