@@ -5,11 +5,16 @@ cache's accounting. While a model runs, a signal is therefore noted, and deliver
 point, a layer later.
 """
 
+import inspect
 import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
+
+# Without the wrapper that makes an enum of every handler: it runs twice for each token.
+_set_handler = inspect.unwrap(signal.signal)
+_get_handler = inspect.unwrap(signal.getsignal)
 
 
 class DeferredInterrupt:
@@ -24,7 +29,7 @@ class DeferredInterrupt:
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        handler = signal.getsignal(signal.SIGINT)
+        handler = _get_handler(signal.SIGINT)
         if not callable(handler):  # ignored, or left to the system
             yield
             return
@@ -36,11 +41,11 @@ class DeferredInterrupt:
                 self._pending = None
                 handler(number, frame)
 
-        signal.signal(signal.SIGINT, note)
+        _set_handler(signal.SIGINT, note)
         try:
             yield
         finally:
-            signal.signal(signal.SIGINT, handler)
+            _set_handler(signal.SIGINT, handler)
         self.safe_point()
 
     def safe_point(self) -> None:

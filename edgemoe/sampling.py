@@ -175,8 +175,9 @@ class Sampler:
         """The next token for `logits` [vocab] of any float type; remembered for the penalties."""
         logits = logits.detach().float().reshape(-1)
         penalized = self._penalize(logits)
-        token_id = int(penalized.numpy().argmax())  # the lowest of equal ids, unlike torch.argmax
-        if not math.isfinite(penalized[token_id]):
+        values = penalized.numpy()
+        token_id = int(values.argmax())  # the lowest of equal ids, unlike torch.argmax
+        if not math.isfinite(values[token_id]):
             raise EdgeMoeError(
                 "the model computed logits that are not finite",
                 "a damaged store, or weights that overflow",
@@ -190,9 +191,11 @@ class Sampler:
         return self._report(logits, token_id)
 
     def _penalize(self, logits: "torch.Tensor") -> "torch.Tensor":
+        params = self.params
+        if not (self._seen or params.presence_penalty or params.frequency_penalty):
+            return logits
         import torch
 
-        params = self.params
         if self._seen:
             ids = torch.tensor(sorted(self._seen))
             logits = penalize_repetition(logits, ids, params.repetition_penalty)

@@ -36,7 +36,7 @@ class StepStats:
     bytes_read: int = 0
     stall_s: float = 0.0  # nothing could be computed for want of a record
     compute_s: float = 0.0
-    native_s: float = 0.0  # of decoded tokens: within the core, stalls and experts included
+    native_s: float = 0.0  # of decoded tokens: in the core, stalls, experts, reads included
     num_calls: int = 0
 
 
@@ -106,10 +106,13 @@ class Executor:
         `place` counts the MoE layers; `routes` [num_moe_layers, K] int32 has the distinct experts,
         ascending, of places 0 .. `place` of this token. Raises what `ExpertCache.hint` raises.
         """
+        reader = self._cache.reader
+        submit_s = reader.submit_s
         self._tell_hits(place, routes)
         self._cache.begin_layer(self._layers[place])
         keys = (routes[place] + self._first_keys[place]).tolist()
         self._add(self._cache.hint(keys))
+        self._stats.native_s += reader.submit_s - submit_s
         self._held, self._num_told = keys, place + 1
 
     def finish_token(

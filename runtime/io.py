@@ -6,6 +6,7 @@ Records: the core's reader threads, or their Python twin (`backend="reference"`)
 import ctypes
 import errno
 import os
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -132,6 +133,7 @@ class RecordReader:
                 f"`{self.path}` cannot be read with io_uring",
                 why_threads if direct else why_buffered,
             )
+        self.submit_s = 0.0  # in the reader's `submit`, where io_uring asks the system to read
         self.status: np.ndarray = self._reader.status
         self.landed_ns: np.ndarray = self._reader.landed_ns
         self.handle: int | None = self._reader.handle
@@ -147,7 +149,10 @@ class RecordReader:
         addresses = np.ascontiguousarray(addresses, dtype=np.uint64)
         if keys.ndim != 1 or keys.shape != addresses.shape:
             raise UsageError(f"{keys.shape} keys do not go with {addresses.shape} addresses")
-        _expect(self._reader.submit(keys, addresses, priority))
+        start = time.perf_counter()
+        status = self._reader.submit(keys, addresses, priority)
+        self.submit_s += time.perf_counter() - start
+        _expect(status)
 
     def promote(self, keys: np.ndarray, priority: int = DEMAND) -> None:
         """Make queued reads more urgent; nothing to records that are as urgent or not being read.

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
@@ -180,6 +181,15 @@ def test_report(path):
         assert not [n for n in report["notes"] if "reads" in n]  # buffered was asked for
     with Engine.from_pretrained(path, backend="reference") as engine:
         assert any("reference" in note for note in engine.report()["notes"])
+
+
+@needs_core
+def test_closing_gives_the_weights_back(path):
+    engine = Engine.from_pretrained(path)
+    engine.generate(CHAT, SamplingParams(max_tokens=2))
+    layers = weakref.ref(engine._model._layers)
+    engine.close()
+    assert layers() is None  # at once, though nobody collected cycles
 
 
 def test_closing(path):

@@ -6,6 +6,7 @@ row has the same bits for every T. A token needs Python only where a record is a
 """
 
 import ctypes
+import weakref
 from collections.abc import Sequence
 
 import numpy as np
@@ -25,7 +26,7 @@ _ANGLE_BLOCK = 64  # positions whose angles are computed together
 
 
 class NativeLayers:
-    """All layers of a model in the core. `close` gives their scratch back, or the last reference.
+    """All layers of a model in the core, which gives their scratch back with the last reference.
 
     The experts are asked for their tables at the first call: an engine makes them after the trunk.
     """
@@ -49,12 +50,12 @@ class NativeLayers:
         num_places = len(args.moe_layers)
         self._routes = np.zeros((num_places, args.top_k), dtype=np.int32)
         self._routing_weights = np.zeros((num_places, args.top_k), dtype=np.float32)
+        demand = weakref.WeakMethod(self._demand)  # a cycle would keep the weights of a closed engine
         self._call = core.DecodeArgs(
-            demand=core.Demand(self._demand),
+            demand=core.Demand(lambda context, place: demand()(context, place)),
             routes=self._routes.ctypes.data,
             routing_weights=self._routing_weights.ctypes.data,
         )
-        self._call_pointer = ctypes.byref(self._call)
 
     def __del__(self) -> None:
         if self._handle:
@@ -126,7 +127,7 @@ class NativeLayers:
         call.kv = kv_cache.view
         call.cos, call.sin = self._angles_at(position, kv_cache.capacity)
         call.logits = logits.data_ptr()
-        status = core.lib.em_decode(handle, experts.reader_handle, self._call_pointer)
+        status = core.lib.em_decode(handle, experts.reader_handle, call)
         if status:
             error, self._error = self._error, None
             experts.abort_token(call.num_places, self._routes)
