@@ -50,7 +50,8 @@ class NativeLayers:
         num_places = len(args.moe_layers)
         self._routes = np.zeros((num_places, args.top_k), dtype=np.int32)
         self._routing_weights = np.zeros((num_places, args.top_k), dtype=np.float32)
-        demand = weakref.WeakMethod(self._demand)  # a cycle would keep the weights of a closed engine
+        # A cycle would keep the weights of a closed engine.
+        demand = weakref.WeakMethod(self._demand)
         self._call = core.DecodeArgs(
             demand=core.Demand(lambda context, place: demand()(context, place)),
             routes=self._routes.ctypes.data,
