@@ -12,7 +12,7 @@
 #else
 #define EM_FMA fmaf
 #define __builtin_memcpy memcpy
-#define __builtin_prefetch(address)
+#define __builtin_prefetch(...)
 #endif
 
 namespace em {
