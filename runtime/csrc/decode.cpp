@@ -8,6 +8,7 @@
 #include "kernels.h"
 #include "platform.h"
 #include "store.h"
+#include "thread_pool.h"
 
 namespace em {
 namespace {
@@ -290,5 +291,6 @@ int32_t em_decode(em_decoder *decoder, em_store *store, em_decode_args *args) {
       decoder->num_records() > em::num_records_of(store)) {
     return EM_ERR_ARG;
   }
+  const em::Pinned pinned(em::caller_core(decoder->pool()));
   return em::without_exceptions([&] { return decoder->decode(store, *args); });
 }

@@ -35,6 +35,7 @@ struct Rows {
 class Decoder {
  public:
   Decoder(const em_model &model, em_pool *pool);
+  em_pool *pool() const { return pool_; }
 
   const em_model &model() const { return model_; }
   const em_block &layer(int64_t layer) const { return layers_[layer]; }

@@ -215,6 +215,7 @@ int64_t em_moe_workspace_floats(int64_t num_tokens, int64_t num_pairs, int64_t h
 
 int32_t em_moe_run(em_pool *pool, em_store *store, const em_record *records, em_moe_args *args) {
   if (store != nullptr) records = em::records_of(store);
+  const em::Pinned pinned(store == nullptr ? -1 : em::caller_core(pool));
   em::Layer layer(pool, store, records, args);
   int32_t status;
   try {

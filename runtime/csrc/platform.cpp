@@ -2,6 +2,7 @@
 
 #include <cerrno>
 #include <chrono>
+#include <cstring>
 
 #if defined(_WIN32)
 #define WIN32_LEAN_AND_MEAN
@@ -163,6 +164,20 @@ bool pin_thread(int core) {
   return SetThreadAffinityMask(GetCurrentThread(), static_cast<DWORD_PTR>(1) << core) != 0;
 }
 
+Pinned::Pinned(int core) {
+  if (core < 0) return;
+  const DWORD_PTR mask = static_cast<DWORD_PTR>(1) << core;
+  const DWORD_PTR before = SetThreadAffinityMask(GetCurrentThread(), mask);
+  std::memcpy(before_, &before, sizeof(before));
+  is_pinned_ = before != 0;
+}
+
+Pinned::~Pinned() {
+  DWORD_PTR before;
+  std::memcpy(&before, before_, sizeof(before));
+  if (is_pinned_) SetThreadAffinityMask(GetCurrentThread(), before);
+}
+
 void block_signals() {}
 
 #else  // POSIX
@@ -291,6 +306,26 @@ bool pin_thread(int core) {
 #else
   (void)core;
   return false;
+#endif
+}
+
+Pinned::Pinned(int core) {
+#if defined(__linux__)
+  static_assert(sizeof(cpu_set_t) == sizeof(before_), "the room for a set of cores");
+  if (core < 0 || ::sched_getaffinity(0, sizeof(before_), reinterpret_cast<cpu_set_t *>(before_))) {
+    return;
+  }
+  is_pinned_ = pin_thread(core);
+#else
+  (void)core;
+#endif
+}
+
+Pinned::~Pinned() {
+#if defined(__linux__)
+  if (is_pinned_) {
+    ::sched_setaffinity(0, sizeof(before_), reinterpret_cast<cpu_set_t *>(before_));
+  }
 #endif
 }
 

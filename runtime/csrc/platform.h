@@ -42,6 +42,19 @@ int64_t thread_cpu_ns();  // CPU time of the calling thread
 std::vector<int> allowed_cores();
 // Keep the calling thread on one core; false where that is not possible.
 bool pin_thread(int core);
+// Keeps the calling thread on one core (negative: on none) until it goes out of scope, in the same
+// thread; then the thread may run where it might before. Does nothing where that is not possible.
+class Pinned {
+ public:
+  explicit Pinned(int core);
+  Pinned(const Pinned &) = delete;
+  Pinned &operator=(const Pinned &) = delete;
+  ~Pinned();
+
+ private:
+  alignas(8) unsigned char before_[128];  // the system's set of cores
+  bool is_pinned_ = false;
+};
 // Leave signals to the threads of the caller of the library.
 void block_signals();
 

@@ -74,6 +74,7 @@ struct em_pool {
   static constexpr int kNumberShift = 32;
 
   std::vector<std::thread> workers;
+  int caller_core = -1;
   int64_t spin_ns = 0;
 
   std::mutex one_call;  // callers take turns
@@ -188,6 +189,8 @@ int num_threads(const em_pool *pool) {
   return pool == nullptr ? 1 : static_cast<int>(pool->workers.size()) + 1;
 }
 
+int caller_core(const em_pool *pool) { return pool == nullptr ? -1 : pool->caller_core; }
+
 void parallel_for_raw(em_pool *pool, int64_t num_items, LoopBody body, void *context) {
   if (pool == nullptr || pool->workers.empty() || num_items <= 1) {
     for (int64_t item = 0; item < num_items; ++item) body(context, item, 0);
@@ -222,6 +225,7 @@ em_pool *em_pool_create(int32_t num_threads) {
     // cores, spinning would only take time from the others.
     const bool fits = static_cast<size_t>(num_threads) <= cores.size();
     pool->spin_ns = fits || cores.empty() ? kSpinNs : 0;
+    if (fits && num_threads > 1) pool->caller_core = cores[0];
     pool->runs = std::vector<Run>(num_threads);
     pool->workers.reserve(num_threads - 1);
     for (int thread = 1; thread < num_threads; ++thread) {
