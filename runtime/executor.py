@@ -96,23 +96,20 @@ class Executor:
         stats, self._stats = self._stats, StepStats()
         return stats
 
-    # A token that the core decodes: it runs through the layers by itself as long as `addresses` has
-    # every record, else `demand` is called, and `finish_token` at the end. What the cache hits and
-    # evicts is then what a `run` per layer would have made of it.
+    # A token that the core decodes runs through the layers by itself as long as `addresses` has every
+    # record; else it calls `demand`. What is hit and evicted is what a `run` per layer would make it.
 
     def demand(self, place: int, routes: np.ndarray) -> None:
-        """Pin the records of one layer and start reading those absent, until the next call.
-
-        `place` counts the MoE layers; `routes` [num_moe_layers, K] int32 has the distinct experts,
+        """Pin the records of one layer and start reading those absent, until the next call. `place`
+        counts the MoE layers; `routes` [num_moe_layers, K] int32 has the distinct experts,
         ascending, of places 0 .. `place` of this token. Raises what `ExpertCache.hint` raises.
         """
-        reader = self._cache.reader
-        submit_s = reader.submit_s
+        submit_s = self._cache.reader.submit_s
         self._tell_hits(place, routes)
         self._cache.begin_layer(self._layers[place])
         keys = (routes[place] + self._first_keys[place]).tolist()
         self._add(self._cache.hint(keys))
-        self._stats.native_s += reader.submit_s - submit_s
+        self._stats.native_s += self._cache.reader.submit_s - submit_s
         self._held, self._num_told = keys, place + 1
 
     def finish_token(

@@ -102,7 +102,8 @@ def test_it_hits_evicts_and_places_as_a_run_per_layer(index, policy, share):
         assert (found.hits, found.misses, found.bytes_read, found.num_calls) == (
             (wanted.hits, wanted.misses, wanted.bytes_read, wanted.num_calls)
         )
-        assert found.native_s == len(routes)
+        submit_s = native.cache.reader.submit_s
+        assert len(routes) <= found.native_s <= len(routes) + submit_s
         assert found.misses and (share == 1.0) == (native.cache.evictions == 0)
 
 
