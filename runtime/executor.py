@@ -96,8 +96,8 @@ class Executor:
         stats, self._stats = self._stats, StepStats()
         return stats
 
-    # A token that the core decodes runs through the layers by itself as long as `addresses` has every
-    # record; else it calls `demand`. What is hit and evicted is what a `run` per layer would make it.
+    # A token that the core decodes runs through the layers by itself while `addresses` has every
+    # record, else it calls `demand`. Hits and evictions are those of a `run` for each layer.
 
     def demand(self, place: int, routes: np.ndarray) -> None:
         """Pin the records of one layer and start reading those absent, until the next call. `place`
