@@ -35,7 +35,7 @@ def test_arguments_win_over_the_environment():
     [
         ({"policy": "random"}, "policy"),
         ({"io": "mmap"}, "io"),
-        ({"kv_bits": 8}, "kv_bits"),
+        ({"kv_bits": 4}, "kv_bits"),
         ({"backend": "cuda"}, "backend"),
         ({"context": 0}, "context"),
         ({"context": "many"}, "context"),
