@@ -192,6 +192,15 @@ def test_closing_gives_the_weights_back(path):
     assert layers() is None  # at once, though nobody collected cycles
 
 
+@needs_core
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="no affinity on this system")
+def test_a_call_leaves_its_thread_where_it_may_run(path):
+    before = os.sched_getaffinity(0)
+    with Engine.from_pretrained(path, threads=2) as engine:
+        engine.generate(CHAT, SamplingParams(max_tokens=3))
+        assert os.sched_getaffinity(0) == before
+
+
 def test_closing(path):
     engine = Engine.from_pretrained(path)
     session = Session(engine)
