@@ -7,7 +7,7 @@ from pathlib import Path
 
 from . import format as layout
 
-ABI_VERSION = 2  # em_abi_version() this file was written for
+ABI_VERSION = 3  # em_abi_version() this file was written for
 _FILE = {"win32": "edgemoe_core.dll", "darwin": "libedgemoe_core.dylib"}.get(
     sys.platform, "libedgemoe_core.so"
 )
@@ -159,6 +159,9 @@ class DecodeArgs(ctypes.Structure):
         ("context", c_void_p),
         ("routes", c_void_p),
         ("routing_weights", c_void_p),
+        ("forced_ids", c_void_p),
+        ("forced_weights", c_void_p),
+        ("num_forced", c_int64),
         ("logits", c_void_p),
         ("native_ns", c_int64),
         ("moe_ns", c_int64),

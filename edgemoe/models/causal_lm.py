@@ -12,7 +12,7 @@ from ..runtime.errors import UsageError
 from . import load_module
 from .args import ModelArgs
 from .moe import Experts, OnRoute
-from .native import NativeLayers
+from .native import ForcedRoutes, NativeLayers
 from .torch_layers import TorchLayers
 from .trunk import ReadTensor, Trunk
 
@@ -53,13 +53,15 @@ class CausalLM:
         kv_cache: KVCache,
         logits: str = "last",
         on_route: OnRoute | None = None,
+        forced: ForcedRoutes | None = None,
     ) -> Tensor:
         """Append T tokens to the cache; returns fp32 logits `[n, vocab]`.
 
         `logits`: "last" (n = 1), "all" (n = T) or "none" (n = 0). The bits of a row depend on
         neither T nor how a text is split into calls (native backend). Raises UsageError before
         anything is computed where the ids are not of the vocabulary or the context is too short.
-        A call that fails leaves the cache as it was.
+        A call that fails leaves the cache as it was. `forced`: recorded routes in the place of the
+        routers', for one token of the native backend.
         """
         if logits not in ("last", "all", "none"):
             raise UsageError(f"`logits` must be last, all or none, got `{logits}`")
@@ -72,7 +74,12 @@ class CausalLM:
             (token_id,) = token_ids
             self._check(token_id, token_id)
             kv_cache.check_room(1)
-            return self._layers.decode(token_id, kv_cache, on_route)
+            return self._layers.decode(token_id, kv_cache, on_route, forced)
+        if forced is not None:
+            raise UsageError(
+                "recorded routes can be forced on a single token only",
+                "the native backend decodes it, and its logits must be asked for",
+            )
         return self._forward(token_ids, kv_cache, logits, on_route)
 
     @torch.inference_mode()  # not for one native token, which it would cost a tenth of its Python

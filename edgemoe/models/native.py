@@ -15,12 +15,15 @@ from torch import Tensor
 
 from ..kv_cache import KVCache
 from ..runtime import core
-from ..runtime.errors import EdgeMoeError
+from ..runtime.errors import EdgeMoeError, UsageError
 from ..runtime.kernels import PackedMatrix, ThreadPool
 from .args import QK_NORMS, ModelArgs
 from .moe import Experts, OnRoute
 from .rope import Rotary
 from .trunk import Fp32Matrix, LayerWeights, Linear, Rows
+
+# One token's expert ids int32 [layers with experts, K'], ascending, and routing weights fp32.
+ForcedRoutes = tuple[np.ndarray, np.ndarray]
 
 _ANGLE_BLOCK = 64  # positions whose angles are computed together
 
@@ -50,6 +53,7 @@ class NativeLayers:
         num_places = len(args.moe_layers)
         self._routes = np.zeros((num_places, args.top_k), dtype=np.int32)
         self._routing_weights = np.zeros((num_places, args.top_k), dtype=np.float32)
+        self._taken = (self._routes, self._routing_weights)  # what the core writes to
         # A cycle would keep the weights of a closed engine.
         demand = weakref.WeakMethod(self._demand)
         self._call = core.DecodeArgs(
@@ -118,9 +122,22 @@ class NativeLayers:
 
     # ---- one token -----------------------------------------------------------------------------
 
-    def decode(self, token_id: int, kv_cache: KVCache, on_route: OnRoute | None) -> Tensor:
-        """Append one token to the context; returns its fp32 logits `[1, vocab]`."""
+    def decode(
+        self,
+        token_id: int,
+        kv_cache: KVCache,
+        on_route: OnRoute | None,
+        forced: ForcedRoutes | None = None,
+    ) -> Tensor:
+        """Append one token to the context; returns its fp32 logits `[1, vocab]`.
+
+        `forced`: routes in the place of those of the routers. Raises UsageError for routes that do
+        not go with the model.
+        """
         handle, call, experts = self._decoder(), self._call, self._experts
+        routes, routing_weights = self._routes, self._routing_weights
+        if forced is not None or call.forced_ids:
+            routes, routing_weights = self._force(forced)
         position = kv_cache.offset
         logits = torch.empty((1, self._args.vocab))
         call.token_id = token_id
@@ -131,14 +148,14 @@ class NativeLayers:
         status = core.lib.em_decode(handle, experts.reader_handle, call)
         if status:
             error, self._error = self._error, None
-            experts.abort_token(call.num_places, self._routes)
+            experts.abort_token(call.num_places, routes)
             if error is not None:
                 raise error
             if call.failed_key >= 0:
                 raise experts.table.failure(call.failed_key, status)
             _check(status)
         experts.finish_token(
-            self._routes,
+            routes,
             stall_s=call.stall_ns * 1e-9,
             compute_s=call.moe_ns * 1e-9,
             native_s=call.native_ns * 1e-9,
@@ -146,16 +163,49 @@ class NativeLayers:
         kv_cache.advance(1)
         if on_route is not None:
             for place, layer in enumerate(self._args.moe_layers):
-                ids = torch.from_numpy(self._routes[place : place + 1].astype(np.int64))
-                on_route(
-                    layer, ids, torch.from_numpy(self._routing_weights[place : place + 1].copy())
-                )
+                ids = torch.from_numpy(routes[place : place + 1].astype(np.int64))
+                on_route(layer, ids, torch.from_numpy(routing_weights[place : place + 1].copy()))
         return logits
+
+    def _force(self, forced: ForcedRoutes | None) -> ForcedRoutes:
+        """Have the core take these routes, None: the routers'; returns where it puts the routes."""
+        call, routes, weights = self._call, self._routes, self._routing_weights
+        if forced is None:
+            call.forced_ids = None
+        else:
+            ids = np.array(forced[0], dtype=np.int32)
+            self._forced = (ids, np.array(forced[1], dtype=np.float32))
+            self._check_routes(*self._forced)
+            routes, weights = np.zeros_like(ids), np.zeros_like(self._forced[1])
+            call.forced_ids, call.forced_weights = (part.ctypes.data for part in self._forced)
+            call.num_forced = ids.shape[1]
+        self._taken = (routes, weights)
+        call.routes, call.routing_weights = routes.ctypes.data, weights.ctypes.data
+        return routes, weights
+
+    def _check_routes(self, routes: np.ndarray, weights: np.ndarray) -> None:
+        args = self._args
+        places, top_k = len(args.moe_layers), args.top_k
+        is_good = routes.ndim == 2 and routes.shape == weights.shape and len(routes) == places
+        if not is_good or not 1 <= routes.shape[1] <= top_k:
+            raise UsageError(
+                f"forced routes of shape {routes.shape} do not go with this model",
+                f"expected [{places}, 1 to {top_k}] ids and as many weights",
+            )
+        limits = np.array([self._experts.table.num_experts[layer] for layer in args.moe_layers])
+        if (
+            (routes[:, 0] < 0).any()
+            or (routes[:, -1] >= limits).any()
+            or (np.diff(routes, axis=1) <= 0).any()
+        ):
+            raise UsageError(
+                "forced routes must name different experts of each layer, in ascending order"
+            )
 
     def _demand(self, context: int, place: int) -> int:
         """Called by the core; what is raised here is raised by `decode`."""
         try:
-            self._experts.demand(place, self._routes)
+            self._experts.demand(place, self._taken[0])
         except BaseException as error:
             self._error = error
             return -1

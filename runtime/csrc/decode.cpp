@@ -1,4 +1,5 @@
 // One token through all layers, and the C face of the decoder.
+#include <algorithm>
 #include <cerrno>
 #include <cmath>
 #include <cstring>
@@ -102,6 +103,8 @@ Decoder::Decoder(const em_model &model, em_pool *pool)
   const size_t top_k = model.top_k > 0 ? static_cast<size_t>(model.top_k) : 0;
   keys_.resize(top_k);
   data_.resize(top_k);
+  own_ids_.resize(top_k);
+  own_weights_.resize(top_k);
   pair_token_.resize(top_k);
   for (size_t k = 0; k <= top_k; ++k) pair_begin_.push_back(static_cast<int64_t>(k));
 }
@@ -126,7 +129,7 @@ int32_t Decoder::logits(int64_t num_tokens, const float *x, float *logits) {
 // The experts of the place just routed, whose sum goes to y.
 int32_t Decoder::run_experts(const em_block &layer, em_store *store, em_decode_args &args,
                              int64_t place, const float *normed, float *y) {
-  const int64_t top_k = model_.top_k, hidden = model_.hidden;
+  const int64_t top_k = num_routes(args), hidden = model_.hidden;
   const int32_t *ids = args.routes + place * top_k;
   for (int64_t k = 0; k < top_k; ++k) {
     keys_[k] = static_cast<int32_t>(layer.first_key + ids[k]);
@@ -161,8 +164,9 @@ int32_t Decoder::run_experts(const em_block &layer, em_store *store, em_decode_a
 // Whether every record of the place is in memory or being read, or with `failed` its read has failed.
 bool Decoder::is_here(const em_block &layer, em_store *store, const em_decode_args &args,
                       int64_t place, bool failed) const {
-  const int32_t *ids = args.routes + place * model_.top_k;
-  for (int64_t k = 0; k < model_.top_k; ++k) {
+  const int64_t top_k = num_routes(args);
+  const int32_t *ids = args.routes + place * top_k;
+  for (int64_t k = 0; k < top_k; ++k) {
     const int64_t key = layer.first_key + ids[k];
     const int32_t status = status_of(store, static_cast<int32_t>(key));
     if (args.addresses[key] == 0 || status == EM_ABSENT || (status < 0 && !failed)) return false;
@@ -170,8 +174,41 @@ bool Decoder::is_here(const em_block &layer, em_store *store, const em_decode_ar
   return true;
 }
 
+// Whether forced routes, if there are, name experts that each layer has, ascending.
+bool Decoder::has_good_routes(const em_decode_args &args) const {
+  if (args.forced_ids == nullptr) return true;
+  if (!args.forced_weights || args.num_forced < 1 || args.num_forced > model_.top_k) return false;
+  const int32_t *ids = args.forced_ids;
+  for (const em_block &layer : layers_) {
+    if (layer.router.rows == 0) continue;
+    for (int64_t k = 0, last = -1; k < args.num_forced; ++k) {
+      if (ids[k] <= last || ids[k] >= layer.router.rows) return false;
+      last = ids[k];
+    }
+    ids += args.num_forced;
+  }
+  return true;
+}
+
+// The attention half of one token, and the routes of a layer with experts.
+int32_t Decoder::attend_token(int64_t number, em_decode_args &args, int64_t place, float *x,
+                              float *normed) {
+  const int64_t first = place * num_routes(args);
+  int32_t *ids = args.routes + first;
+  float *weights = args.routing_weights + first;
+  const bool is_forced = args.forced_ids != nullptr;
+  const int32_t status =
+      attend(number, args.kv, args.cos, args.sin, 1, x, normed, is_forced ? own_ids_.data() : ids,
+             is_forced ? own_weights_.data() : weights);
+  if (status == 0 && is_forced && layers_[number].router.rows != 0) {
+    std::copy_n(args.forced_ids + first, args.num_forced, ids);
+    std::copy_n(args.forced_weights + first, args.num_forced, weights);
+  }
+  return status;
+}
+
 int32_t Decoder::decode(em_store *store, em_decode_args &args) {
-  const int64_t hidden = model_.hidden, top_k = model_.top_k;
+  const int64_t hidden = model_.hidden;
   const int64_t start = monotonic_ns();
   int64_t demand_ns = 0, place = 0;
   args.native_ns = args.moe_ns = args.stall_ns = args.num_places = 0;
@@ -181,8 +218,7 @@ int32_t Decoder::decode(em_store *store, em_decode_args &args) {
   float *normed = x + hidden, *y = normed + hidden;
   const auto run_layer = [&](int64_t number) {
     const em_block &layer = layers_[number];
-    int32_t status = attend(number, args.kv, args.cos, args.sin, 1, x, normed,
-                            args.routes + place * top_k, args.routing_weights + place * top_k);
+    int32_t status = attend_token(number, args, place, x, normed);
     if (status != 0) return status;
     const bool has_experts = layer.router.rows != 0;
     if (has_experts) {
@@ -288,7 +324,7 @@ int32_t em_decode(em_decoder *decoder, em_store *store, em_decode_args *args) {
       !args->demand || !args->routes || !args->routing_weights || args->token_id < 0 ||
       args->token_id >= decoder->model().embedding.rows ||
       (decoder->model().rotary_dim && (args->cos == nullptr || args->sin == nullptr)) ||
-      decoder->num_records() > em::num_records_of(store)) {
+      decoder->num_records() > em::num_records_of(store) || !decoder->has_good_routes(*args)) {
     return EM_ERR_ARG;
   }
   const em::Pinned pinned(em::caller_core(decoder->pool()));

@@ -50,6 +50,7 @@ class Decoder {
   // x += mlp, or x += y + share * mlp.
   void add(int64_t layer, int64_t num_tokens, float *y, float *x);
   int32_t logits(int64_t num_tokens, const float *x, float *logits);
+  bool has_good_routes(const em_decode_args &args) const;
   int32_t decode(em_store *store, em_decode_args &args);
 
  private:
@@ -64,6 +65,11 @@ class Decoder {
                    int64_t token) const;
   int32_t route(const em_block &layer, const float *normed, int64_t num_tokens, int32_t *ids,
                 float *weights);
+  int64_t num_routes(const em_decode_args &args) const {
+    return args.forced_ids ? args.num_forced : model_.top_k;
+  }
+  int32_t attend_token(int64_t number, em_decode_args &args, int64_t place, float *x,
+                       float *normed);
   bool is_here(const em_block &layer, em_store *store, const em_decode_args &args,
                int64_t place, bool failed) const;
   int32_t run_experts(const em_block &layer, em_store *store, em_decode_args &args, int64_t place,
@@ -77,7 +83,8 @@ class Decoder {
   Scratch parts_, qkv_, mixed_, projected_, attention_, scores_, gate_up_, mlp_, shares_;
   Scratch token_, workspace_;
   // One token's em_moe_args.
-  std::vector<int32_t> keys_, pair_token_;
+  std::vector<int32_t> keys_, pair_token_, own_ids_;
+  std::vector<float> own_weights_;  // of a router whose routes are not taken, as own_ids_
   std::vector<const uint8_t *> data_;
   std::vector<int64_t> pair_begin_;
 };

@@ -20,7 +20,7 @@
 extern "C" {
 #endif
 
-#define EM_ABI_VERSION 2
+#define EM_ABI_VERSION 3
 
 enum { EM_MODE_SYM = 0, EM_MODE_ASYM = 1, EM_MODE_BF16 = 2, EM_MODE_FP16 = 3, EM_MODE_NF4 = 4 };
 
@@ -314,6 +314,12 @@ typedef struct em_decode_args {
   void *context;
   int32_t *routes;        /* out [layers with experts, K]: expert ids, ascending */
   float *routing_weights; /* out [layers with experts, K] */
+  /* Recorded routes in the place of the router's, [layers with experts, num_forced] of 1 .. K distinct
+   * ids, ascending; `routes` and `routing_weights` then have num_forced columns. The routers run all
+   * the same, so that a token costs as much. NULL: the router's routes. */
+  const int32_t *forced_ids;
+  const float *forced_weights;
+  int64_t num_forced;
   float *logits;          /* out [vocab], or NULL */
   int64_t native_ns;      /* out: time in em_decode without `demand`, waiting included */
   int64_t moe_ns;         /* out: of that in routed experts, without waiting */
