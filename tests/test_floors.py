@@ -8,7 +8,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 FLOORS = {
     0: """runtime: __init__ amounts budget checksum core errors extents files format index io
-        kernels memory packing process python_reader records reference slots
+        kernels memory packing process python_reader records reference slots trace
         waves""",
     1: """runtime: cache executor policy store""",
     2: """edgemoe: kv_cache models""",
