@@ -9,7 +9,8 @@ ROOT = Path(__file__).resolve().parent.parent
 FLOORS = {
     0: """runtime: __init__ amounts budget checksum core errors extents files format index io
         kernels memory packing process python_reader records reference slots trace
-        waves""",
+        waves
+        profile profile_sums transitions""",
     1: """runtime: cache executor policy store""",
     2: """edgemoe: kv_cache models""",
     3: """edgemoe: chat_template config control_tokens engine interrupts preflight report sampling

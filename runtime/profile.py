@@ -1,0 +1,252 @@
+"""What a model's routers did on some text: the statistics of `edgemoe calibrate`. Floor 0.
+
+A profile is one safetensors file, `STORE/profile.safetensors`, or `STORE/profiles/NAME.safetensors`
+for a named task. Everything in it is a sum over tokens (profile_sums.py), so that two profiles of
+one model add up to the profile of both texts. The tensors of MoE layer `l` (its number in the
+model) are called `layers.{l}.NAME`; all but `hard_count` may be missing. Metadata: `format`,
+`version`, and `profile`, a JSON object with num_tokens, top_k, name, fingerprint (of the store it
+was made with), tokenizer (sha256) and texts (name, sha256, tokens).
+"""
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .errors import FormatError, NotFoundError, UsageError
+from .index import StoreIndex
+from .profile_sums import PATHS, TENSORS, LayerSums
+from .transitions import Paths, PlaceTables, count_pairs, make_tables, path_keys
+
+FORMAT = "edgemoe-profile"
+VERSION = 1
+PROFILE_FILE = "profile.safetensors"
+PROFILE_FOLDER = "profiles"
+
+
+@dataclass(slots=True)
+class Profile:
+    """Statistics of one model on one or more texts. `layers`: by number in the model, ascending."""
+
+    layers: dict[int, LayerSums]
+    top_k: int
+    num_tokens: int = 0
+    name: str | None = None
+    fingerprint: str = ""  # of the store; StoreIndex.fingerprint
+    tokenizer: str = ""  # sha256 of tokenizer.json, "" where there is none
+    texts: list[dict[str, Any]] = field(default_factory=list)
+
+    @classmethod
+    def empty(cls, num_experts: Mapping[int, int], top_k: int, **head: Any) -> "Profile":
+        """No tokens yet, of a model with these experts by layer; `head`: the other fields."""
+        sizes = list(num_experts.values())
+        layers = {}
+        for place, (layer, size) in enumerate(num_experts.items()):
+            shape = size, sizes[(place + 1) % len(sizes)]
+            layers[layer] = LayerSums(
+                np.zeros(size, dtype=np.int64),
+                next_count=np.zeros(shape, dtype=np.int64),
+                token_count=np.zeros((size, size), dtype=np.int64),
+                paths=Paths.of(np.empty(0, np.uint64), np.empty((0, top_k), np.int16)),
+            )
+        return cls(layers, top_k, **head)
+
+    def add_routes(self, routes: NDArray[np.integer]) -> None:
+        """Count the choices of consecutive tokens of one text: routes [T, places, K], ascending and
+        distinct within a token and layer. Nothing is carried over from the call before."""
+        layers = list(self.layers.values())
+        for place, sums in enumerate(layers):
+            now, number = routes[:, place], sums.num_experts
+            following = _following(routes, place, 1)
+            now_of = now[: len(following)]
+            sums.hard_count += np.bincount(now.reshape(-1), minlength=number)
+            sums.next_count += count_pairs(now_of, following, sums.next_count.shape)
+            sums.token_count += count_pairs(now[:-1], now[1:], (number, number))
+            if sums.paths is not None:
+                before = _following(routes, place - 1, 0) if place else routes[:-1, -1]
+                skip = 0 if place else 1  # the first layer of the first token has none before it
+                keys = path_keys(before[: len(following) - skip], now_of[skip:])
+                found = Paths.of(keys, following[skip:])
+                sums.paths = found if found is None else sums.paths + found
+        self.num_tokens += len(routes)
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Profile":
+        """Read a file. Raises NotFoundError, or FormatError for anything that is no profile."""
+        from safetensors import SafetensorError, safe_open
+
+        path = Path(path)
+        if not path.is_file():
+            raise NotFoundError(
+                f"no profile at `{path}`", "", "edgemoe calibrate STORE --text FILE makes one"
+            )
+        try:
+            with safe_open(path, framework="numpy") as file:
+                metadata = file.metadata() or {}
+                if metadata.get("format") != FORMAT:
+                    raise FormatError(f"`{path}` is no profile")
+                if int(metadata["version"]) > VERSION:
+                    raise FormatError(
+                        f"`{path}` has profile version {metadata['version']}",
+                        f"this edgemoe reads up to version {VERSION}",
+                        "install a newer edgemoe, or calibrate again",
+                    )
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            profile = cls._parse(json.loads(metadata["profile"]), tensors)
+        except FormatError:
+            raise
+        except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise FormatError(
+                f"`{path}` is a damaged profile", str(error), "calibrate again"
+            ) from error
+        profile.validate(str(path))
+        return profile
+
+    @classmethod
+    def _parse(cls, head: Mapping[str, Any], tensors: Mapping[str, NDArray[Any]]) -> "Profile":
+        by_layer: dict[int, dict[str, NDArray[Any]]] = {}
+        for name, tensor in tensors.items():
+            _, layer, part = name.split(".")
+            by_layer.setdefault(int(layer), {})[part] = tensor
+        layers = {}
+        for layer, parts in sorted(by_layer.items()):
+            sums: dict[str, Any] = {name: parts[name] for name in TENSORS if name in parts}
+            if PATHS[0] in parts:
+                sums["paths"] = Paths(*(parts[name] for name in PATHS))
+            layers[layer] = LayerSums(**sums)
+        return cls(
+            layers,
+            top_k=int(head["top_k"]),
+            num_tokens=int(head["num_tokens"]),
+            name=head.get("name"),
+            fingerprint=str(head.get("fingerprint", "")),
+            tokenizer=str(head.get("tokenizer", "")),
+            texts=list(head.get("texts", ())),
+        )
+
+    def save(self, path: str | Path) -> None:
+        """Write the file: to a temporary name, synced, then renamed."""
+        from safetensors.numpy import save_file
+
+        tensors: dict[str, NDArray[Any]] = {}
+        for layer, sums in self.layers.items():
+            for name, (dtype, _) in TENSORS.items():
+                value = getattr(sums, name)
+                if value is not None:
+                    tensors[f"layers.{layer}.{name}"] = np.ascontiguousarray(value, dtype=dtype)
+            if sums.paths is not None:
+                parts = (sums.paths.key, sums.paths.expert, sums.paths.count)
+                for name, value in zip(PATHS, parts, strict=True):
+                    tensors[f"layers.{layer}.{name}"] = np.ascontiguousarray(value)
+        head = {
+            "num_tokens": self.num_tokens,
+            "top_k": self.top_k,
+            "name": self.name,
+            "fingerprint": self.fingerprint,
+            "tokenizer": self.tokenizer,
+            "texts": self.texts,
+        }
+        metadata = {"format": FORMAT, "version": str(VERSION), "profile": json.dumps(head)}
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+        try:
+            save_file(tensors, temporary, metadata)
+            with open(temporary, "rb+") as file:
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    def merge(self, other: "Profile") -> "Profile":
+        """The profile of both texts. Raises UsageError where the two are of different models."""
+        if self.top_k != other.top_k or self._num_experts() != other._num_experts():
+            raise UsageError(
+                "these two profiles are of different models",
+                f"experts by layer: {self._num_experts()} and {other._num_experts()}, "
+                f"top-k {self.top_k} and {other.top_k}",
+            )
+        return Profile(
+            {layer: sums + other.layers[layer] for layer, sums in self.layers.items()},
+            top_k=self.top_k,
+            num_tokens=self.num_tokens + other.num_tokens,
+            name=self.name if self.name == other.name else None,
+            fingerprint=self.fingerprint if self.fingerprint == other.fingerprint else "",
+            tokenizer=self.tokenizer if self.tokenizer == other.tokenizer else "",
+            texts=[*self.texts, *other.texts],
+        )
+
+    def validate(self, where: str = "the profile") -> None:
+        """Raises FormatError where shapes do not go together or counts do not add up."""
+        layers = list(self.layers.items())
+        hidden: int | None = None
+        for place, (layer, sums) in enumerate(layers):
+            following = layers[(place + 1) % len(layers)][1]
+            name = f"{where}: layer {layer}"
+            hidden = sums.validate(name, following.num_experts, hidden)
+            found = int(sums.hard_count.sum())
+            if found != self.num_tokens * self.top_k:
+                raise FormatError(
+                    f"{name}: the counts do not add up",
+                    f"expected {self.num_tokens} tokens x {self.top_k}, got {found}",
+                )
+
+    def check_model(self, num_experts: Mapping[int, int], top_k: int) -> None:
+        """Raises UsageError unless it is of a model with these experts by layer and this K."""
+        if dict(num_experts) != self._num_experts() or top_k != self.top_k:
+            raise UsageError(
+                "this profile belongs to another model",
+                f"expected {_shape(num_experts)} and top-{top_k}, "
+                f"got {_shape(self._num_experts())} and top-{self.top_k}",
+                "calibrate this store",
+            )
+
+    def is_of(self, index: StoreIndex) -> bool:
+        """Whether it was made with exactly this store, not another conversion of the model."""
+        return self.fingerprint == index.fingerprint
+
+    def popularity(self, place: int) -> NDArray[np.float64]:
+        """Share of tokens that choose each expert, [E], of the MoE layer at this place."""
+        sums = list(self.layers.values())[place]
+        return sums.hard_count / max(1, self.num_tokens)
+
+    def tables(self, place: int) -> PlaceTables:
+        """What predicts the choices of the MoE layer at `place` from those of the two layers that
+        run before it (in the cycle: before the first comes the last, of the token before)."""
+        layers = list(self.layers.values())
+        source, popularity = layers[place - 1], self.popularity(place)
+        counts = source.next_count
+        if counts is None:
+            counts = np.zeros((source.num_experts, len(popularity)), dtype=np.int64)
+        return make_tables(popularity, self.top_k, counts, source.paths)
+
+    def _num_experts(self) -> dict[int, int]:
+        return {layer: sums.num_experts for layer, sums in self.layers.items()}
+
+
+def _following(routes: NDArray[np.integer], place: int, steps: int) -> NDArray[np.integer]:
+    """Choices `steps` places after `place`, which may be in the next token: [T or T - 1, K]."""
+    wraps, at = divmod(place + steps, routes.shape[1])
+    return routes[wraps:, at]
+
+
+def profile_path(store: str | Path, name: str | None = None) -> Path:
+    """Where the profile of a store lies, or the one for a task. Raises UsageError for a name that
+    is no file name."""
+    if name is None:
+        return Path(store) / PROFILE_FILE
+    if not name or not all(c.isalnum() or c in "-_." for c in name) or name.startswith("."):
+        raise UsageError(
+            f"`{name}` cannot be the name of a profile", "use letters, digits, - and _"
+        )
+    return Path(store) / PROFILE_FOLDER / f"{name}.safetensors"
+
+
+def _shape(num_experts: Mapping[int, int]) -> str:
+    counts: Sequence[int] = sorted(set(num_experts.values()))
+    return f"{len(num_experts)} MoE layers of {' or '.join(map(str, counts)) or 'no'} experts"
