@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from .runtime import core
-from .runtime.amounts import parse_bytes
+from .runtime.amounts import parse_bytes, parse_rate
 from .runtime.errors import UsageError
 from .runtime.io import IO_MODES
 from .runtime.policy import DEFAULT_POLICY, POLICIES
@@ -25,7 +25,7 @@ class EngineConfig:
 
     `memory_bytes` None: as much as keeps every expert resident. `context` None: what the model was
     trained for, 4096 at most. `threads` None: one per core. `cache_bytes`: less expert cache than
-    the budget allows, for measurements.
+    the budget allows, for measurements. `throttle`: emulate a drive of so many bytes per second.
     """
 
     memory_bytes: int | None = None
@@ -36,6 +36,7 @@ class EngineConfig:
     kv_bits: int = 16
     io: str = "auto"
     cache_bytes: int | None = None
+    throttle: int | None = None
     chat_template: str | None = None
 
     def __post_init__(self) -> None:
@@ -58,6 +59,7 @@ class EngineConfig:
             ("context", 1),
             ("threads", 1),
             ("cache_bytes", 0),
+            ("throttle", 1),
         ):
             value = getattr(self, name)
             if value is not None and (not _is_int(value) or value < least):
@@ -79,7 +81,7 @@ class EngineConfig:
                 raise UsageError(
                     f"unknown option `{name}`", f"known are {', '.join(sorted(known))}"
                 )
-        for name in known - {"cache_bytes"}:
+        for name in known - {"cache_bytes", "throttle"}:
             text = environment.get(f"EDGEMOE_{name.upper()}")
             if text and name not in values:
                 values[name] = _from_text(name, text)
@@ -87,6 +89,8 @@ class EngineConfig:
             values["memory_bytes"] = parse_bytes(values.pop("memory"))
         if isinstance(values.get("cache_bytes"), str):
             values["cache_bytes"] = parse_bytes(values["cache_bytes"])
+        if isinstance(values.get("throttle"), str):
+            values["throttle"] = parse_rate(values["throttle"])
         if "chat_template" in values:
             values["chat_template"] = os.fspath(values["chat_template"])
         return cls(**values)

@@ -68,6 +68,7 @@ class Engine:
         kv_bits: int | None = None,
         io: str | None = None,
         cache_bytes: int | None = None,
+        throttle: str | int | None = None,
         chat_template: str | Path | None = None,
     ) -> "Engine":
         """Open a store (None: the bundled demo model); `memory` such as "4GiB" bounds the process.
@@ -84,6 +85,7 @@ class Engine:
             kv_bits=kv_bits,
             io=io,
             cache_bytes=cache_bytes,
+            throttle=throttle,
             chat_template=chat_template,
         )
         if path is None:
@@ -116,6 +118,7 @@ class Engine:
         store = Store(self.path, io=config.io, backend=config.backend)
         self._resources.callback(store.close)
         self.reader = store.reader
+        self.reader.throttle(config.throttle or 0)
         pool = ThreadPool(config.threads)
         self._resources.callback(pool.close)
         self._experts = _Experts(self._interrupt)

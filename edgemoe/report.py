@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 from .runtime import core
+from .runtime.amounts import format_rate
 from .runtime.errors import TemplateError
 
 if TYPE_CHECKING:
@@ -18,6 +19,8 @@ def notes_on(engine: "Engine") -> list[str]:
         notes.append("the slow reference runs, as asked")
     if not engine.reader.is_direct and config.io != "buffered":
         notes.append(f"expert reads are {engine.reader.io_note}; the page cache grows with them")
+    if config.throttle:
+        notes.append(f"reads are slowed down to {format_rate(config.throttle)}, as asked")
     if engine.tokenizer is None:
         notes.append("this store has no tokenizer.json: prompts and answers are token ids")
     return notes

@@ -30,6 +30,21 @@ def parse_bytes(text: str | int) -> int:
     )
 
 
+def parse_rate(text: str | int) -> int:
+    """`550MB/s` in bytes per second, units as in `parse_bytes`. Raises UsageError."""
+    try:
+        return parse_bytes(text.strip().removesuffix("/s") if isinstance(text, str) else text)
+    except UsageError as error:
+        raise UsageError(
+            f"`{text}` is no rate", "expected an amount of memory per second", "write 550MB/s"
+        ) from error
+
+
+def format_rate(bytes_per_s: float) -> str:
+    """`550 MB/s`: in powers of 1000, as drives are sold."""
+    return f"{bytes_per_s / 1e6:,.4g} MB/s"
+
+
 def format_bytes(num_bytes: int) -> str:
     """`3.25 GiB`, `12 MiB`, `700 B`: three digits and a binary unit."""
     for unit, size in (("TiB", TIB), ("GiB", GIB), ("MiB", MIB), ("KiB", KIB)):

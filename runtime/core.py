@@ -62,6 +62,7 @@ class StoreStats(ctypes.Structure):
         ("cancelled_bytes", c_int64),
         ("priority_bytes", c_int64 * 3),
         *((name, c_int64) for name in ("read_ns", "cpu_ns", "crc_ns")),
+        *((name, c_int64) for name in ("throttle_bytes_per_s", "throttle_busy_ns")),
     ]
 
 
@@ -205,6 +206,7 @@ _SIGNATURES: dict[str, tuple[object, list[object]]] = {
     "em_store_cancel": (_I32, [_P, _I64, _P]),
     "em_store_wait": (_I32, [_P, _I32]),
     "em_store_pump": (None, [_P]),
+    "em_store_throttle": (_I32, [_P, _I64]),
     "em_store_get_stats": (None, [_P, POINTER(StoreStats)]),
     "em_moe_workspace_floats": (_I64, [_I64, _I64, _I64, _I64]),
     "em_moe_run": (_I32, [_P, _P, POINTER(Record), POINTER(MoeArgs)]),

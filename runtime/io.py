@@ -178,9 +178,15 @@ class RecordReader:
         """Bring `status` up to date and start queued reads, without blocking."""
         self._reader.pump()
 
+    def throttle(self, bytes_per_s: int) -> None:
+        """Emulate a drive of this rate from now on, 0: none any more. It serves one request at a
+        time, of those under way the most urgent next. Raises UsageError for a negative rate."""
+        _expect(self._reader.throttle(bytes_per_s))
+
     def stats(self) -> dict[str, Any]:
         """num_reads (records), num_requests, num_bytes, cancelled_bytes (read in vain),
-        priority_bytes [3], read_s (sum over requests), cpu_s (reading), crc_s (CPU of checking)."""
+        priority_bytes [3], read_s (sum over requests), cpu_s (reading), crc_s (CPU of checking),
+        throttle_bytes_per_s (0: none) and throttle_busy_s, for which the emulated drive served."""
         stats = self._reader.stats()
         return {
             "num_reads": stats.num_reads,
@@ -191,6 +197,8 @@ class RecordReader:
             "read_s": stats.read_ns * 1e-9,
             "cpu_s": stats.cpu_ns * 1e-9,
             "crc_s": stats.crc_ns * 1e-9,
+            "throttle_bytes_per_s": stats.throttle_bytes_per_s,
+            "throttle_busy_s": stats.throttle_busy_ns * 1e-9,
         }
 
     def close(self) -> None:
@@ -275,6 +283,9 @@ class _NativeReader:
 
     def pump(self) -> None:
         core.lib.em_store_pump(self.handle)
+
+    def throttle(self, bytes_per_s: int) -> int:
+        return core.lib.em_store_throttle(self.handle, bytes_per_s)
 
     def stats(self) -> ReadStats:
         stats = core.StoreStats()

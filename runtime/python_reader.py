@@ -5,9 +5,7 @@ import errno
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
@@ -17,6 +15,8 @@ from .files import advise, open_raw, read_some
 from .format import PAGE_BYTES
 from .index import ExpertRecord
 from .memory import Arena
+from .read_tasks import Read, ReadStats, Request
+from .throttle import Throttle
 
 # Status of a record: edgemoe_core.h. Other negative values are -errno.
 ABSENT, READING, READY = 0, 1, 2
@@ -25,59 +25,6 @@ ERR_CRC, ERR_SHORT, ERR_ARG = -10001, -10002, -10003
 # Requests and their order: csrc/read_queue.
 DEMAND_BYTES = 16 << 20
 GUESS_BYTES = 1 << 20
-DOWN_LAG = 2
-
-
-@dataclass(slots=True)
-class ReadStats:
-    """em_store_stats: what was read and what it cost, times in ns."""
-
-    num_reads: int = 0
-    num_requests: int = 0
-    num_bytes: int = 0
-    cancelled_bytes: int = 0
-    priority_bytes: list[int] = field(default_factory=lambda: [0, 0, 0])
-    read_ns: int = 0
-    cpu_ns: int = 0
-    crc_ns: int = 0
-
-
-@dataclass(slots=True)
-class _Read:
-    """A record being read; lists are by section: gate|up, down."""
-
-    view: np.ndarray  # u8 [num_bytes]
-    ends: list[int]  # of the sections, within the record
-    turn: int
-    priority: int
-    issued: list[int]  # where the next request of each section begins
-    left: list[int]  # bytes that have not landed
-    is_done: list[bool] = field(default_factory=lambda: [False, False])
-    num_in_flight: int = 0
-    error: int = 0
-    is_cancelled: bool = False
-
-    def tasks(self) -> list[tuple[int, int, int]]:
-        """(priority, order, section) of what is still to be requested."""
-        if self.is_cancelled or self.error:
-            return []
-        lag = DOWN_LAG if self.priority == 0 else 0
-        return [
-            (self.priority, self.turn + lag * section, section)
-            for section in (0, 1)
-            if self.issued[section] < self.ends[section]
-        ]
-
-    def fail(self, error: int) -> None:
-        self.error = self.error or error
-
-
-class _Request(NamedTuple):
-    key: int
-    section: int
-    priority: int
-    begin: int
-    num_bytes: int
 
 
 class PythonReader:
@@ -101,6 +48,7 @@ class PythonReader:
         self.landed_ns = np.zeros(len(records), dtype=np.int64)
         self._verified = [[False, False] for _ in records]
         self._stats = ReadStats()
+        self._throttle, self._num_throttled = Throttle(), 0
         self._file = open_raw(path, direct)
         try:
             if direct:
@@ -112,7 +60,7 @@ class PythonReader:
             raise
         if not direct:
             advise(self._file, 0, 0, "POSIX_FADV_RANDOM")
-        self._reads: dict[int, _Read] = {}  # by key
+        self._reads: dict[int, Read] = {}  # by key
         self._turn = 0
         self._changed = threading.Condition()
         self._closing = False
@@ -138,7 +86,7 @@ class PythonReader:
                 record = self._records[key]
                 down, end = record.layout.down_offset, record.num_bytes
                 view = np.frombuffer((ctypes.c_uint8 * end).from_address(address), dtype=np.uint8)
-                self._reads[key] = _Read(
+                self._reads[key] = Read(
                     view, [down, end], self._turn, priority, [0, down], [down, end - down]
                 )
                 self._turn += 1
@@ -155,6 +103,7 @@ class PythonReader:
                 if read is not None and priority < read.priority:
                     read.priority, read.turn = priority, self._turn
                     self._turn += 1
+                    self._throttle.promote(key, priority, time.monotonic_ns())
         return 0
 
     def cancel(self, keys: np.ndarray) -> int:
@@ -180,13 +129,25 @@ class PythonReader:
     def pump(self) -> None:
         """Nothing: the reader threads do it."""
 
+    def throttle(self, bytes_per_s: int) -> int:
+        if bytes_per_s < 0:
+            return ERR_ARG
+        with self._changed:
+            self._throttle.set_rate(bytes_per_s, time.monotonic_ns())
+            self._changed.notify_all()
+        return 0
+
     def stats(self) -> ReadStats:
-        return self._stats
+        with self._changed:
+            self._stats.throttle_bytes_per_s = self._throttle.rate
+            self._stats.throttle_busy_ns = self._throttle.busy_ns
+            return self._stats
 
     def close(self) -> None:
         self.cancel(np.arange(len(self._records)))
         with self._changed:
             self._closing = True
+            self._throttle.set_rate(0, time.monotonic_ns())
             self._changed.notify_all()
         for thread in self._threads:
             thread.join()
@@ -208,10 +169,13 @@ class PythonReader:
                     if request is None:
                         self._changed.wait()
                 read = self._reads[request.key]
-            begin, cpu_begin = time.monotonic_ns(), time.thread_time_ns()
+                begin, cpu_begin = time.monotonic_ns(), time.thread_time_ns()
+                tag = self._pass(request, begin)
             error, num_bytes = self._read(request, read.view)
-            end, cpu_end = time.monotonic_ns(), time.thread_time_ns()
+            cpu_end = time.thread_time_ns()
             with self._changed:
+                self._await(tag)
+                end = time.monotonic_ns()
                 stats = self._stats
                 stats.num_requests += 1
                 stats.num_bytes += num_bytes
@@ -228,7 +192,21 @@ class PythonReader:
                 self._settle(request.key, read)
                 self._changed.notify_all()
 
-    def _next(self) -> _Request | None:
+    def _pass(self, request: Request, now: int) -> int:
+        """Through the throttle where one is on; returns its tag, 0: none."""
+        if not self._throttle.rate:
+            return 0
+        self._num_throttled += 1
+        self._throttle.add(
+            self._num_throttled, request.key, request.priority, request.num_bytes, now
+        )
+        return self._num_throttled
+
+    def _await(self, tag: int) -> None:
+        while tag and not self._throttle.take(now := time.monotonic_ns(), tag):
+            self._changed.wait((self._throttle.due() - now) * 1e-9)
+
+    def _next(self) -> Request | None:
         tasks = [(*task, key) for key, read in self._reads.items() for task in read.tasks()]
         if not tasks:
             return None
@@ -239,9 +217,9 @@ class PythonReader:
         num_bytes = min(read.ends[section] - begin, limit)
         read.issued[section] += num_bytes
         read.num_in_flight += 1
-        return _Request(key, section, priority, begin, num_bytes)
+        return Request(key, section, priority, begin, num_bytes)
 
-    def _read(self, request: _Request, view: np.ndarray) -> tuple[int, int]:
+    def _read(self, request: Request, view: np.ndarray) -> tuple[int, int]:
         """0 or a negative status, and the bytes read."""
         base, done = self._records[request.key].offset + request.begin, 0
         part = view[request.begin : request.begin + request.num_bytes]
@@ -258,7 +236,7 @@ class PythonReader:
                 break
         return (0 if done == request.num_bytes else ERR_SHORT), done
 
-    def _check(self, request: _Request, read: _Read) -> None:
+    def _check(self, request: Request, read: Read) -> None:
         """Compare a section with its checksum, the first time."""
         section, verified = request.section, self._verified[request.key]
         good = verified[section]
@@ -274,7 +252,7 @@ class PythonReader:
             if not good:
                 read.fail(ERR_CRC)
 
-    def _settle(self, key: int, read: _Read) -> None:
+    def _settle(self, key: int, read: Read) -> None:
         read.num_in_flight -= 1
         if read.num_in_flight:
             return

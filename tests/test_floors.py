@@ -8,7 +8,8 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 FLOORS = {
     0: """runtime: __init__ amounts budget checksum core errors extents files format index io
-        kernels memory packing process python_reader records reference slots trace
+        kernels memory packing process python_reader read_tasks records reference slots
+        throttle trace
         waves
         profile profile_sums transitions""",
     1: """runtime: cache executor policy store""",

@@ -55,6 +55,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--policy", choices=options.POLICIES, default="cycle")
     parser.add_argument("--threads", type=options.count, metavar="N", help="compute threads")
     options.add_numeric_options(parser)
+    parser.add_argument(
+        "--throttle",
+        type=options.rate,
+        metavar="RATE",
+        help="read as from a drive of this rate, such as 50MB/s",
+    )
     parser.add_argument("--markdown", action="store_true", help="Markdown tables")
     parser.add_argument(
         "--json", nargs="?", const="-", metavar="FILE", help="JSON into FILE, or instead of tables"

@@ -94,6 +94,7 @@ def measure(path: Path, args: argparse.Namespace) -> dict[str, Any]:
         "decoded_tokens": args.tokens,
         "context": context,
         "policy": args.policy,
+        "throttle_bytes_per_s": args.throttle,
         "threads": args.threads,
         "touched_bytes_per_token": touched,
         "full_residence_bytes": plan.resident_budget_bytes,
@@ -158,9 +159,9 @@ def _measure_between_limits(
     from ..config import num_cores
 
     threads = args.threads or num_cores()
-    before = measure_limits(index, args.io, threads)
+    before = measure_limits(index, args.io, threads, args.throttle)
     result = _measure_one(path, arm, prompt, context, args)
-    after = measure_limits(index, args.io, threads)
+    after = measure_limits(index, args.io, threads, args.throttle)
     return result | {"limits": mean_limits(before, after), "limits_around": [before, after]}
 
 
@@ -184,6 +185,7 @@ def _measure_one(
             backend=args.backend,
             kv_bits=args.kv_bits,
             io=args.io,
+            throttle=args.throttle,
         ) as engine:
             for line in engine.notes:
                 note(f"note: {arm.name}: {line}")

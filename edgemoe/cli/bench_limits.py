@@ -17,14 +17,17 @@ BATCH_BYTES = 32 << 20
 NUM_WINDOWS, WINDOW_S = 3, 0.2
 
 
-def measure_limits(index: Any, io: str, num_threads: int) -> dict[str, Any]:
+def measure_limits(
+    index: Any, io: str, num_threads: int, throttle: int | None = None
+) -> dict[str, Any]:
     """Rates in bytes per second: memory, storage, and storage while all threads sweep memory.
 
     On some machines both share one path, so that the last is less than the one before. `io` says
     how the storage was read; a buffered read may come out of the page cache, and then says nothing
-    about the drive.
+    about the drive. `throttle`: as a drive of so many bytes per second.
     """
-    with closing(MemorySweep(num_threads)) as sweep, closing(StorageReads(index, io)) as reads:
+    reader = StorageReads(index, io, throttle)
+    with closing(MemorySweep(num_threads)) as sweep, closing(reader) as reads:
         dram = sweep.best()
         storage = reads.rate()
         with sweep.running() as swept:
@@ -128,7 +131,7 @@ def sweep_bytes() -> int:
 class StorageReads:
     """Reads whole records in random order with the reader of the engine itself."""
 
-    def __init__(self, index: Any, io: str) -> None:
+    def __init__(self, index: Any, io: str, throttle: int | None = None) -> None:
         import numpy as np
 
         from ..runtime.index import EXPERTS_FILE
@@ -139,12 +142,14 @@ class StorageReads:
         order = list(range(len(self._records)))
         random.Random(0).shuffle(order)
         slot_bytes = index.max_record_bytes
-        size = max(1, min(BATCH_BYTES // slot_bytes, len(order) // 2))
+        batch_bytes = min(BATCH_BYTES, int(throttle * WINDOW_S / 4)) if throttle else BATCH_BYTES
+        size = max(1, min(batch_bytes // slot_bytes, len(order) // 2))
         batches = [order[first : first + size] for first in range(0, len(order), size)]
         self._batches = [np.sort(np.array(batch, dtype=np.int32)) for batch in batches]
         self._next = 0
         path = index.path / EXPERTS_FILE
         self._reader = RecordReader(path, self._records, io=io)
+        self._reader.throttle(throttle or 0)
         self.io_note = self._reader.io_note
         self._arena = Arena(2 * size * slot_bytes)
         steps = np.arange(2 * size, dtype=np.uint64) * np.uint64(slot_bytes)

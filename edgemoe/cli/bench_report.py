@@ -4,7 +4,7 @@ from collections.abc import Callable
 from statistics import median
 from typing import Any
 
-from ..runtime.amounts import format_bytes
+from ..runtime.amounts import format_bytes, format_rate
 from .render import markdown as markdown_table
 from .render import table
 
@@ -37,11 +37,13 @@ def tables(document: dict[str, Any], markdown: bool = False) -> str:
     prompts = document["prompts"]
     rounds = max((len(row["rounds"]) for row in rows), default=0)
     machine = document["machine"]
+    throttle = document["throttle_bytes_per_s"]
+    slowed = f" slowed down to {format_rate(throttle)}" if throttle else ""
     parts = [
         f"{document['model']}: {prompts['tokens']} prompt tokens ({prompts['note']}), "
         f"{document['decoded_tokens']} decoded, median of {rounds} rounds\n"
         f"{machine['cpu']}, {machine['num_cpus']} CPUs, {format_bytes(machine['memory_bytes'])}; "
-        f"{describe_limits(every)}",
+        f"{describe_limits(every)}{slowed}",
         draw([_speed(row) for row in rows], SPEED),
         "decode\n\n" + draw([_decode(row) for row in rows], DECODE),
         "prefill\n\n" + draw([_prefill(row) for row in rows], PREFILL),

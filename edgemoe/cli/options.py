@@ -162,6 +162,13 @@ def count(text: str) -> int:
     return value
 
 
+def rate(text: str) -> int:
+    """`550MB/s` in bytes per second; UsageError for what is no rate."""
+    from ..runtime.amounts import parse_rate
+
+    return parse_rate(text)
+
+
 def size(text: str) -> int:
     """`4GiB` in bytes; UsageError for what is no amount of memory."""
     from ..runtime.amounts import parse_bytes

@@ -185,12 +185,18 @@ EM_API int32_t em_store_wait(em_store *store, int32_t key);
 /* Take note of reads that have ended and start queued ones; does not block. Where io_uring reads,
  * this happens only here, in em_store_submit, em_store_wait and em_moe_run. */
 EM_API void em_store_pump(em_store *store);
+/* Emulate a drive of this rate, 0: none any more. It serves one request at a time, n bytes in
+ * n / rate seconds, of those under way the most urgent next, and no request ends before its service
+ * has; a drive that is slower than that stays so. May be changed at any time. Returns 0, or
+ * EM_ERR_ARG for a negative rate. */
+EM_API int32_t em_store_throttle(em_store *store, int64_t bytes_per_s);
 typedef struct em_store_stats {
   int64_t num_reads, num_requests; /* records read or failed; requests to the system */
   int64_t num_bytes, cancelled_bytes; /* read; those of them that belong to cancelled records */
   int64_t priority_bytes[3];          /* num_bytes by priority */
   int64_t read_ns;                    /* sum over requests, waiting in the system's queue included */
   int64_t cpu_ns, crc_ns;             /* CPU time of reading, and of checking what was read */
+  int64_t throttle_bytes_per_s, throttle_busy_ns; /* its rate now; time for which it was serving */
 } em_store_stats;
 /* Sums since the store was opened. */
 EM_API void em_store_get_stats(em_store *store, em_store_stats *stats);

@@ -22,6 +22,7 @@
 #include <unistd.h>
 #if defined(__linux__)
 #include <sched.h>
+#include <sys/prctl.h>
 #endif
 #endif
 
@@ -178,6 +179,9 @@ Pinned::~Pinned() {
   if (is_pinned_) SetThreadAffinityMask(GetCurrentThread(), before);
 }
 
+SharpTimer::SharpTimer() {}
+SharpTimer::~SharpTimer() {}
+
 void block_signals() {}
 
 #else  // POSIX
@@ -326,6 +330,19 @@ Pinned::~Pinned() {
   if (is_pinned_) {
     ::sched_setaffinity(0, sizeof(before_), reinterpret_cast<cpu_set_t *>(before_));
   }
+#endif
+}
+
+SharpTimer::SharpTimer() {
+#if defined(__linux__)
+  before_ = ::prctl(PR_GET_TIMERSLACK);
+  if (before_ > 0) ::prctl(PR_SET_TIMERSLACK, 1UL);
+#endif
+}
+
+SharpTimer::~SharpTimer() {
+#if defined(__linux__)
+  if (before_ > 0) ::prctl(PR_SET_TIMERSLACK, static_cast<unsigned long>(before_));
 #endif
 }
 

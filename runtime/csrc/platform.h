@@ -55,6 +55,18 @@ class Pinned {
   alignas(8) unsigned char before_[128];  // the system's set of cores
   bool is_pinned_ = false;
 };
+// Lets the calling thread sleep as precisely as the system can, until it goes out of scope: the usual
+// slack of a timer is half of what a fast drive takes for a small record.
+class SharpTimer {
+ public:
+  SharpTimer();
+  SharpTimer(const SharpTimer &) = delete;
+  SharpTimer &operator=(const SharpTimer &) = delete;
+  ~SharpTimer();
+
+ private:
+  int before_ = -1;
+};
 // Leave signals to the threads of the caller of the library.
 void block_signals();
 

@@ -60,7 +60,7 @@ namespace em {
 int32_t arrival_of(const em_store *store, int32_t key) { return store->arrival(key); }
 
 void pump(em_store *store) {
-  if (!store->ring || !store->ring->has_completion()) return;
+  if (!store->ring || !store->has_news()) return;
   em_store::Lock lock(store->mutex, std::try_to_lock);
   if (lock) store->reap(lock);  // else somebody is at it
 }
@@ -140,6 +140,7 @@ em_store *em_store_open(const char *path, const em_record *records, int64_t num_
       store->file.expect_random();
     }
     store->depth = depth;
+    store->throttle.reserve(2 * depth);
     if (method == EM_METHOD_AUTO && store->direct) {
       std::unique_ptr<em::Uring> ring(new em::Uring);
       const int32_t num_reads = 2 * depth;  // demands, and guesses that were under way before them
@@ -225,7 +226,9 @@ int32_t em_store_promote(em_store *store, int64_t num, const int32_t *keys, int3
   }
   em_store::Lock lock(store->mutex);
   for (int64_t i = 0; i < num; ++i) {
-    if (em::status_of(store, keys[i]) == EM_READING) store->queue.promote(keys[i], priority);
+    if (em::status_of(store, keys[i]) != EM_READING) continue;
+    store->queue.promote(keys[i], priority);
+    if (store->throttle.is_on()) store->throttle.promote(keys[i], priority, em::monotonic_ns());
   }
   if (store->ring) store->start_now(lock);  // a demand does not wait for guesses under way
   return 0;
@@ -252,8 +255,17 @@ int32_t em_store_wait(em_store *store, int32_t key) {
 
 void em_store_pump(em_store *store) { em::pump(store); }
 
+int32_t em_store_throttle(em_store *store, int64_t bytes_per_s) {
+  if (bytes_per_s < 0) return EM_ERR_ARG;
+  em_store::Lock lock(store->mutex);
+  store->set_throttle(bytes_per_s);
+  return 0;
+}
+
 void em_store_get_stats(em_store *store, em_store_stats *stats) {
   em_store::Lock lock(store->mutex);
   *stats = store->stats;
+  stats->throttle_bytes_per_s = store->throttle.rate();
+  stats->throttle_busy_ns = store->throttle.busy_ns();
 }
 }

@@ -2,6 +2,7 @@
 #pragma once
 #include <atomic>
 #include <cerrno>
+#include <chrono>
 #include <condition_variable>
 #include <cstdint>
 #include <memory>
@@ -13,6 +14,7 @@
 #include "platform.h"
 #include "read_queue.h"
 #include "store.h"
+#include "throttle.h"
 #include "uring.h"
 
 namespace em {
@@ -21,12 +23,12 @@ constexpr int64_t kPage = 4096;
 constexpr uint64_t kNop = ~uint64_t{0};  // tag of what wakes the waiter
 constexpr int32_t kMaxRepeats = 100;     // of a read that the system says to try again
 
-// A request that the ring is reading.
+// A request that the ring is reading, or has read and the throttle holds back.
 struct Flight {
   Request request;
   int64_t num_bytes = 0, begin_ns = 0;  // landed; when it was handed over
-  int32_t num_repeats = 0;
-  bool is_used = false;
+  int32_t num_repeats = 0, error = 0;
+  bool is_used = false, is_read = false, is_served = false;
 };
 
 }  // namespace em
@@ -40,7 +42,7 @@ struct em_store {
   std::unique_ptr<std::atomic<bool>[]> has_gate_up;  // while the record is being read
 
   std::mutex mutex;  // of everything below
-  std::condition_variable work, changed;
+  std::condition_variable work, changed, paced;
   em::ReadQueue queue;
   std::vector<uint8_t> verified;  // by key: bit of each section whose checksum was right
   std::vector<int64_t> landed_ns;
@@ -56,18 +58,32 @@ struct em_store {
   bool has_waiter = false;  // a thread sleeps in the ring: only it may pop completions
   bool is_nop_under_way = false;
 
+  // A request is handed over when the drive has read it and the throttle, where one is on, is done
+  // with it. With reader threads a tag counts requests, with a ring it is the flight's.
+  em::Throttle throttle;
+  uint64_t num_throttled = 0;
+  std::atomic<int64_t> due_ns{em::kNever};  // when `reap` finds something, readable without the lock
+
   using Lock = std::unique_lock<std::mutex>;
 
   ~em_store() {
     {
       Lock lock(mutex);
       closing = true;
+      set_throttle(0);
       for (size_t key = 0; key < records.size(); ++key) cancel(static_cast<int32_t>(key));
       while (ring && num_flights > 0) block(lock);
     }
     work.notify_all();
     changed.notify_all();
     for (std::thread &reader : readers) reader.join();
+  }
+
+  void set_throttle(int64_t bytes_per_s) {
+    throttle.set_rate(bytes_per_s, em::monotonic_ns());
+    note_due();
+    paced.notify_all();
+    notify();
   }
 
   bool is_valid(int32_t key) const {
@@ -161,18 +177,38 @@ struct em_store {
       work.wait(lock, [this] { return closing || !queue.empty(); });
       if (closing) return;
       const em::Request request = queue.next();
-      lock.unlock();
       const int64_t cpu_before = em::thread_cpu_ns(), begin = em::monotonic_ns();
+      const bool is_throttled = throttle.is_on();
+      const uint64_t tag = num_throttled++;
+      if (is_throttled) pass(tag, request, begin);
+      lock.unlock();
       int64_t num_bytes = 0;
       const int32_t error = read(request, &num_bytes);
-      const int64_t read_ns = em::monotonic_ns() - begin;
       const int64_t cpu_ns = em::thread_cpu_ns() - cpu_before;
       lock.lock();
-      count(request, num_bytes, read_ns);
+      if (is_throttled) await(lock, tag);
+      count(request, num_bytes, em::monotonic_ns() - begin);
       stats.cpu_ns += cpu_ns;
       land(lock, request, error);
     }
   }
+
+  // Until the throttle is done with a request.
+  void await(Lock &lock, uint64_t tag) {
+    const em::SharpTimer sharp;
+    for (;;) {
+      const int64_t now = em::monotonic_ns();
+      if (throttle.take(now, tag)) return;
+      paced.wait_for(lock, std::chrono::nanoseconds(throttle.due() - now));
+    }
+  }
+
+  void pass(uint64_t tag, const em::Request &request, int64_t now) {
+    throttle.add(tag, request.key, request.priority, request.num_bytes, now);
+    note_due();
+  }
+
+  void note_due() { due_ns = throttle.has_ended() ? 0 : throttle.due(); }
 
   // ---- with a ring; all under the lock ------------------------------------------------------
 
@@ -197,6 +233,8 @@ struct em_store {
       flight.is_used = true;
       ++num_flights;
       num_demands += flight.request.priority == 0;
+      flight.is_served = !throttle.is_on();
+      if (!flight.is_served) pass(tag, flight.request, flight.begin_ns);
       push(tag);
     }
   }
@@ -205,6 +243,7 @@ struct em_store {
     em::Flight &flight = flights[tag];
     count(flight.request, flight.num_bytes, em::monotonic_ns() - flight.begin_ns);
     flight.is_used = false;
+    if (!flight.is_served) throttle.forget(tag);
     --num_flights;
     num_demands -= flight.request.priority == 0;
     return flight.request;
@@ -233,9 +272,16 @@ struct em_store {
     stats.cpu_ns += em::thread_cpu_ns() - before;
   }
 
+  // Whether `reap` would find something.
+  bool has_news() const {
+    if (ring->has_completion()) return true;
+    const int64_t due = due_ns.load(std::memory_order_relaxed);
+    return due != em::kNever && em::monotonic_ns() >= due;
+  }
+
   // Take note of what has landed, unless a waiter is going to.
   void reap(Lock &lock) {
-    if (has_waiter || !ring->has_completion()) return;
+    if (has_waiter || !has_news()) return;
     const int64_t before = em::thread_cpu_ns();
     int64_t crc_ns = 0;
     uint64_t tag;
@@ -255,12 +301,24 @@ struct em_store {
         hand_over(lock);
         continue;
       }
-      const em::Request request = take(tag);
-      start();  // before a checksum keeps this thread
-      hand_over(lock);
-      crc_ns += land(lock, request, left == 0 ? 0 : result < 0 ? result : EM_ERR_SHORT);
+      flight.is_read = true;
+      flight.error = left == 0 ? 0 : result < 0 ? result : EM_ERR_SHORT;
+      if (flight.is_served) crc_ns += finish(lock, tag);
     }
+    while (!has_waiter && throttle.pop(em::monotonic_ns(), &tag)) {
+      flights[tag].is_served = true;
+      if (flights[tag].is_read) crc_ns += finish(lock, tag);
+    }
+    note_due();
     stats.cpu_ns += em::thread_cpu_ns() - before - crc_ns;
+  }
+
+  int64_t finish(Lock &lock, uint64_t tag) {
+    const int32_t error = flights[tag].error;
+    const em::Request request = take(tag);
+    start();  // before a checksum keeps this thread
+    hand_over(lock);
+    return land(lock, request, error);
   }
 
   // Returns when something may have changed. One thread sleeps in the ring, others on `changed`.
@@ -268,8 +326,13 @@ struct em_store {
     if (!ring || has_waiter || num_flights == 0) return changed.wait(lock);
     const int64_t before = em::thread_cpu_ns();
     has_waiter = true;
+    const int64_t due = due_ns;
     lock.unlock();
-    ring->wait();
+    if (due == em::kNever) {
+      ring->wait();
+    } else {
+      ring->wait_until(due);
+    }
     lock.lock();
     has_waiter = false;
     stats.cpu_ns += em::thread_cpu_ns() - before;

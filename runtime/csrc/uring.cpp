@@ -12,6 +12,7 @@
 
 #if defined(EM_URING)
 #include <linux/io_uring.h>
+#include <poll.h>
 #include <sys/mman.h>
 #include <sys/syscall.h>
 #include <time.h>
@@ -154,6 +155,16 @@ void Uring::wait() {
   }
 }
 
+void Uring::wait_until(int64_t due_ns) {
+  const SharpTimer sharp;
+  pollfd ring = {ring_, POLLIN, 0};
+  for (int64_t left; !has_completion() && (left = due_ns - monotonic_ns()) > 0;) {
+    const timespec pause = {static_cast<time_t>(left / 1000000000),
+                            static_cast<long>(left % 1000000000)};
+    ::ppoll(&ring, 1, &pause, nullptr);
+  }
+}
+
 }  // namespace em
 
 #else
@@ -169,6 +180,7 @@ bool Uring::take_back(uint64_t *) { return false; }
 bool Uring::has_completion() const { return false; }
 bool Uring::pop(uint64_t *, int32_t *) { return false; }
 void Uring::wait() {}
+void Uring::wait_until(int64_t) {}
 
 }  // namespace em
 #endif

@@ -29,6 +29,7 @@ class Uring {
   bool has_completion() const;
   bool pop(uint64_t *tag, int32_t *result);  // result: bytes read or -errno
   void wait();                               // until there is a completion
+  void wait_until(int64_t due_ns);           // or until then, on the monotonic clock
 
  private:
   void *push();  // an empty submission, given to the system by the next `submit`
