@@ -1,8 +1,8 @@
 """Router and MoE block in torch, and what both backends ask of an executor. T tokens, E experts,
 K top-k, D hidden.
 
-The block knows nothing of where experts are: it hands expert ids and routing weights to the
-executor, which reads, keeps and computes them.
+Nothing here knows where experts are: expert ids and routing weights go to the executor, which
+reads, keeps and computes them.
 """
 
 from collections.abc import Callable
@@ -57,26 +57,16 @@ class Router:
 
 
 class MoEBlock:
-    """Routed experts, plus the shared expert behind its sigmoid where there is one."""
+    """The router of a layer, and the shared expert behind its sigmoid where there is one."""
 
-    def __init__(
-        self,
-        args: ModelArgs,
-        weights: LayerWeights,
-        layer: int,
-        experts: Experts,
-    ) -> None:
-        self._layer, self._experts = layer, experts
-        self._router = Router(args, weights.router)
+    def __init__(self, args: ModelArgs, weights: LayerWeights) -> None:
+        self.router = Router(args, weights.router)
         self._shared, self._shared_weight = None, weights.shared_weight
         if self._shared_weight is not None:
             self._shared = DenseMlp(weights)
 
-    def __call__(self, x: Tensor, on_route: OnRoute | None = None) -> Tensor:
-        expert_ids, weights = self._router(x)
-        if on_route is not None:
-            on_route(self._layer, expert_ids, weights)
-        y = self._experts.run(self._layer, x, expert_ids, weights)
+    def finish(self, x: Tensor, y: Tensor) -> Tensor:
+        """The block's output: y of the routed experts, and the shared expert of x `[T, D]`."""
         if self._shared is None:
             return y
         share = sigmoid(self._shared_weight.linear(x))  # [T, 1]

@@ -17,9 +17,11 @@ from ..kv_cache import KVCache
 from ..runtime import core
 from ..runtime.errors import EdgeMoeError, UsageError
 from ..runtime.kernels import PackedMatrix, ThreadPool
+from . import steps
 from .args import QK_NORMS, ModelArgs
 from .moe import Experts, OnRoute
 from .rope import Rotary
+from .steps import Routed
 from .trunk import Fp32Matrix, LayerWeights, Linear, Rows
 
 # One token's expert ids int32 [layers with experts, K'], ascending, and routing weights fp32.
@@ -44,12 +46,13 @@ class NativeLayers:
         experts: Experts,
         pool: ThreadPool | None,
     ) -> None:
-        self._args, self._experts, self._pool = args, experts, pool
+        self.args, self.experts, self._pool = args, experts, pool
         self._weights = (layers, embed, norm, lm_head)  # the core's tables point into them
         self._rotary = Rotary(args.rope)
         self._handle: int | None = None
         self._error: BaseException | None = None
         self._angles: tuple[int, int, Tensor, Tensor] | None = None  # of a block of positions
+        self._prompt_angles: tuple[tuple[int, int, int], Tensor, Tensor] | None = None
         num_places = len(args.moe_layers)
         self._routes = np.zeros((num_places, args.top_k), dtype=np.int32)
         self._routing_weights = np.zeros((num_places, args.top_k), dtype=np.float32)
@@ -70,53 +73,50 @@ class NativeLayers:
 
     def run(self, ids: Tensor, kv_cache: KVCache, on_route: OnRoute | None) -> Tensor:
         """Append the tokens ids `[T]` to the context; returns x `[T, D]` behind the last layer."""
-        handle, lib, args = self._decoder(), core.lib, self._args
-        num_tokens = len(ids)
-        x = torch.empty((num_tokens, args.hidden))
-        normed = torch.empty_like(x)
-        expert_ids = torch.empty((num_tokens, args.top_k), dtype=torch.int32)
-        weights = torch.empty((num_tokens, args.top_k))
+        return steps.run(self, ids, kv_cache, on_route)
+
+    def embed(self, ids: Tensor) -> Tensor:
         ids = ids.to(torch.int32)
-        _check(lib.em_decoder_embed(handle, num_tokens, ids.data_ptr(), x.data_ptr()))
-        cos, sin = self._rotary.angles(kv_cache.offset, num_tokens, kv_cache.capacity)
-        kv_cache.view.position = kv_cache.offset
-        for layer in range(args.num_layers):
-            _check(
-                lib.em_decoder_attend(
-                    handle,
-                    layer,
-                    ctypes.byref(kv_cache.view),
-                    cos.data_ptr(),
-                    sin.data_ptr(),
-                    num_tokens,
-                    x.data_ptr(),
-                    normed.data_ptr(),
-                    expert_ids.data_ptr(),
-                    weights.data_ptr(),
-                )
-            )
-            y = None
-            if layer in args.moe_layers:
-                if on_route is not None:
-                    on_route(layer, expert_ids.long(), weights.clone())
-                y = self._experts.run(layer, normed, expert_ids, weights)
-            _check(
-                lib.em_decoder_finish(
-                    handle,
-                    layer,
-                    num_tokens,
-                    normed.data_ptr(),
-                    None if y is None else y.data_ptr(),
-                    x.data_ptr(),
-                )
-            )
-        kv_cache.advance(num_tokens)
+        x = torch.empty((len(ids), self.args.hidden))
+        _check(core.lib.em_decoder_embed(self._decoder(), len(ids), ids.data_ptr(), x.data_ptr()))
         return x
+
+    def attend(self, layer: int, x: Tensor, kv_cache: KVCache, routed: Routed) -> None:
+        offset, num_tokens = kv_cache.offset, len(x)
+        place = (offset, num_tokens, kv_cache.capacity)
+        if self._prompt_angles is None or self._prompt_angles[0] != place:
+            self._prompt_angles = (place, *self._rotary.angles(*place))
+        _, cos, sin = self._prompt_angles
+        kv_cache.view.position = offset
+        _check(
+            core.lib.em_decoder_attend(
+                self._decoder(),
+                layer,
+                ctypes.byref(kv_cache.view),
+                cos.data_ptr(),
+                sin.data_ptr(),
+                num_tokens,
+                x.data_ptr(),
+                *(part.data_ptr() for part in routed),
+            )
+        )
+
+    def finish(self, layer: int, x: Tensor, routed: Routed, y: Tensor | None) -> None:
+        _check(
+            core.lib.em_decoder_finish(
+                self._decoder(),
+                layer,
+                len(x),
+                routed.normed.data_ptr(),
+                None if y is None else y.data_ptr(),
+                x.data_ptr(),
+            )
+        )
 
     def logits(self, x: Tensor) -> Tensor:
         """x `[T, D]` -> fp32 logits `[T, vocab]`."""
         x = x.contiguous()
-        out = torch.empty((len(x), self._args.vocab))
+        out = torch.empty((len(x), self.args.vocab))
         _check(core.lib.em_decoder_logits(self._decoder(), len(x), x.data_ptr(), out.data_ptr()))
         return out
 
@@ -134,12 +134,12 @@ class NativeLayers:
         `forced`: routes in the place of those of the routers. Raises UsageError for routes that do
         not go with the model.
         """
-        handle, call, experts = self._decoder(), self._call, self._experts
+        handle, call, experts = self._decoder(), self._call, self.experts
         routes, routing_weights = self._routes, self._routing_weights
         if forced is not None or call.forced_ids:
             routes, routing_weights = self._force(forced)
         position = kv_cache.offset
-        logits = torch.empty((1, self._args.vocab))
+        logits = torch.empty((1, self.args.vocab))
         call.token_id = token_id
         kv_cache.view.position = position
         call.kv = kv_cache.view
@@ -162,7 +162,7 @@ class NativeLayers:
         )
         kv_cache.advance(1)
         if on_route is not None:
-            for place, layer in enumerate(self._args.moe_layers):
+            for place, layer in enumerate(self.args.moe_layers):
                 ids = torch.from_numpy(routes[place : place + 1].astype(np.int64))
                 on_route(layer, ids, torch.from_numpy(routing_weights[place : place + 1].copy()))
         return logits
@@ -184,7 +184,7 @@ class NativeLayers:
         return routes, weights
 
     def _check_routes(self, routes: np.ndarray, weights: np.ndarray) -> None:
-        args = self._args
+        args = self.args
         places, top_k = len(args.moe_layers), args.top_k
         is_good = routes.ndim == 2 and routes.shape == weights.shape and len(routes) == places
         if not is_good or not 1 <= routes.shape[1] <= top_k:
@@ -192,7 +192,7 @@ class NativeLayers:
                 f"forced routes of shape {routes.shape} do not go with this model",
                 f"expected [{places}, 1 to {top_k}] ids and as many weights",
             )
-        limits = np.array([self._experts.table.num_experts[layer] for layer in args.moe_layers])
+        limits = np.array([self.experts.table.num_experts[layer] for layer in args.moe_layers])
         if (
             (routes[:, 0] < 0).any()
             or (routes[:, -1] >= limits).any()
@@ -205,7 +205,7 @@ class NativeLayers:
     def _demand(self, context: int, place: int) -> int:
         """Called by the core; what is raised here is raised by `decode`."""
         try:
-            self._experts.demand(place, self._taken[0])
+            self.experts.demand(place, self._taken[0])
         except BaseException as error:
             self._error = error
             return -1
@@ -216,7 +216,7 @@ class NativeLayers:
         first = position - position % _ANGLE_BLOCK
         if self._angles is None or self._angles[:2] != (first, capacity):
             self._angles = (first, capacity, *self._rotary.angles(first, _ANGLE_BLOCK, capacity))
-        offset = (position - first) * self._args.rope.rotary_dim // 2 * 4
+        offset = (position - first) * self.args.rope.rotary_dim // 2 * 4
         return self._angles[2].data_ptr() + offset, self._angles[3].data_ptr() + offset
 
     # ---- the tables ----------------------------------------------------------------------------
@@ -227,7 +227,7 @@ class NativeLayers:
         return self._handle
 
     def _make(self) -> int:
-        args, experts = self._args, self._experts
+        args, experts = self.args, self.experts
         layers, embed, norm, lm_head = self._weights
         tables = (core.Block * args.num_layers)()
         for number, (table, weights) in enumerate(zip(tables, layers, strict=True)):

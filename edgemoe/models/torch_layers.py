@@ -6,38 +6,27 @@ from torch import Tensor
 
 from ..kv_cache import KVCache
 from ..runtime.kernels import PackedMatrix, ThreadPool
+from . import steps
 from .args import ModelArgs
 from .layers import Attention, DenseMlp, RMSNorm
 from .moe import Experts, MoEBlock, OnRoute
 from .rope import Rotary
+from .steps import Routed
 from .trunk import LayerWeights, Linear
 
 
 class _Layer:
     """x + attention(norm x), then x + mlp(norm x)."""
 
-    def __init__(
-        self, args: ModelArgs, weights: LayerWeights, layer: int, experts: Experts
-    ) -> None:
-        self._input_norm = RMSNorm(weights.input_norm, args.rms_eps)
-        self._attention = Attention(args, weights, layer)
-        self._post_norm = RMSNorm(weights.post_norm, args.rms_eps)
-        self._moe = self._dense = None
+    def __init__(self, args: ModelArgs, weights: LayerWeights, layer: int) -> None:
+        self.input_norm = RMSNorm(weights.input_norm, args.rms_eps)
+        self.attention = Attention(args, weights, layer)
+        self.post_norm = RMSNorm(weights.post_norm, args.rms_eps)
+        self.moe = self.dense = None
         if weights.router is not None:
-            self._moe = MoEBlock(args, weights, layer, experts)
+            self.moe = MoEBlock(args, weights)
         else:
-            self._dense = DenseMlp(weights)
-
-    def __call__(
-        self,
-        x: Tensor,
-        kv_cache: KVCache,
-        angles: tuple[Tensor, Tensor],
-        on_route: OnRoute | None,
-    ) -> Tensor:
-        x = x + self._attention(self._input_norm(x), kv_cache, angles)
-        normed = self._post_norm(x)
-        return x + (self._moe(normed, on_route) if self._moe else self._dense(normed))
+            self.dense = DenseMlp(weights)
 
 
 class TorchLayers:
@@ -53,21 +42,32 @@ class TorchLayers:
         experts: Experts,
         pool: ThreadPool | None,
     ) -> None:
+        self.args, self.experts = args, experts
         self._embed, self._lm_head = embed, lm_head
         self._norm = RMSNorm(norm, args.rms_eps)
         self._rotary = Rotary(args.rope)
-        self._layers = [
-            _Layer(args, weights, number, experts) for number, weights in enumerate(layers)
-        ]
+        self._layers = [_Layer(args, weights, number) for number, weights in enumerate(layers)]
 
     def run(self, ids: Tensor, kv_cache: KVCache, on_route: OnRoute | None) -> Tensor:
         """Append the tokens ids `[T]` to the context; returns x `[T, D]` behind the last layer."""
-        x = self._embed.rows_of(ids)
-        angles = self._rotary.angles(kv_cache.offset, len(ids), kv_cache.capacity)
-        for layer in self._layers:
-            x = layer(x, kv_cache, angles, on_route)
-        kv_cache.advance(len(ids))
-        return x
+        return steps.run(self, ids, kv_cache, on_route)
+
+    def embed(self, ids: Tensor) -> Tensor:
+        return self._embed.rows_of(ids)
+
+    def attend(self, layer: int, x: Tensor, kv_cache: KVCache, routed: Routed) -> None:
+        part = self._layers[layer]
+        angles = self._rotary.angles(kv_cache.offset, len(x), kv_cache.capacity)
+        x += part.attention(part.input_norm(x), kv_cache, angles)
+        routed.normed.copy_(part.post_norm(x))
+        if part.moe is not None:
+            expert_ids, weights = part.moe.router(routed.normed)
+            routed.expert_ids.copy_(expert_ids)
+            routed.routing_weights.copy_(weights)
+
+    def finish(self, layer: int, x: Tensor, routed: Routed, y: Tensor | None) -> None:
+        part = self._layers[layer]
+        x += part.dense(routed.normed) if y is None else part.moe.finish(routed.normed, y)
 
     def logits(self, x: Tensor) -> Tensor:
         """x `[T, D]` -> fp32 logits `[T, vocab]`."""

@@ -1,0 +1,68 @@
+"""The layers in steps: embed, then for each layer attend, ask for the experts, finish. Floor 2.
+
+A prompt goes through all layers at once (`run`). Whoever needs one layer of many texts before the
+next layer of any (calibration) calls the steps.
+"""
+
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from ..kv_cache import KVCache
+from .args import ModelArgs
+from .moe import Experts, OnRoute
+
+
+class Routed(NamedTuple):
+    """What goes into the MLP of a layer: normed `[T, D]`; expert_ids int32 `[T, K]` and
+    routing_weights fp32 `[T, K]`, of no meaning in a layer without a router."""
+
+    normed: Tensor
+    expert_ids: Tensor
+    routing_weights: Tensor
+
+    @classmethod
+    def room(cls, args: ModelArgs, num_tokens: int) -> "Routed":
+        """Memory for as many tokens."""
+        return cls(
+            torch.empty((num_tokens, args.hidden)),
+            torch.empty((num_tokens, args.top_k), dtype=torch.int32),
+            torch.empty((num_tokens, args.top_k)),
+        )
+
+
+class Steps(Protocol):
+    """All layers of a model; x `[T, D]` is changed in place."""
+
+    args: ModelArgs
+    experts: Experts
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """ids `[T]` -> x `[T, D]`."""
+        ...
+
+    def attend(self, layer: int, x: Tensor, kv_cache: KVCache, routed: Routed) -> None:
+        """Add the attention of a layer to x, whose keys and values go into the KV cache at its
+        offset, and fill in `routed`."""
+        ...
+
+    def finish(self, layer: int, x: Tensor, routed: Routed, y: Tensor | None) -> None:
+        """Add the experts' y `[T, D]` and a shared expert, or the dense MLP (y None), to x."""
+        ...
+
+
+def run(layers: Steps, ids: Tensor, kv_cache: KVCache, on_route: OnRoute | None) -> Tensor:
+    """Append the tokens ids `[T]` to the context; returns x `[T, D]` behind the last layer."""
+    x = layers.embed(ids)
+    routed = Routed.room(layers.args, len(ids))
+    for layer in range(layers.args.num_layers):
+        layers.attend(layer, x, kv_cache, routed)
+        y = None
+        if layer in layers.args.moe_layers:
+            if on_route is not None:
+                on_route(layer, routed.expert_ids.long(), routed.routing_weights.clone())
+            y = layers.experts.run(layer, *routed)
+        layers.finish(layer, x, routed, y)
+    kv_cache.advance(len(ids))
+    return x
