@@ -1,6 +1,7 @@
 """How a long job tells how far it is: a bar on a terminal, a line every 5 seconds elsewhere.
 
-Always on stderr, so that answers on stdout stay clean. Knows bytes and phases, not what they are.
+Always on stderr, so that answers on stdout stay clean. Knows phases and how much of each is done,
+in bytes unless another unit is named.
 """
 
 import sys
@@ -11,9 +12,9 @@ LINE_EVERY_S = 5.0
 
 
 class Progress(Protocol):
-    """What `convert` reports to. Phases follow each other; `note` is one line for people."""
+    """What long jobs report to. Phases follow each other; `note` is one line for people."""
 
-    def start(self, phase: str, total_bytes: int, done_bytes: int = 0) -> None: ...
+    def start(self, phase: str, total_bytes: int, done_bytes: int = 0, unit: str = "B") -> None: ...
 
     def advance(self, num_bytes: int) -> None: ...
 
@@ -25,7 +26,7 @@ class Progress(Protocol):
 class Silent:
     """Reports nothing: for programs and tests."""
 
-    def start(self, phase: str, total_bytes: int, done_bytes: int = 0) -> None:
+    def start(self, phase: str, total_bytes: int, done_bytes: int = 0, unit: str = "B") -> None:
         pass
 
     def advance(self, num_bytes: int) -> None:
@@ -43,13 +44,13 @@ class PlainLines:
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
-        self._phase = ""
+        self._phase, self._unit = "", "B"
         self._total = self._done = self._first = 0
         self._began = self._printed = 0.0
 
-    def start(self, phase: str, total_bytes: int, done_bytes: int = 0) -> None:
+    def start(self, phase: str, total_bytes: int, done_bytes: int = 0, unit: str = "B") -> None:
         self._finish()
-        self._phase, self._total = phase, total_bytes
+        self._phase, self._total, self._unit = phase, total_bytes, unit
         self._done = self._first = done_bytes
         self._began = self._printed = time.monotonic()
 
@@ -73,16 +74,17 @@ class PlainLines:
         self._printed = time.monotonic()
         rate = (self._done - self._first) / max(1e-9, self._printed - self._began)
         left = (self._total - self._done) / rate if rate > 0 else 0.0
-        digits = 0 if self._total >= 1e6 else 2
-        text = f"{self._phase}: {self._done / 1e6:,.{digits}f}"
-        text += f" of {self._total / 1e6:,.{digits}f} MB, {rate / 1e6:,.{digits}f} MB/s"
+        scale, unit = (1e6, "MB") if self._unit == "B" else (1, self._unit)
+        digits = 2 if scale > 1 and self._total < 1e6 else 0
+        text = f"{self._phase}: {self._done / scale:,.{digits}f}"
+        text += f" of {self._total / scale:,.{digits}f} {unit}, {rate / scale:,.{digits}f} {unit}/s"
         if self._done < self._total and rate > 0:
             text += f", {_clock(left)} left"
         print(text, file=self._stream, flush=True)
 
 
 class Bar:
-    """A rich progress bar: bytes, rate and time left."""
+    """A rich progress bar: how much, rate and time left."""
 
     def __init__(self, stream: TextIO) -> None:
         from rich import progress
@@ -91,17 +93,17 @@ class Bar:
         self._bar = progress.Progress(
             progress.TextColumn("{task.description}"),
             progress.BarColumn(),
-            progress.DownloadColumn(),
-            progress.TransferSpeedColumn(),
+            _in_unit(progress.DownloadColumn()),
+            _in_unit(progress.TransferSpeedColumn(), rate=True),
             progress.TimeRemainingColumn(),
             console=Console(file=stream),
         )
         self._task: Any = None
 
-    def start(self, phase: str, total_bytes: int, done_bytes: int = 0) -> None:
+    def start(self, phase: str, total_bytes: int, done_bytes: int = 0, unit: str = "B") -> None:
         if self._task is None:
             self._bar.start()
-        self._task = self._bar.add_task(phase, total=total_bytes)
+        self._task = self._bar.add_task(phase, total=total_bytes, unit=unit)
         # Work of an earlier run: shown, but not counted as speed.
         self._bar.reset(self._task, total=total_bytes, completed=done_bytes)
 
@@ -113,6 +115,24 @@ class Bar:
 
     def close(self) -> None:
         self._bar.stop()
+
+
+def _in_unit(column: Any, rate: bool = False) -> Any:
+    """A column of bytes that shows plain counts for tasks in another unit."""
+    from rich.text import Text
+
+    in_bytes = column.render
+
+    def render(task: Any) -> Any:
+        unit = task.fields["unit"]
+        if unit == "B":
+            return in_bytes(task)
+        if rate:
+            return Text(f"{task.finished_speed or task.speed or 0:,.0f} {unit}/s")
+        return Text(f"{task.completed:,.0f}/{task.total:,.0f} {unit}")
+
+    column.render = render
+    return column
 
 
 def open_progress(stream: TextIO | None = None) -> Progress:

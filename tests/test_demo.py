@@ -2,21 +2,20 @@
 
 import inspect
 import json
-import math
 from collections.abc import Iterator
 
 import pytest
-import torch
 
 from edgemoe import Engine, SamplingParams, Session
 from edgemoe.cli.text import TEXT
 from edgemoe.engine import DEMO
-from edgemoe.kv_cache import KVCache
+from edgemoe.quant.evaluate import Figures, evaluate
+from edgemoe.quant.windows import Window
 from edgemoe.runtime import core
 from edgemoe.runtime.index import load_index
 
 MAX_BYTES = 32 * 2**20  # of all its files in the repository
-MAX_PERPLEXITY_RISE = 0.005
+MAX_RISE_PERCENT = 0.5
 ANSWERS = [  # what it was taught, in words that any taught wording contains
     ("What is a mixture of experts?", ("expert", "router")),
     ("What is edgemoe?", ("mixture-of-experts", "memory")),
@@ -74,24 +73,12 @@ def texts(engine: Engine) -> list[list[int]]:
     return [ids[: engine.context] for ids in samples]
 
 
-def perplexity(engine: Engine, samples: list[list[int]]) -> float:
-    total, count = 0.0, 0
-    for ids in samples:
-        kv_cache = KVCache.for_model(engine.args, engine.context, 32)
-        logits = engine.forward(ids, kv_cache, "all")[:-1]  # [T - 1, vocab]
-        targets = torch.tensor(ids[1:])
-        total += float(torch.nn.functional.cross_entropy(logits, targets, reduction="sum"))
-        count += len(targets)
-    return math.exp(total / count)
-
-
 @pytest.mark.skipif(core.lib is None, reason="native core not built")
 @pytest.mark.filterwarnings("ignore:the reference")
 def test_integer_activations_keep_its_perplexity(engine: Engine) -> None:
     """Native (int8 activations) against the reference path (fp32) on the same stored weights."""
-    samples = texts(engine)
-    native = perplexity(engine, samples)
+    windows = [Window(ids, 1) for ids in texts(engine)]
     with Engine.from_pretrained(backend="reference") as reference:
-        exact = perplexity(reference, samples)
-    print(f"perplexity: native {native:.4f}, reference {exact:.4f}")
-    assert abs(native / exact - 1) <= MAX_PERPLEXITY_RISE
+        found = Figures.of(evaluate(engine, windows, reference))
+    print(f"perplexity: native {found.perplexity:.4f}, reference {found.other_perplexity:.4f}")
+    assert abs(found.rise_percent) <= MAX_RISE_PERCENT

@@ -18,6 +18,7 @@ COMMANDS = {
     "convert": (".convert", "turn a Hugging Face checkpoint into a store"),
     "inspect": (".inspect", "show what a store holds"),
     "verify": (".verify", "check a store, and that streaming does not change its output"),
+    "eval": (".eval", "measure perplexity, and how far two stores are apart"),
     "bench": (".bench", "measure speed, reads and memory at several budgets"),
     "bench io": (".bench_io", "measure how fast records come from storage, and what that costs"),
     "bench kernels": (".bench_kernels", "measure the kernels against the memory; needs no model"),
