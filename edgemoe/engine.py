@@ -7,14 +7,14 @@ expert cache.
 
 import threading
 import weakref
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .chat_template import ChatTemplate, TemplateWorker
 from .config import EngineConfig
-from .interrupts import DeferredInterrupt
+from .interrupts import DeferredInterrupt, InterruptibleExperts
 from .preflight import Preflight, cache_capacity, line_bytes, preflight, release_free_memory
 from .report import engine_report, notes_on
 from .runtime.amounts import format_bytes
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
     from .kv_cache import KVCache
     from .runtime.executor import StepStats
+    from .runtime.observe import Observation
     from .session import Completion, Event, Prompt, Session
 
 DEMO = Path(__file__).with_name("demo") / "demo.edgemoe"
@@ -121,7 +122,7 @@ class Engine:
         self.reader.throttle(config.throttle or 0)
         pool = ThreadPool(config.threads)
         self._resources.callback(pool.close)
-        self._experts = _Experts(self._interrupt)
+        self._experts = InterruptibleExperts(self._interrupt)
         self._model = CausalLM(args, store.trunk_tensor, self._experts, pool, config.backend)
         release_free_memory()
         capacity, notes = cache_capacity(self.plan, config)
@@ -198,6 +199,13 @@ class Engine:
             raise UsageError("this engine is closed")
         with self._lock, self._interrupt.deferred():
             return self._model.forward(token_ids, kv_cache, logits, **options)
+
+    def observe(self, observer: "Callable[[Observation], None]") -> None:
+        """Call `observer` with what the experts compute for two tokens or more, to calibrate: it
+        cannot be taken back. Outputs stay the same, bit for bit."""
+        from .runtime.observe import ObservingExecutor
+
+        self._experts.executor = self._executor = ObservingExecutor(self._executor, observer)
 
     def take_step_stats(self) -> "StepStats":
         """Demand on the expert cache since the last call."""
@@ -276,25 +284,3 @@ class Engine:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-class _Experts:
-    """The executor as the wiring sees it: a noted Ctrl-C is delivered before it is asked for
-    anything that takes long."""
-
-    def __init__(self, interrupt: DeferredInterrupt) -> None:
-        self.executor: Any = None
-        self._interrupt = interrupt
-
-    def run(
-        self, layer: int, x: "torch.Tensor", ids: "torch.Tensor", weights: "torch.Tensor"
-    ) -> "torch.Tensor":
-        self._interrupt.safe_point()
-        return self.executor.run(layer, x, ids, weights)
-
-    def demand(self, place: int, routes: Any) -> None:
-        self._interrupt.safe_point()
-        self.executor.demand(place, routes)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.executor, name)

@@ -10,7 +10,10 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
 
 # Without the wrapper that makes an enum of every handler: it runs twice for each token.
 _set_handler = inspect.unwrap(signal.signal)
@@ -53,3 +56,25 @@ class DeferredInterrupt:
         pending, self._pending = self._pending, None
         if pending is not None:
             pending()
+
+
+class InterruptibleExperts:
+    """The executor as the wiring sees it: a noted Ctrl-C is delivered before it is asked for
+    anything that takes long."""
+
+    def __init__(self, interrupt: DeferredInterrupt) -> None:
+        self.executor: Any = None
+        self._interrupt = interrupt
+
+    def run(
+        self, layer: int, x: "torch.Tensor", ids: "torch.Tensor", weights: "torch.Tensor"
+    ) -> "torch.Tensor":
+        self._interrupt.safe_point()
+        return self.executor.run(layer, x, ids, weights)
+
+    def demand(self, place: int, routes: Any) -> None:
+        self._interrupt.safe_point()
+        self.executor.demand(place, routes)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.executor, name)

@@ -75,6 +75,7 @@ class MoeArgs(ctypes.Structure):
             (name, c_void_p)
             for name in ("x", "y", "keys", "data")
             + ("pair_begin", "pair_token", "pair_weight", "workspace")
+            + ("pair_norm", "hidden_square")
         ),
         ("stall_ns", c_int64),
         ("failed", c_int64),

@@ -71,7 +71,7 @@ class Executor:
         self._token_address = self._pair_token.ctypes.data
         self._weight_address = self._pair_weight.ctypes.data
         self._one_each = np.arange(top_k + 1)  # where each expert has one pair
-        self._stats = StepStats()
+        self._stats, self._observe = StepStats(), None  # the latter is of observe.py
         self._layers = list(table.first_key)  # by place in the cycle of MoE layers
         self._first_keys = np.array(list(table.first_key.values()), dtype=np.int64)[:, None]
         self._held: list[int] = []  # pinned by the last `demand`
@@ -295,6 +295,6 @@ class Executor:
                 yield self._cache.view(key), self.table.layouts[key], tokens[pairs], weights[pairs]
 
         start = time.perf_counter()
-        reference.experts_forward(x, experts(), y)
+        reference.experts_forward(x, experts(), y, self._observe)
         self._stats.stall_s += stall_s
         self._stats.compute_s += time.perf_counter() - start - stall_s

@@ -5,7 +5,6 @@ came; `trunk.safetensors`; `experts.safetensors`; `store.json`. A store without 
 finished and does not open.
 """
 
-import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -66,14 +65,6 @@ class StoreIndex:
         for layer, _ in sorted(self.records):
             counts[layer] = counts.get(layer, 0) + 1
         return counts
-
-    @property
-    def fingerprint(self) -> str:
-        """Names the weights: what was learnt with one store is known again by it. 32 hex digits of
-        the sha256 over the trunk's sha256 and every record's (layer, expert, checksums)."""
-        crcs = [[*key, *record.crc32c] for key, record in sorted(self.records.items())]
-        text = json.dumps([self.sha256.get(TRUNK_FILE), crcs])
-        return hashlib.sha256(text.encode()).hexdigest()[:32]
 
     @property
     def expert_bytes(self) -> int:

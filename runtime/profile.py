@@ -4,8 +4,8 @@ A profile is one safetensors file, `STORE/profile.safetensors`, or `STORE/profil
 for a named task. Everything in it is a sum over tokens (profile_sums.py), so that two profiles of
 one model add up to the profile of both texts. The tensors of MoE layer `l` (its number in the
 model) are called `layers.{l}.NAME`; all but `hard_count` may be missing. Metadata: `format`,
-`version`, and `profile`, a JSON object with num_tokens, top_k, name, fingerprint (of the store it
-was made with), tokenizer (sha256) and texts (name, sha256, tokens).
+`version`, and `profile`, a JSON object with num_tokens, top_k, name, fingerprint (of the
+checkpoint), tokenizer (sha256) and texts (name, sha256, tokens).
 """
 
 import json
@@ -19,7 +19,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .errors import FormatError, NotFoundError, UsageError
-from .index import StoreIndex
 from .profile_sums import PATHS, TENSORS, LayerSums
 from .transitions import Paths, PlaceTables, count_pairs, make_tables, path_keys
 
@@ -37,7 +36,7 @@ class Profile:
     top_k: int
     num_tokens: int = 0
     name: str | None = None
-    fingerprint: str = ""  # of the store; StoreIndex.fingerprint
+    fingerprint: str = ""  # of the checkpoint; models/fingerprint.py
     tokenizer: str = ""  # sha256 of tokenizer.json, "" where there is none
     texts: list[dict[str, Any]] = field(default_factory=list)
 
@@ -196,8 +195,11 @@ class Profile:
                     f"expected {self.num_tokens} tokens x {self.top_k}, got {found}",
                 )
 
-    def check_model(self, num_experts: Mapping[int, int], top_k: int) -> None:
-        """Raises UsageError unless it is of a model with these experts by layer and this K."""
+    def check_model(
+        self, num_experts: Mapping[int, int], top_k: int, fingerprint: str = ""
+    ) -> None:
+        """Raises UsageError unless it is of a model with these experts by layer and this K, and,
+        where both are known, of this checkpoint."""
         if dict(num_experts) != self._num_experts() or top_k != self.top_k:
             raise UsageError(
                 "this profile belongs to another model",
@@ -205,10 +207,12 @@ class Profile:
                 f"got {_shape(self._num_experts())} and top-{self.top_k}",
                 "calibrate this store",
             )
-
-    def is_of(self, index: StoreIndex) -> bool:
-        """Whether it was made with exactly this store, not another conversion of the model."""
-        return self.fingerprint == index.fingerprint
+        if fingerprint and self.fingerprint and fingerprint != self.fingerprint:
+            raise UsageError(
+                "this profile belongs to another checkpoint",
+                f"its routers are {self.fingerprint}, this store's {fingerprint}",
+                "calibrate this store",
+            )
 
     def popularity(self, place: int) -> NDArray[np.float64]:
         """Share of tokens that choose each expert, [E], of the MoE layer at this place."""

@@ -6,7 +6,7 @@ Floor 0.
 """
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import numpy as np
 import torch
@@ -95,18 +95,25 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def experts_forward(
-    x: Tensor, experts: Iterable[tuple[np.ndarray, RecordLayout, Tensor, Tensor]], y: Tensor
+    x: Tensor,
+    experts: Iterable[tuple[np.ndarray, RecordLayout, Tensor, Tensor]],
+    y: Tensor,
+    observe: Callable[[Tensor, Tensor], None] | None = None,
 ) -> None:
     """y[t] += w * down(silu(gate x[t]) * (up x[t])) for every expert in the order given.
 
     x, y `[T, D]` fp32; per expert its record, layout, the tokens (int64) that chose it and their
-    routing weights (fp32). Holds one dequantized record at a time.
+    routing weights (fp32). Holds one dequantized record at a time. `observe` is shown what goes
+    into `down` [pairs, F] and what comes out of it [pairs, D].
     """
     for record, layout, tokens, weights in experts:
         gate, up, down = (torch.from_numpy(part) for part in unpack_record(record, layout))
         inputs = x[tokens]
         h = torch.nn.functional.silu(linear(inputs, gate, None)) * linear(inputs, up, None)
-        y.index_add_(0, tokens, weights[:, None] * linear(h, down, None))
+        outputs = linear(h, down, None)
+        if observe is not None:
+            observe(h, outputs)
+        y.index_add_(0, tokens, weights[:, None] * outputs)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -149,6 +149,7 @@ def run_moe(
     pool: kernels.ThreadPool | None = None,
     store: int | None = None,
     addresses: np.ndarray | None = None,
+    **outputs: np.ndarray,
 ) -> tuple[np.ndarray, int, core.MoeArgs]:
     """em_moe_run with (token, weight) pairs per expert; (y, status, args)."""
     num = len(experts)
@@ -173,7 +174,7 @@ def run_moe(
     y = np.zeros((len(x), hidden), dtype=np.float32)
     args = core.MoeArgs(num_tokens=len(x), hidden=hidden, width=width, num_experts=num)
     arrays = {"x": x, "y": y, "keys": keys, "data": data, "workspace": workspace}
-    arrays |= {"pair_begin": begin, "pair_token": token, "pair_weight": weight}
+    arrays |= {"pair_begin": begin, "pair_token": token, "pair_weight": weight} | outputs
     for name, array in arrays.items():
         setattr(args, name, array.ctypes.data)
     handle = pool.handle if pool else None

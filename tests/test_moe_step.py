@@ -60,6 +60,33 @@ def test_experts_with_mixed_formats(pools):
     assert np.abs(y - near).max() <= 0.03 * np.abs(near).max()
 
 
+@pytest.mark.parametrize("num_tokens", (1, 19, 90))  # one, tiles, panels where there are some
+def test_norms_and_second_moments_are_those_of_the_twin(num_tokens: int, pools):
+    rng = np.random.default_rng(3)
+    experts = cases.mixed_experts(rng)
+    x = rng.normal(size=(num_tokens, 128)).astype(np.float32)
+    pairs = [p or [(0, 1.0)] for p in cases.mixed_pairs(rng, len(experts), num_tokens)]
+    begin = np.cumsum([0] + [len(part) for part in pairs])
+    plain, _, _ = cases.run_moe(experts, pairs, x, pools[2])
+    norms = np.full(begin[-1] + 4, -1, dtype=np.float32)
+    squares = np.zeros((len(experts), 128), dtype=np.float32)
+    y, status, _ = cases.run_moe(
+        experts, pairs, x, pools[2], pair_norm=norms, hidden_square=squares
+    )
+    assert status == 0 and (norms[begin[-1] :] == -1).all()
+    assert y.tobytes() == plain.tobytes()
+    expected_norms, expected_squares = [], []
+    for expert, part in zip(experts, pairs, strict=True):
+        inputs = x[[t for t, _ in part]]
+        a = cases.activations(inputs, expert.layout.gate_up)
+        gate, up = a @ expert.gate.T, a @ expert.up.T
+        h = gate / (1 + np.exp(-gate)) * up
+        expected_squares.append((h**2).sum(axis=0))
+        expected_norms += np.linalg.norm(expert.forward(inputs), axis=1).tolist()
+    np.testing.assert_allclose(norms[: begin[-1]], expected_norms, rtol=2e-3)
+    np.testing.assert_allclose(squares, expected_squares, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("width", (48, 64, 16))
 def test_16bit_experts_match_the_twin(width: int, pools):
     rng = np.random.default_rng(9)

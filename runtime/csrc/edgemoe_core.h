@@ -217,6 +217,10 @@ typedef struct em_moe_args {
   const int32_t *pair_token;  /* [pairs] */
   const float *pair_weight;   /* [pairs] routing weights */
   float *workspace;           /* em_moe_workspace_floats(...) floats */
+  /* What calibration collects; NULL: nothing is done. Neither changes y. */
+  float *pair_norm;     /* out [pairs] L2 norm of the expert's output, without the weight */
+  float *hidden_square; /* [n, F] += squares of what goes into the down projection, over the pairs;
+                           an expert then has no more than max(T, 256) of them */
   int64_t stall_ns;           /* out: time in which nothing could be computed */
   int64_t failed;             /* out: position of the expert that failed, or -1 */
 } em_moe_args;

@@ -1,5 +1,6 @@
 #include "experts.h"
 
+#include <cmath>
 #include <cstring>
 
 namespace em {
@@ -86,6 +87,10 @@ void Experts::put_h(const Segment &segment, int64_t pair, int64_t item,
   const int64_t row = item * kItemRows, num_rows = min_of(kItemRows, a_.width - row);
   const int64_t groups = a_.width / kActGroup;
   float *const h = h_ + (segment.row + pair) * a_.width;
+  if (a_.hidden_square != nullptr) {  // an item's rows of one expert: no other thread has them
+    float *const sums = a_.hidden_square + segment.expert * a_.width + row;
+    for (int64_t r = 0; r < num_rows; ++r) sums[r] += values[r] * values[r];
+  }
   if (is_16bit(down)) {
     std::memcpy(h + row, values, num_rows * sizeof(float));
   } else if (uses_panels(segment, down)) {
@@ -198,6 +203,20 @@ void Experts::combine() const {
   parallel_for(pool_, (a_.hidden + kColumnBlock - 1) / kColumnBlock, [&](int64_t item, int) {
     const int64_t first = item * kColumnBlock;
     add(first, min_of(kColumnBlock, a_.hidden - first));
+  });
+}
+
+void Experts::measure() const {
+  constexpr int64_t kLanes = kTileRows;  // sums side by side, so that the loop can be vectorized
+  parallel_for(pool_, a_.pair_begin[a_.num_experts], [&](int64_t p, int) {
+    const float *output = partial_ + p * a_.hidden;
+    float lanes[kLanes] = {};
+    for (int64_t i = 0; i < a_.hidden; i += kLanes) {
+      for (int64_t j = 0; j < kLanes; ++j) lanes[j] += output[i + j] * output[i + j];
+    }
+    float sum = 0;
+    for (const float lane : lanes) sum += lane;
+    a_.pair_norm[p] = std::sqrt(sum);
   });
 }
 

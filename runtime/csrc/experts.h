@@ -35,6 +35,7 @@ class Experts {
   void gate_up(const Segment &segment, int64_t item) const;  // h = silu(gate x) * (up x), 32 rows
   void down(const Segment &segment, int64_t item) const;     // one row of outputs per pair
   void combine() const;  // y[t] += weight * output, in the order of the list
+  void measure() const;  // pair_norm
 
  private:
   const em_record &record(int64_t expert) const { return records_[a_.keys[expert]]; }

@@ -193,6 +193,7 @@ int32_t Layer::run() {
     for (const std::size_t i : round_) num_done += parts_[i].phase == Phase::kDone;
   }
   experts.combine();
+  if (a_.pair_norm != nullptr) experts.measure();
   return 0;
 }
 
