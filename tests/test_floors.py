@@ -13,7 +13,7 @@ FLOORS = {
         waves
         profile profile_sums transitions""",
     1: """runtime: cache executor policy store
-        observe""",
+        observe predictors""",
     2: """edgemoe: kv_cache models""",
     3: """edgemoe: chat_template config control_tokens engine interrupts preflight report sampling
         session stats stop_strings template_worker tokenizer tokenizer_files""",

@@ -47,6 +47,7 @@ class NativeLayers:
         pool: ThreadPool | None,
     ) -> None:
         self.args, self.experts, self._pool = args, experts, pool
+        self.weights = layers
         self._weights = (layers, embed, norm, lm_head)  # the core's tables point into them
         self._rotary = Rotary(args.rope)
         self._handle: int | None = None

@@ -4,6 +4,7 @@ A prompt goes through all layers at once (`run`). Whoever needs one layer of man
 next layer of any (calibration) calls the steps.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 from ..kv_cache import KVCache
 from .args import ModelArgs
 from .moe import Experts, OnRoute
+from .trunk import LayerWeights
 
 
 class Routed(NamedTuple):
@@ -37,6 +39,7 @@ class Steps(Protocol):
 
     args: ModelArgs
     experts: Experts
+    weights: Sequence[LayerWeights]
 
     def embed(self, ids: Tensor) -> Tensor:
         """ids `[T]` -> x `[T, D]`."""

@@ -43,6 +43,7 @@ class TorchLayers:
         pool: ThreadPool | None,
     ) -> None:
         self.args, self.experts = args, experts
+        self.weights = layers
         self._embed, self._lm_head = embed, lm_head
         self._norm = RMSNorm(norm, args.rms_eps)
         self._rotary = Rotary(args.rope)

@@ -1,0 +1,49 @@
+"""What later routers would say to an earlier residual: the twin of the core's `router` predictor.
+Floor 2.
+
+The residual changes little from layer to layer, so a layer's own norm and router applied to the
+residual before the MoE half of an earlier layer find most of its experts ("gate lookahead", HOBBIT
+2411.01433).
+"""
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ..kv_cache import KVCache
+from ..runtime.kernels import rms_norm
+from .args import ModelArgs
+from .steps import Routed, Steps
+from .trunk import LayerWeights
+
+
+def router_scores(args: ModelArgs, weights: LayerWeights, x: Tensor) -> NDArray[np.float32]:
+    """Softmax of the layer's router for a residual x `[T, D]`, `[T, E]`."""
+    normed = rms_norm(x, weights.post_norm, args.rms_eps)
+    return torch.softmax(weights.router.linear(normed), dim=-1).numpy()
+
+
+def observe_routers(
+    layers: Steps, ids: Tensor, kv_cache: KVCache, depth: int
+) -> tuple[NDArray[np.int32], list[dict[int, NDArray[np.float32]]]]:
+    """Append ids `[T]` to the context. Returns the choices [T, places, K], and for each place the
+    scores [T, E] that its router gives to the residual of `d` places before, by d = 0 .. depth;
+    d = 0 is what it says itself."""
+    args = layers.args
+    moe_layers = list(args.moe_layers)
+    x, routed = layers.embed(ids), Routed.room(args, len(ids))
+    routes = np.zeros((len(ids), len(moe_layers), args.top_k), dtype=np.int32)
+    scores: list[dict[int, NDArray[np.float32]]] = [{} for _ in moe_layers]
+    for layer in range(args.num_layers):
+        layers.attend(layer, x, kv_cache, routed)
+        y = None
+        if layer in moe_layers:
+            place = moe_layers.index(layer)
+            routes[:, place] = routed.expert_ids.numpy()
+            for ahead, target in enumerate(moe_layers[place : place + depth + 1]):
+                scores[place + ahead][ahead] = router_scores(args, layers.weights[target], x)
+            y = layers.experts.run(layer, *routed)
+        layers.finish(layer, x, routed, y)
+    kv_cache.advance(len(ids))
+    return routes, scores
