@@ -106,7 +106,20 @@ def test_routes_that_cannot_be_are_refused(engine, ids, message):
     assert torch.equal(engine.forward([7], kv_cache), plain)
 
 
-def test_several_tokens_cannot_be_forced(engine):
+@pytest.mark.parametrize("top_k", [1, 3])
+def test_a_prompt_takes_routes_as_its_tokens_do_one_by_one(engine, top_k):
+    every = [random_routes(3, 8, top_k, seed=seed) for seed in range(5)]
+    kv_cache, tokens = context_of(engine), [7, 8, 9, 10, 11]
+    rows = [
+        engine.forward([token], kv_cache, forced=routes)
+        for token, routes in zip(tokens, every, strict=True)
+    ]
+    kv_cache.trim(len(PROMPT))
+    routes = tuple(np.stack(parts) for parts in zip(*every, strict=True))
+    assert torch.equal(engine.forward(tokens, kv_cache, "all", forced=routes), torch.cat(rows))
+
+
+def test_routes_of_another_number_of_tokens_are_refused(engine):
     routes = random_routes(3, 8, 2, seed=0)
-    with pytest.raises(UsageError, match="single token"):
+    with pytest.raises(UsageError, match="2 tokens"):
         engine.forward([7, 8], context_of(engine), forced=routes)

@@ -101,7 +101,8 @@ def test_a_store_without_a_checkpoint_is_what_convert_makes(tmp_path: Path) -> N
     make_checkpoint("tiny", tmp_path / "hf", layers=1)
     options = ConvertOptions(trunk_bits=4)
     convert(tmp_path / "hf", tmp_path / "a.edgemoe", options)
-    make_store("tiny", tmp_path / "b.edgemoe", options, pool=64, layers=1)
+    config = SHAPES["tiny"] | {"num_hidden_layers": 1}
+    make_store(config, tmp_path / "b.edgemoe", options, pool=64)
     files = sorted(file.name for file in (tmp_path / "a.edgemoe").iterdir())
     assert files == sorted(file.name for file in (tmp_path / "b.edgemoe").iterdir())
     for name in set(files) - {"store.json"}:  # which says that the experts are dealt
@@ -110,7 +111,8 @@ def test_a_store_without_a_checkpoint_is_what_convert_makes(tmp_path: Path) -> N
 
 
 def test_a_store_deals_its_experts_to_the_layers(tmp_path: Path) -> None:
-    rates = make_store("tiny", tmp_path / "a.edgemoe", ConvertOptions(), pool=16, layers=2)
+    config = SHAPES["tiny"] | {"num_hidden_layers": 2}
+    rates = make_store(config, tmp_path / "a.edgemoe", ConvertOptions(), pool=16)
     assert all(abs(found - wanted) < 0.06 for found, wanted in zip(rates, TARGET, strict=True))
     index = load_index(tmp_path / "a.edgemoe")
     crcs = [[index.records[layer, expert].crc32c for expert in range(64)] for layer in (0, 1)]
@@ -119,7 +121,7 @@ def test_a_store_deals_its_experts_to_the_layers(tmp_path: Path) -> None:
         assert crcs[layer] == [crcs[0][dealt(layer, expert, 16)] for expert in range(64)]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.edgemoe"]
     with pytest.raises(UsageError, match="already exists"):
-        make_store("tiny", tmp_path / "a.edgemoe", ConvertOptions())
+        make_store(config, tmp_path / "a.edgemoe", ConvertOptions())
 
 
 @pytest.mark.parametrize("size", (512, 50304, 151936))

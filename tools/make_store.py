@@ -1,6 +1,11 @@
 """Write a store of a true shape with random weights and realistic routing, without a checkpoint.
 
     python tools/make_store.py --shape qwen3-30b-a3b --out qwen3-30b-a3b.edgemoe --trunk-bits 4
+    python tools/make_store.py --like gpt-oss-120b.npz --fraction 0.01 --out small.edgemoe
+
+`--like TRACE` takes layers, experts and top-k of a recorded routing, for `edgemoe bench --replay`,
+and hidden size and expert width such that a record has that share of the recorded one's bytes.
+`--set KEY=VALUE` changes config.json of any shape.
 
 For shapes whose checkpoint would not fit on the disk (61 GB for this one; the store has 17 GB).
 Trunk, routers and their calibration are those of `make_checkpoint.py`; quantizer, layout and the
@@ -19,6 +24,7 @@ import sys
 import time
 from collections.abc import Iterator
 from itertools import repeat
+from math import sqrt
 from pathlib import Path
 
 import torch
@@ -32,12 +38,13 @@ from edgemoe.models.names import spellings
 from edgemoe.quant.checkpoint import SINGLE_FILE, Checkpoint
 from edgemoe.quant.convert import Record, finish_store, pack_expert, write_trunk
 from edgemoe.quant.journal import OutputFile, Partial, check_target, fingerprint, partial_path
-from edgemoe.quant.options import ConvertOptions
+from edgemoe.quant.options import DEFAULT_GROUP_SIZE, ConvertOptions
 from edgemoe.quant.plan import make_plan
 from edgemoe.quant.progress import Progress, Silent
 from edgemoe.quant.sources import Source
 from edgemoe.runtime.format import RecordLayout, encode_header
 from edgemoe.runtime.index import EXPERTS_FILE, save_index
+from edgemoe.runtime.trace import Trace
 
 POOL = 32
 STRIDE = 7  # a layer's deal begins so many experts further on than that of the layer before
@@ -89,21 +96,40 @@ def dealt(layer: int, expert: int, pool: int) -> int:
     return (expert + layer * STRIDE) % pool
 
 
+def config_like(trace: Trace, record_bytes: float, bits: int) -> dict[str, object]:
+    """config.json of a store on which the trace can be replayed, with records of about so many
+    bytes: a square expert, heads of 64."""
+    bpw = 16.0 if bits == 16 else bits + 16 / DEFAULT_GROUP_SIZE
+    side = max(64, 64 * round(sqrt(record_bytes * 8 / bpw / 3) / 64))
+    heads = side // 64
+    return SHAPES["qwen3-30b-a3b"] | {
+        "head_dim": 64,
+        "hidden_size": side,
+        "intermediate_size": side,
+        "max_position_embeddings": 4096,
+        "moe_intermediate_size": side,
+        "num_attention_heads": heads,
+        "num_experts": int(trace.num_experts.max()),
+        "num_experts_per_tok": trace.experts.shape[2],
+        "num_hidden_layers": trace.num_places,
+        "num_key_value_heads": max(n for n in range(1, 9) if heads % n == 0),
+        "vocab_size": 2048,
+    }
+
+
 def make_store(
-    shape: str,
+    config: dict[str, object],
     out: Path,
     options: ConvertOptions,
     *,
     pool: int = POOL,
     seed: int = 0,
-    layers: int | None = None,
     threads: int = 2,
     progress: Progress | None = None,
 ) -> list[float]:
-    """Write the store `out`; returns the hit rates, averaged over the layers."""
-    config = dict(SHAPES[shape])
-    if layers:
-        config["num_hidden_layers"] = layers
+    """Write the store `out` for a model of this config.json; returns the hit rates, averaged over
+    the layers."""
+    config = dict(config)
     check_target(out)
     shutil.rmtree(partial_path(out), ignore_errors=True)  # what an interrupted run has left
     described = out.with_name(out.name + ".described")
@@ -176,7 +202,11 @@ def _layers(
 def main(arguments: list[str] | None = None) -> int:
     """The command line; see the module docstring."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--shape", choices=sorted(SHAPES), required=True)
+    kind = parser.add_mutually_exclusive_group(required=True)
+    kind.add_argument("--shape", choices=sorted(SHAPES))
+    kind.add_argument("--like", type=Path, metavar="TRACE", help="a store to replay this trace on")
+    parser.add_argument("--fraction", type=float, default=1.0, help="of the trace's record size")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--bits", type=int, default=4)
     parser.add_argument("--trunk-bits", type=int, default=8)
@@ -186,14 +216,24 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, default=2)
     given = parser.parse_args(arguments)
     torch.set_num_threads(given.threads)
+    if given.like:
+        trace = Trace.load(given.like)
+        record_bytes = given.fraction * float(trace.expert_bytes.mean())
+        config = config_like(trace, record_bytes, given.bits)
+    else:
+        config = dict(SHAPES[given.shape])
+    for text in given.set:
+        key, _, value = text.partition("=")
+        config[key] = json.loads(value)
+    if given.layers:
+        config["num_hidden_layers"] = given.layers
     options = ConvertOptions(bits=given.bits, trunk_bits=given.trunk_bits)
     rates = make_store(
-        given.shape,
+        config,
         given.out,
         options,
         pool=given.pool,
         seed=given.seed,
-        layers=given.layers,
         threads=given.threads,
     )
     print("LRU hit rate with 1/4, 1/2, 3/4 of the experts: " + json.dumps(rates))

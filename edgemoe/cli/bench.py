@@ -51,6 +51,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--prompts", choices=("real", "random"), default="real")
     parser.add_argument("--text", metavar="FILE", help="take real prompts from this text")
+    parser.add_argument(
+        "--replay", metavar="TRACE", help="take the routing of a trace instead of the routers'"
+    )
+    parser.add_argument(
+        "--replay-layers", type=options.count, metavar="N", help="of its first N layers only"
+    )
     parser.add_argument("--context", type=options.count, metavar="N", help="default: -p plus -n")
     parser.add_argument("--policy", choices=options.POLICIES, default="cycle")
     parser.add_argument("--threads", type=options.count, metavar="N", help="compute threads")

@@ -2,7 +2,7 @@
 
 import argparse
 import gc
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +13,10 @@ from .bench_figures import beside_control, bounds, mean_limits, reader_cost, spe
 from .bench_limits import machine, measure_limits, touched_bytes
 from .bench_memory import PeakMemory
 from .bench_prompts import make_prompts, prompt_length
-from .decode import greedy
+from .decode import Decoded, greedy
 from .plan import store_plan
 from .render import note, one_line, output_hash
+from .replay import Recorded, fit, replay
 
 SCHEMA = 2
 WARM_UP_TOKENS = 8
@@ -40,7 +41,10 @@ def measure(path: Path, args: argparse.Namespace) -> dict[str, Any]:
     Raises BudgetError where no arm fits.
     """
     index = load_index(path)
-    if args.prompt_tokens is None:
+    recorded = None
+    if args.replay is not None:
+        recorded = _recorded(index, args)
+    elif args.prompt_tokens is None:
         args.prompt_tokens = prompt_length(index, args)
     context = args.context or args.prompt_tokens + args.tokens
     if context < args.prompt_tokens + args.tokens:
@@ -50,7 +54,11 @@ def measure(path: Path, args: argparse.Namespace) -> dict[str, Any]:
         )
     plan = store_plan(index, None, context, args.kv_bits)
     arms = make_arms(args, plan)
-    prompts, prompt_note = make_prompts(path, index, args)
+    prompts: list[Any] = [recorded] * args.repeats
+    if recorded is None:
+        prompts, prompt_note = make_prompts(path, index, args)
+    else:
+        prompt_note = "; ".join([f"replays {args.replay}", *recorded.notes])
     rows: dict[str, dict[str, Any]] = {
         arm.name: {
             "arm": arm.name,
@@ -61,7 +69,9 @@ def measure(path: Path, args: argparse.Namespace) -> dict[str, Any]:
         for arm in arms
     }
     failure = None
-    touched = touched_bytes(index, args.prompt_tokens + args.tokens // 2, args.kv_bits)
+    top_k = recorded.decoded.ids.shape[2] if recorded else None
+    middle = args.prompt_tokens + args.tokens // 2
+    touched = touched_bytes(index, middle, args.kv_bits, top_k)
     for turn, prompt in enumerate(prompts):
         control = None
         for arm in arms:
@@ -90,7 +100,11 @@ def measure(path: Path, args: argparse.Namespace) -> dict[str, Any]:
         "machine": machine(),
         "model": path.name.removesuffix(".edgemoe"),
         "experts_sha256": index.sha256.get(EXPERTS_FILE),
-        "prompts": {"kind": args.prompts, "tokens": args.prompt_tokens, "note": prompt_note},
+        "prompts": {
+            "kind": "replay" if recorded else args.prompts,
+            "tokens": args.prompt_tokens,
+            "note": prompt_note,
+        },
         "decoded_tokens": args.tokens,
         "context": context,
         "policy": args.policy,
@@ -101,6 +115,19 @@ def measure(path: Path, args: argparse.Namespace) -> dict[str, Any]:
         "floor_bytes": plan.floor_bytes,
         "rows": list(rows.values()),
     }
+
+
+def _recorded(index: StoreIndex, args: argparse.Namespace) -> Recorded:
+    """The trace to replay, cut to the tokens asked for, which `args` then names."""
+    if args.text is not None or args.prompts == "random":
+        raise UsageError("--replay brings its own tokens", "", "leave --text and --prompts out")
+    recorded = fit(args.replay, index, args.replay_layers)
+    args.prompt_tokens = min(args.prompt_tokens or len(recorded.prompt), len(recorded.prompt))
+    args.tokens = min(args.tokens, len(recorded.decoded))
+    # The last ones: what is decoded after them follows from them.
+    first = len(recorded.prompt) - args.prompt_tokens
+    prompt, decoded = recorded.prompt[first:], recorded.decoded[: args.tokens]
+    return replace(recorded, prompt=prompt, decoded=decoded)
 
 
 def make_arms(args: argparse.Namespace, plan: Any) -> list[Arm]:
@@ -151,7 +178,7 @@ def _measure_between_limits(
     path: Path,
     index: StoreIndex,
     arm: Arm,
-    prompt: list[int],
+    prompt: list[int] | Recorded,
     context: int,
     args: argparse.Namespace,
 ) -> dict[str, Any]:
@@ -166,11 +193,10 @@ def _measure_between_limits(
 
 
 def _measure_one(
-    path: Path, arm: Arm, prompt: list[int], context: int, args: argparse.Namespace
+    path: Path, arm: Arm, prompt: list[int] | Recorded, context: int, args: argparse.Namespace
 ) -> dict[str, Any]:
     from ..engine import Engine
     from ..preflight import release_free_memory
-    from ..session import Session
 
     files = [path / EXPERTS_FILE, path / TRUNK_FILE]
     gc.collect()
@@ -192,15 +218,10 @@ def _measure_one(
             cache_bytes = engine.cache.capacity_bytes
             if arm.is_resident:
                 engine.cache.preload()
-            with Session(engine) as session:
-                greedy(session, prompt, min(WARM_UP_TOKENS, args.tokens))
-                session.reset()
-                reads = engine.reader.stats()
-                decoded = greedy(session, prompt, args.tokens)
-                cost = reader_cost(reads, engine.reader.stats())
+            decoded, cost = _decode(engine, prompt, args.tokens)
     return {
         "expert_cache_bytes": cache_bytes,
-        **speeds(decoded, len(prompt)),
+        **speeds(decoded, args.prompt_tokens),
         **cost,
         "peak_rss_bytes": peak.rss_bytes,
         "peak_anonymous_bytes": peak.anonymous_bytes,
@@ -208,3 +229,26 @@ def _measure_one(
         "output_hash": output_hash(decoded.token_ids),
         "logits_hash": decoded.logits_hash,
     }
+
+
+def _decode(
+    engine: Any, prompt: list[int] | Recorded, num_tokens: int
+) -> tuple[Decoded, dict[str, Any]]:
+    """Warm up, begin again, and measure; the second is what reading cost."""
+    from ..kv_cache import KVCache
+    from ..session import Session
+
+    warm_up = min(WARM_UP_TOKENS, num_tokens)
+    if isinstance(prompt, Recorded):
+        kv_cache = KVCache.for_model(engine.args, engine.context, engine.config.kv_bits)
+        replay(engine, kv_cache, prompt.prompt, prompt.decoded[:warm_up])
+        kv_cache.trim(0)
+        reads = engine.reader.stats()
+        decoded = replay(engine, kv_cache, prompt.prompt, prompt.decoded[:num_tokens])
+    else:
+        with Session(engine) as session:
+            greedy(session, prompt, warm_up)
+            session.reset()
+            reads = engine.reader.stats()
+            decoded = greedy(session, prompt, num_tokens)
+    return decoded, reader_cost(reads, engine.reader.stats())

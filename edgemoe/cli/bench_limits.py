@@ -194,8 +194,11 @@ class StorageReads:
         self._arena.close()
 
 
-def touched_bytes(index: Any, num_tokens: int, kv_bits: int) -> float:
-    """Bytes of weights and KV cache that decoding one token after `num_tokens` goes through."""
+def touched_bytes(index: Any, num_tokens: int, kv_bits: int, top_k: int | None = None) -> float:
+    """Bytes of weights and KV cache that decoding one token after `num_tokens` goes through.
+
+    `top_k`: experts a token, where it is not the model's own.
+    """
     from ..models import parse_config
     from ..runtime.budget import kv_head_bytes
     from ..runtime.format import read_header
@@ -211,7 +214,7 @@ def touched_bytes(index: Any, num_tokens: int, kv_bits: int) -> float:
     )
     for layer, num_experts in index.layer_to_num_experts.items():
         records = (index.records[layer, expert].num_bytes for expert in range(num_experts))
-        total += model.top_k * sum(records) / num_experts
+        total += (top_k or model.top_k) * sum(records) / num_experts
     heads = model.num_layers * model.num_kv_heads
     per_token = heads * kv_head_bytes(model.head_dim, kv_bits)
     return total + num_tokens * per_token

@@ -41,7 +41,7 @@ def greedy(session: Any, prompt: Sequence[int], num_tokens: int) -> Decoded:
         logits = session.logits(ids)
         token = int(torch.argmax(logits))
         seconds = time.perf_counter() - begin
-        cost = _counters(session.engine.take_step_stats())
+        cost = counters(session.engine.take_step_stats())
         if not result.token_ids:
             result.prefill_s, result.prefill = seconds, cost
             result.decode = dict.fromkeys(cost, 0)
@@ -58,7 +58,8 @@ def greedy(session: Any, prompt: Sequence[int], num_tokens: int) -> Decoded:
     return result
 
 
-def _counters(step: Any) -> dict[str, float]:
+def counters(step: Any) -> dict[str, float]:
+    """The demand and the times of `Engine.take_step_stats` that a run adds up."""
     names = ("hits", "misses", "bytes_read", "stall_s", "compute_s", "native_s")
     return {name: getattr(step, name) for name in names}
 

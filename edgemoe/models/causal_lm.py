@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -12,7 +13,8 @@ from ..runtime.errors import UsageError
 from . import load_module
 from .args import ModelArgs
 from .moe import Experts, OnRoute
-from .native import ForcedRoutes, NativeLayers
+from .native import NativeLayers
+from .steps import ForcedRoutes
 from .torch_layers import TorchLayers
 from .trunk import ReadTensor, Trunk
 
@@ -61,7 +63,7 @@ class CausalLM:
         neither T nor how a text is split into calls (native backend). Raises UsageError before
         anything is computed where the ids are not of the vocabulary or the context is too short.
         A call that fails leaves the cache as it was. `forced`: recorded routes in the place of the
-        routers', for one token of the native backend.
+        routers', of one token as [layers with experts, K'], of several as [T, layers, K'].
         """
         if logits not in ("last", "all", "none"):
             raise UsageError(f"`logits` must be last, all or none, got `{logits}`")
@@ -76,11 +78,22 @@ class CausalLM:
             kv_cache.check_room(1)
             return self._layers.decode(token_id, kv_cache, on_route, forced)
         if forced is not None:
+            forced = self._routes_of(forced, len(token_ids))
+        return self._forward(token_ids, kv_cache, logits, on_route, forced)
+
+    def _routes_of(self, forced: ForcedRoutes, num_tokens: int) -> ForcedRoutes:
+        """int32 and fp32 [T, layers with experts, K']; UsageError where they do not go with these
+        tokens."""
+        expected = (num_tokens, len(self.args.moe_layers))
+        ids, weights = np.asarray(forced[0], np.int32), np.asarray(forced[1], np.float32)
+        if num_tokens == 1 and ids.ndim == 2:
+            ids, weights = ids[None], weights[None]
+        if ids.ndim != 3 or ids.shape != weights.shape or ids.shape[:2] != expected:
             raise UsageError(
-                "recorded routes can be forced on a single token only",
-                "the native backend decodes it, and its logits must be asked for",
+                f"forced routes of shape {ids.shape} do not go with {num_tokens} tokens",
+                f"expected [{expected[0]}, {expected[1]}, 1 to {self.args.top_k}]",
             )
-        return self._forward(token_ids, kv_cache, logits, on_route)
+        return ids, weights
 
     @torch.inference_mode()  # not for one native token, which it would cost a tenth of its Python
     def _forward(
@@ -89,6 +102,7 @@ class CausalLM:
         kv_cache: KVCache,
         logits: str,
         on_route: OnRoute | None,
+        forced: ForcedRoutes | None,
     ) -> Tensor:
         ids = torch.as_tensor(token_ids, dtype=torch.int64)
         if ids.ndim != 1 or len(ids) == 0:
@@ -98,7 +112,9 @@ class CausalLM:
         start, rows = kv_cache.offset, []
         try:
             for begin in range(0, len(ids), CHUNK):
-                x = self._layers.run(ids[begin : begin + CHUNK], kv_cache, on_route)
+                part = slice(begin, begin + CHUNK)
+                routes = forced and (forced[0][part], forced[1][part])
+                x = self._layers.run(ids[part], kv_cache, on_route, routes)
                 if logits == "all":
                     rows.append(self._layers.logits(x))
         except BaseException:

@@ -21,11 +21,8 @@ from . import steps
 from .args import QK_NORMS, ModelArgs
 from .moe import Experts, OnRoute
 from .rope import Rotary
-from .steps import Routed
+from .steps import ForcedRoutes, Routed
 from .trunk import Fp32Matrix, LayerWeights, Linear, Rows
-
-# One token's expert ids int32 [layers with experts, K'], ascending, and routing weights fp32.
-ForcedRoutes = tuple[np.ndarray, np.ndarray]
 
 _ANGLE_BLOCK = 64  # positions whose angles are computed together
 
@@ -72,9 +69,15 @@ class NativeLayers:
 
     # ---- many tokens ---------------------------------------------------------------------------
 
-    def run(self, ids: Tensor, kv_cache: KVCache, on_route: OnRoute | None) -> Tensor:
+    def run(
+        self,
+        ids: Tensor,
+        kv_cache: KVCache,
+        on_route: OnRoute | None,
+        forced: ForcedRoutes | None = None,
+    ) -> Tensor:
         """Append the tokens ids `[T]` to the context; returns x `[T, D]` behind the last layer."""
-        return steps.run(self, ids, kv_cache, on_route)
+        return steps.run(self, ids, kv_cache, on_route, forced)
 
     def embed(self, ids: Tensor) -> Tensor:
         ids = ids.to(torch.int32)

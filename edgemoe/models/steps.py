@@ -7,6 +7,7 @@ next layer of any (calibration) calls the steps.
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -14,6 +15,10 @@ from ..kv_cache import KVCache
 from .args import ModelArgs
 from .moe import Experts, OnRoute
 from .trunk import LayerWeights
+
+# Recorded routes: expert ids int32 [layers with experts, K'], ascending, and routing weights fp32
+# of one token; of T tokens [T, layers with experts, K'].
+ForcedRoutes = tuple[np.ndarray, np.ndarray]
 
 
 class Routed(NamedTuple):
@@ -55,17 +60,31 @@ class Steps(Protocol):
         ...
 
 
-def run(layers: Steps, ids: Tensor, kv_cache: KVCache, on_route: OnRoute | None) -> Tensor:
-    """Append the tokens ids `[T]` to the context; returns x `[T, D]` behind the last layer."""
+def run(
+    layers: Steps,
+    ids: Tensor,
+    kv_cache: KVCache,
+    on_route: OnRoute | None,
+    forced: ForcedRoutes | None = None,
+) -> Tensor:
+    """Append the tokens ids `[T]` to the context; returns x `[T, D]` behind the last layer.
+
+    `forced`: routes of these tokens in the place of the routers', which run all the same.
+    """
+    place = {layer: number for number, layer in enumerate(layers.args.moe_layers)}
     x = layers.embed(ids)
     routed = Routed.room(layers.args, len(ids))
     for layer in range(layers.args.num_layers):
         layers.attend(layer, x, kv_cache, routed)
         y = None
-        if layer in layers.args.moe_layers:
+        if layer in place:
+            expert_ids, weights = routed.expert_ids, routed.routing_weights
+            if forced is not None:
+                parts = (np.ascontiguousarray(part[:, place[layer]]) for part in forced)
+                expert_ids, weights = (torch.from_numpy(part) for part in parts)
             if on_route is not None:
-                on_route(layer, routed.expert_ids.long(), routed.routing_weights.clone())
-            y = layers.experts.run(layer, *routed)
+                on_route(layer, expert_ids.long(), weights.clone())
+            y = layers.experts.run(layer, routed.normed, expert_ids, weights)
         layers.finish(layer, x, routed, y)
     kv_cache.advance(len(ids))
     return x

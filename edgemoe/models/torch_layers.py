@@ -11,7 +11,7 @@ from .args import ModelArgs
 from .layers import Attention, DenseMlp, RMSNorm
 from .moe import Experts, MoEBlock, OnRoute
 from .rope import Rotary
-from .steps import Routed
+from .steps import ForcedRoutes, Routed
 from .trunk import LayerWeights, Linear
 
 
@@ -49,9 +49,15 @@ class TorchLayers:
         self._rotary = Rotary(args.rope)
         self._layers = [_Layer(args, weights, number) for number, weights in enumerate(layers)]
 
-    def run(self, ids: Tensor, kv_cache: KVCache, on_route: OnRoute | None) -> Tensor:
+    def run(
+        self,
+        ids: Tensor,
+        kv_cache: KVCache,
+        on_route: OnRoute | None,
+        forced: ForcedRoutes | None = None,
+    ) -> Tensor:
         """Append the tokens ids `[T]` to the context; returns x `[T, D]` behind the last layer."""
-        return steps.run(self, ids, kv_cache, on_route)
+        return steps.run(self, ids, kv_cache, on_route, forced)
 
     def embed(self, ids: Tensor) -> Tensor:
         return self._embed.rows_of(ids)
