@@ -1,7 +1,7 @@
 """How an engine is opened: validated once, at the border. Floor 3; imports no torch.
 
 A value that is not given comes from the environment (EDGEMOE_MEMORY, _CONTEXT, _POLICY, _THREADS,
-_BACKEND, _KV_BITS, _IO, _CHAT_TEMPLATE), else from the default.
+_BACKEND, _KV_BITS, _IO, _CHAT_TEMPLATE, _SET, _SET_MODE, _SET_THRESHOLD), else from the default.
 """
 
 import os
@@ -15,6 +15,7 @@ from .runtime.amounts import parse_bytes, parse_rate
 from .runtime.errors import UsageError
 from .runtime.io import IO_MODES
 from .runtime.policy import DEFAULT_POLICY, POLICIES
+from .runtime.sets import SET_MODES, check_threshold
 
 DEFAULT_CONTEXT = 4096
 
@@ -38,6 +39,9 @@ class EngineConfig:
     cache_bytes: int | None = None
     throttle: int | None = None
     chat_template: str | None = None
+    set: str | None = None
+    set_mode: str = "exact"
+    set_threshold: float | None = None
 
     def __post_init__(self) -> None:
         if not self.threads:
@@ -48,6 +52,7 @@ class EngineConfig:
         _one_of("io", self.io, IO_MODES)
         _one_of("kv_bits", self.kv_bits, (8, 16, 32))
         _one_of("backend", self.backend, ("native", "reference"))
+        _one_of("set_mode", self.set_mode, SET_MODES)
         if self.backend == "native" and core.lib is None:
             raise UsageError(
                 "the native core is not there",
@@ -67,6 +72,12 @@ class EngineConfig:
                     f"bad option `{name}`",
                     f"expected a whole number from {least} up, got {value!r}",
                 )
+        if self.set is None and (self.set_mode != "exact" or self.set_threshold is not None):
+            raise UsageError(
+                "a set mode without a set", "", "name one with --set, made by edgemoe prune"
+            )
+        if self.set_threshold is not None:
+            check_threshold(self.set_threshold, self.set_mode)
         if self.threads > 256:
             raise UsageError("bad option `threads`", f"expected 256 or fewer, got {self.threads}")
 
@@ -126,11 +137,10 @@ def _one_of(name: str, value: Any, choices: Any) -> None:
 
 
 def _from_text(name: str, text: str) -> Any:
-    if name not in ("context", "threads", "kv_bits"):
+    if name not in ("context", "threads", "kv_bits", "set_threshold"):
         return text
+    kind, meaning = (float, "a number") if name == "set_threshold" else (int, "a whole number")
     try:
-        return int(text)
+        return kind(text)
     except ValueError:
-        raise UsageError(
-            f"`EDGEMOE_{name.upper()}` is `{text}`", "expected a whole number"
-        ) from None
+        raise UsageError(f"`EDGEMOE_{name.upper()}` is `{text}`", f"expected {meaning}") from None

@@ -12,6 +12,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .active_set import ActiveSet, find_set, mask_routers, plan_with_set, warm_up
 from .chat_template import ChatTemplate, TemplateWorker
 from .config import EngineConfig
 from .interrupts import DeferredInterrupt, InterruptibleExperts
@@ -41,12 +42,14 @@ class Engine:
     thread at a time (a lock makes others wait). Close it, or use it as a context manager."""
 
     def __init__(self, config: EngineConfig, checked: Preflight) -> None:
-        self.config, self.path, self.plan = config, checked.path, checked.plan
+        self.config, self.path, self._full_plan = config, checked.path, checked.plan
+        self.active_set: ActiveSet | None = checked.active_set  # changed by `use_set`
         self.args, self._index = checked.args, checked.index
-        self.context, self.chunk_tokens = checked.plan.context, checked.plan.chunk
+        self.plan = plan_with_set(checked.plan, self._index, self.active_set)
+        self.context, self.chunk_tokens = self.plan.context, self.plan.chunk
         self.tokenizer: Tokenizer | None = checked.tokenizer
         self.eos_ids = frozenset(eos_ids(checked.path))  # where there is no tokenizer to ask
-        self.notes: list[str] = list(checked.plan.notes)
+        self.notes: list[str] = list(self.plan.notes)
         self.closed = False
         self._template: ChatTemplate | TemplateError | None = None
         self.template_worker = TemplateWorker()
@@ -71,8 +74,12 @@ class Engine:
         cache_bytes: int | None = None,
         throttle: str | int | None = None,
         chat_template: str | Path | None = None,
+        set: str | None = None,
+        set_mode: str | None = None,
+        set_threshold: float | None = None,
     ) -> "Engine":
         """Open a store (None: the bundled demo model); `memory` such as "4GiB" bounds the process.
+        `set`, `set_mode` and `set_threshold` as in `use_set`.
 
         Raises BudgetError where the budget is below the floor, before any weight is read;
         NotFoundError, FormatError, UnsupportedModelError, UsageError.
@@ -88,6 +95,9 @@ class Engine:
             cache_bytes=cache_bytes,
             throttle=throttle,
             chat_template=chat_template,
+            set=set,
+            set_mode=set_mode,
+            set_threshold=set_threshold,
         )
         if path is None:
             path = DEMO
@@ -141,6 +151,9 @@ class Engine:
             chunk=self.chunk_tokens,
         )
         self.notes += notes_on(self)
+        if self.active_set is not None:
+            mask_routers(self._model, self.active_set)
+            warm_up(self.cache, self.active_set, args.top_k)
 
     # ---- what it is ----------------------------------------------------------------------------
 
@@ -188,6 +201,30 @@ class Engine:
     def decode(self) -> str:
         """What runs the layers: `native`, or `torch` and why."""
         return self._model.decode
+
+    @property
+    def routing(self) -> ActiveSet | None:
+        """The set that changes what the routers choose, and so the output; None: nothing does."""
+        active = self.active_set
+        return active if active is not None and active.changes_output else None
+
+    def use_set(
+        self, name: str | None, mode: str = "exact", threshold: float | None = None
+    ) -> None:
+        """From the next token on, run with the set `NAME`, `A+B` or `A&B` of the store in `mode`
+        exact, soft or hard (active_set.py); None: with the full model. Nothing is loaded again but
+        experts. Raises UsageError, NotFoundError, FormatError; then nothing has changed."""
+        if self.closed:
+            raise UsageError("this engine is closed")
+        with self._lock, self._interrupt.deferred():
+            active = None
+            if name is not None:
+                active = find_set(self._index, self.args, name, mode, threshold)
+            mask_routers(self._model, active)
+            self.active_set = active
+            self.plan = plan_with_set(self._full_plan, self._index, active)
+            if active is not None:
+                warm_up(self.cache, active, self.args.top_k)
 
     # ---- running -------------------------------------------------------------------------------
 

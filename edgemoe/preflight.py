@@ -9,6 +9,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from .active_set import ActiveSet, find_set, plan_with_set
 from .config import DEFAULT_CONTEXT, EngineConfig
 from .models import parse_config
 from .models.args import ModelArgs
@@ -33,6 +34,7 @@ class Preflight:
     index: StoreIndex
     args: ModelArgs
     plan: MemoryPlan
+    active_set: ActiveSet | None
     tokenizer: Tokenizer | None
 
 
@@ -43,14 +45,28 @@ def preflight(path: Path, config: EngineConfig) -> Preflight:
     check_index(index, args)
     context = context_of(args, config)
     dims = dims_of(args)
-    budget, kv_bits = config.memory_bytes, config.kv_bits
-    plan = make_plan(index, dims, budget, context, kv_bits, runtime_bytes=runtime_bytes())
+    active = None
+    if config.set is not None:
+        active = find_set(index, args, config.set, config.set_mode, config.set_threshold)
+
+    def plan_now() -> MemoryPlan:
+        def plan_for(budget: int | None) -> MemoryPlan:
+            return make_plan(
+                index, dims, budget, context, config.kv_bits, runtime_bytes=runtime_bytes()
+            )
+
+        plan = plan_for(config.memory_bytes)
+        if config.memory_bytes is None and config.set_mode == "hard":  # the set alone can stay
+            plan = plan_for(plan_with_set(plan, index, active).resident_budget_bytes)
+        return plan
+
+    plan = plan_now()
     import_runtime(config)
     tokenizer = Tokenizer.load(path)
     release_free_memory()
     if runtime_bytes() > plan.lines[0].num_bytes:
-        plan = make_plan(index, dims, budget, context, kv_bits, runtime_bytes=runtime_bytes())
-    return Preflight(path, index, args, plan, tokenizer)
+        plan = plan_now()
+    return Preflight(path, index, args, plan, active, tokenizer)
 
 
 def runtime_bytes() -> int:

@@ -29,6 +29,7 @@ def notes_on(engine: "Engine") -> list[str]:
 def engine_report(engine: "Engine") -> dict[str, Any]:
     """The report as JSON values."""
     config, plan, worker = engine.config, engine.plan, engine.template_worker
+    active = engine.active_set
     try:
         template = engine.chat_template.origin
     except TemplateError as error:
@@ -51,7 +52,8 @@ def engine_report(engine: "Engine") -> dict[str, Any]:
         "expert_cache_bytes": engine.cache.capacity_bytes,
         "expert_bytes": plan.max_cache_bytes,
         "resident": engine.cache.capacity_bytes >= plan.max_cache_bytes,
-        "lossless": True,  # nothing that changes the output can be asked for
+        "lossless": engine.routing is None,  # the output is that of the full model, bit for bit
+        "set": active.to_dict() if active else None,
         "memory_bytes": engine.memory_bytes(),
         "chat_template": template,
         "notes": [*engine.notes, *([worker.note] if worker.note else [])],

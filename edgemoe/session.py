@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 # A text is continued as it stands; messages go through the chat template.
 Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
+_MIXED = object()  # a routing that no engine has
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +60,7 @@ class Session:
         self.tokens: list[int] = []
         self.last_stats: GenerationStats | None = None  # also of an answer that was interrupted
         self._kv_cache = engine.lend_kv_cache(self)
+        self._routing: object = engine.routing  # with which all of `tokens` were computed
 
     @property
     def offset(self) -> int:
@@ -193,6 +195,9 @@ class Session:
     def _prefill(self, ids: list[int], meter: "_Meter | None" = None) -> "torch.Tensor":
         """Bring the KV cache to `ids`; returns the logits [1, vocab] of the last."""
         kept = 0
+        if self._routing != self.engine.routing:
+            self._keep(0)
+            self._routing = self.engine.routing
         for ours, theirs in zip(self.tokens, ids[:-1], strict=False):  # the last gives the logits
             if ours != theirs:
                 break
@@ -207,6 +212,8 @@ class Session:
         return logits
 
     def _feed(self, ids: list[int], logits: str, meter: "_Meter | None") -> "torch.Tensor":
+        if self._routing != self.engine.routing:  # switched in the middle of an answer
+            self._routing = _MIXED
         try:
             result = self.engine.forward(ids, self._kv_cache, logits)
             self.tokens.extend(ids)
@@ -275,6 +282,7 @@ class _Meter:
             peak_memory_bytes=self._engine.peak_memory_bytes(),
             budget_bytes=self._engine.plan.budget_bytes,
             seed=self.seed,
+            routing=routing.label if (routing := self._engine.routing) else None,
             **self._sums,
         )
 

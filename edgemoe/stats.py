@@ -33,6 +33,7 @@ class GenerationStats:
     peak_memory_bytes: int = 0
     budget_bytes: int | None = None
     seed: int | None = None
+    routing: str | None = None  # a pruned set that changed the output: `set code, hard`
 
     @property
     def tokens_per_s(self) -> float:
@@ -72,6 +73,8 @@ class GenerationStats:
             parts.append(f"hit {100 * self.hit_rate:.0f} %")
         budget = "" if self.budget_bytes is None else f"/{self.budget_bytes / GIB:.1f}"
         parts.append(f"{self.memory_bytes / GIB:.1f}{budget} GiB")
+        if self.routing:
+            parts.append(self.routing)
         return " · ".join(parts)
 
     def to_dict(self) -> dict[str, Any]:

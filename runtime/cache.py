@@ -200,14 +200,21 @@ class ExpertCache:
             self._unsettled.update(freed)
             self._settle(wait=False)
 
-    def preload(self) -> int:
-        """Read absent records as long as they fit without an eviction, of every layer as many;
-        returns the bytes read. Counts neither as demand nor as use.
+    def seed(self, keys: Sequence[int], counts: NDArray[np.floating]) -> None:
+        """Let the policy start as if each of `keys` had been wanted `counts` times just now."""
+        self._policy.touch(np.array(keys, dtype=np.int64), self._step, counts=counts)
+
+    def preload(self, keys: Sequence[int] | None = None) -> int:
+        """Read absent records as long as they fit without an eviction: those of `keys`, in this
+        order, or all, of every layer as many. Returns the bytes read. Counts neither as demand nor
+        as use.
 
         Raises RecordError for a record that cannot be read; those that can stay.
         """
         first = list(self.table.first_key.values())
-        order = sorted(range(len(self.table)), key=lambda key: key - first[self._places[key]])
+        order = keys
+        if order is None:
+            order = sorted(range(len(self.table)), key=lambda key: key - first[self._places[key]])
         placed = [key for key in order if not self._address[key] and self._slots.place(key)]
         index = np.array(placed, dtype=np.int32)
         try:

@@ -213,6 +213,7 @@ _SIGNATURES: dict[str, tuple[object, list[object]]] = {
     "em_moe_run": (_I32, [_P, _P, POINTER(Record), POINTER(MoeArgs)]),
     "em_decoder_create": (_P, [POINTER(Model), _P]),
     "em_decoder_destroy": (None, [_P]),
+    "em_decoder_set_mask": (_I32, [_P, _I64, _P, c_float]),
     "em_decoder_embed": (_I32, [_P, _I64, _P, _P]),
     "em_decoder_attend": (_I32, [_P, _I64, POINTER(KvCache), _P, _P, _I64, _P, _P, _P, _P]),
     "em_decoder_finish": (_I32, [_P, _I64, _I64, _P, _P, _P]),

@@ -4,7 +4,7 @@ import pytest
 from stores_small import make_store
 from tiny_checkpoint import make_checkpoint
 
-from edgemoe.models.fingerprint import fingerprint
+from edgemoe.models.fingerprint import checkpoint_fingerprint
 from edgemoe.quant.convert import convert
 from edgemoe.quant.plan import ConvertOptions
 from edgemoe.runtime.index import load_index
@@ -17,7 +17,7 @@ def source(tmp_path_factory):
 
 def test_stores_of_one_checkpoint_share_it(source, tmp_path):
     prints = {
-        fingerprint(load_index(convert(source, tmp_path / f"{bits}.edgemoe", options)))
+        checkpoint_fingerprint(load_index(convert(source, tmp_path / f"{bits}.edgemoe", options)))
         for bits, options in {
             4: ConvertOptions(bits=4, group_size=32),
             8: ConvertOptions(bits=8, group_size=32, trunk_bits=8),
@@ -34,6 +34,6 @@ def test_another_router_makes_another(source, tmp_path):
 
     other = make_checkpoint(tmp_path / "other", "qwen2_moe", change=nudge)
     options = ConvertOptions(bits=4, group_size=32)
-    first = fingerprint(load_index(convert(source, tmp_path / "a.edgemoe", options)))
-    second = fingerprint(load_index(convert(other, tmp_path / "b.edgemoe", options)))
-    assert first != second != fingerprint(load_index(make_store(tmp_path / "c")))
+    first = checkpoint_fingerprint(load_index(convert(source, tmp_path / "a.edgemoe", options)))
+    second = checkpoint_fingerprint(load_index(convert(other, tmp_path / "b.edgemoe", options)))
+    assert first != second != checkpoint_fingerprint(load_index(make_store(tmp_path / "c")))

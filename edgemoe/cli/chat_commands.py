@@ -4,6 +4,7 @@ import sys
 
 from ..runtime.amounts import format_bytes
 from ..runtime.errors import UsageError
+from ..runtime.sets import set_names
 from .conversation import Conversation
 from .options import SAMPLING
 from .render import note, one_line
@@ -13,6 +14,7 @@ HELP = '''  /help              this list
   /clear             start a new conversation
   /system [TEXT]     show or set the system message; `/system off` removes it
   /set [NAME VALUE]  show or change sampling, such as /set temperature 0.7
+  /set set [NAME]    show or change the pruned set: /set set code hard, /set set off
   /stats             memory, expert cache and speed so far
   /regen             answer the last question again
   """                begins and ends a text of several lines
@@ -53,11 +55,27 @@ def _system(conversation: Conversation, rest: str) -> None:
 
 def _set(conversation: Conversation, rest: str) -> None:
     name, _, value = rest.partition(" ")
+    if name == "set":
+        return _expert_set(conversation, value.split())
     if name:
         conversation.set(name, value.strip())
     names = [name.replace("-", "_")] if name else [*SAMPLING, "stop"]
     for each in names:
         note(f"{each} = {getattr(conversation.params, each)}")
+
+
+def _expert_set(conversation: Conversation, words: list[str]) -> None:
+    """`NAME [MODE [THRESHOLD]]`, or `off`."""
+    engine = conversation.engine
+    if words:
+        threshold = None
+        try:
+            threshold = float(words[2]) if len(words) > 2 else None
+        except ValueError:
+            raise UsageError(f"`{words[2]}` is no threshold", "expected a number") from None
+        engine.use_set(None if words == ["off"] else words[0], *words[1:2], threshold=threshold)
+    names = ", ".join(set_names(engine.path)) or "none"
+    note(f"{engine.active_set.label if engine.active_set else 'no set'} (there are: {names})")
 
 
 def _stats(conversation: Conversation, rest: str) -> None:

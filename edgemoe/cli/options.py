@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from ..runtime.errors import NotFoundError, UsageError
+from ..runtime.sets import SET_MODES
 
 POLICIES = ("cycle", "lru", "lfu", "fifo")
 BACKENDS = ("native", "reference")
@@ -91,7 +92,29 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--chat-template", metavar="FILE", help="instead of the one that came with the model"
     )
+    add_set_options(group)
     add_numeric_options(group)
+
+
+def add_set_options(group: Any) -> None:
+    """--set and how it is used."""
+    group.add_argument(
+        "--set",
+        metavar="NAME",
+        help="a pruned set of the store; A+B keeps what one of two keeps, 'A&B' what both keep",
+    )
+    group.add_argument(
+        "--set-mode",
+        choices=SET_MODES,
+        help="exact: same output; soft: others where the router insists; hard: no others "
+        "(default: exact)",
+    )
+    group.add_argument(
+        "--set-threshold",
+        type=float,
+        metavar="X",
+        help="soft: share of a token from which the router insists (default: 0.5)",
+    )
 
 
 def add_numeric_options(group: Any) -> None:
@@ -112,7 +135,7 @@ def add_numeric_options(group: Any) -> None:
 def engine_arguments(args: argparse.Namespace) -> dict[str, Any]:
     """The keyword arguments of `Engine.from_pretrained` that the options name."""
     names = ("memory", "context", "policy", "threads", "backend", "kv_bits", "io")
-    names += ("chat_template",)
+    names += ("chat_template", "set", "set_mode", "set_threshold")
     return {name: getattr(args, name) for name in names if getattr(args, name, None) is not None}
 
 

@@ -1,6 +1,6 @@
 """The decoder: embedding -> layers -> norm -> lm_head. One class for every architecture."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -48,6 +48,13 @@ class CausalLM:
         self.decode = "native" if self._native else "torch: the reference backend"
         kind = NativeLayers if self._native else TorchLayers
         self._layers = kind(args, layers, embed, weights.vector("norm"), lm_head, executor, pool)
+
+    def set_masks(self, masks: Mapping[int, np.ndarray] | None, threshold: float = 2.0) -> None:
+        """From the next token on, keep the routers to some experts: by MoE layer u8 [E], 0 is out.
+        None: all are in again. `threshold` as in `Router.set_mask`."""
+        for layer in self.args.moe_layers:
+            mask = None if masks is None else np.ascontiguousarray(masks[layer], dtype=np.uint8)
+            self._layers.set_mask(layer, mask, threshold)
 
     def forward(
         self,

@@ -13,11 +13,11 @@ from . import load_module
 from .names import spellings
 
 
-def fingerprint(index: StoreIndex) -> str:
+def checkpoint_fingerprint(index: StoreIndex) -> str:
     """32 hexadecimal digits that the stores of one checkpoint share; reads the routers.
 
-    A profile, a trace or a set names it, and is refused for a store that has another. Raises
-    FormatError where the trunk has no router, UnsupportedModelError.
+    A set names it, and is refused for a store that has another (`StoreIndex.fingerprint` is that of
+    one conversion). Raises FormatError where the trunk has no router, UnsupportedModelError.
     """
     path, table = index.path / TRUNK_FILE, load_module(index.model_type).TRUNK
     digest = hashlib.sha256(f"{index.model_type} {index.hidden}".encode())

@@ -45,10 +45,37 @@ class Router:
 
     def __init__(self, args: ModelArgs, weight: Linear) -> None:
         self._weight, self._top_k, self._renormalise = weight, args.top_k, args.norm_topk
+        self._mask: Tensor | None = None
+        self._threshold = 0.0
+
+    def set_mask(self, mask: np.ndarray | None, threshold: float) -> None:
+        """Leave the experts that `mask` u8 [E] has 0 for out; at least K have 1. None: all are in.
+
+        An expert that is out comes back for a token of which it has a share of at least `threshold`
+        in the softmax over all experts; above 1 there is no such token.
+        """
+        self._mask = None if mask is None else torch.from_numpy(mask != 0)
+        self._threshold = threshold
 
     def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x `[T, D]` -> expert_ids int64 `[T, K]`, ascending, routing_weights fp32 `[T, K]`."""
-        scores = torch.softmax(self._weight.linear(x), dim=-1)
+        logits = self._weight.linear(x)
+        if self._mask is None:
+            return self._choose(logits)
+        if self._threshold > 1:
+            return self._among(logits, self._mask)
+        is_in = self._mask | (torch.softmax(logits, dim=-1) >= self._threshold)
+        rows = [self._among(logits[t : t + 1], row) for t, row in enumerate(is_in)]
+        return torch.cat([ids for ids, _ in rows]), torch.cat([weights for _, weights in rows])
+
+    def _among(self, logits: Tensor, is_in: Tensor) -> tuple[Tensor, Tensor]:
+        """The choice among some experts, bool `[E]`: that of a router with their rows only."""
+        kept = is_in.nonzero()[:, 0]
+        places, weights = self._choose(logits[:, kept])
+        return kept[places], weights
+
+    def _choose(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        scores = torch.softmax(logits, dim=-1)
         weights, expert_ids = torch.topk(scores, self._top_k, dim=-1)
         if self._renormalise:
             weights = weights / weights.sum(dim=-1, keepdim=True)

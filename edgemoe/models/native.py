@@ -67,6 +67,11 @@ class NativeLayers:
         if self._handle:
             core.lib.em_decoder_destroy(self._handle)
 
+    def set_mask(self, layer: int, mask: np.ndarray | None, threshold: float) -> None:
+        """Leave the experts that `mask` u8 [E] has 0 for out; see `em_decoder_set_mask`."""
+        kept = None if mask is None else mask.ctypes.data
+        _check(core.lib.em_decoder_set_mask(self._decoder(), layer, kept, threshold))
+
     # ---- many tokens ---------------------------------------------------------------------------
 
     def run(

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+import numpy as np
 from torch import Tensor
 
 from ..kv_cache import KVCache
@@ -48,6 +49,10 @@ class TorchLayers:
         self._norm = RMSNorm(norm, args.rms_eps)
         self._rotary = Rotary(args.rope)
         self._layers = [_Layer(args, weights, number) for number, weights in enumerate(layers)]
+
+    def set_mask(self, layer: int, mask: np.ndarray | None, threshold: float) -> None:
+        """Leave the experts that `mask` u8 [E] has 0 for out of the choice of a layer's router."""
+        self._layers[layer].moe.router.set_mask(mask, threshold)
 
     def run(
         self,

@@ -1,6 +1,7 @@
 // The blocks of a decoder layer: attention half, router, dense mlp and shared expert.
 #include <cerrno>
 #include <cstring>
+#include <utility>
 
 #include "decoder.h"
 #include "kernels.h"
@@ -190,18 +191,67 @@ int32_t Decoder::attend(int64_t number, const em_kv_cache &kv, const float *cos,
   return layer.router.rows == 0 ? 0 : route(layer, normed, num_tokens, ids, weights);
 }
 
+int32_t Decoder::set_mask(int64_t layer, const uint8_t *mask, float threshold) {
+  Mask next;
+  if (mask != nullptr) {
+    const int64_t num_experts = layers_[layer].router.rows;
+    next.threshold = threshold;
+    next.is_kept.assign(mask, mask + num_experts);
+    for (int32_t e = 0; e < num_experts; ++e) {
+      if (mask[e]) next.kept.push_back(e);
+    }
+    if (static_cast<int64_t>(next.kept.size()) < model_.top_k || !(threshold >= 0)) {
+      return EM_ERR_ARG;
+    }
+  }
+  std::swap(masks_[layer], next);
+  return 0;
+}
+
+// In place of a row of logits [E]: the softmax over the experts that the mask leaves for this token,
+// close together, and their ids in `kept` [E]; returns their number. What is left out takes no part
+// in any sum, so that the bits are those of a router that never had its rows. shares [E]: scratch.
+int64_t Decoder::masked_softmax(const Mask &mask, float *row, float *shares, int32_t *kept) const {
+  const int64_t num_experts = static_cast<int64_t>(mask.is_kept.size());
+  int64_t num = 0;
+  if (mask.threshold > 1.0f) {  // no share is that large
+    for (const int32_t e : mask.kept) kept[num++] = e;
+  } else {
+    std::memcpy(shares, row, num_experts * sizeof(float));
+    row_kernels().softmax(shares, num_experts);
+    for (int32_t e = 0; e < num_experts; ++e) {
+      if (mask.is_kept[e] || shares[e] >= mask.threshold) kept[num++] = e;
+    }
+  }
+  for (int64_t i = 0; i < num; ++i) row[i] = row[kept[i]];
+  row_kernels().softmax(row, num);
+  return num;
+}
+
 int32_t Decoder::route(const em_block &layer, const float *normed, int64_t num_tokens, int32_t *ids,
                        float *weights) {
   const int64_t num_experts = layer.router.rows, top_k = model_.top_k;
+  const bool renormalise = model_.renormalise != 0;
+  const Mask &mask = masks_[&layer - layers_.data()];
+  const bool is_masked = !mask.is_kept.empty();
   float *scores = scores_.floats(num_tokens * num_experts);
-  if (scores == nullptr) return -ENOMEM;
+  float *masked = is_masked ? masked_.floats(2 * num_tokens * num_experts) : nullptr;
+  if (scores == nullptr || (is_masked && masked == nullptr)) return -ENOMEM;
   const int32_t status = multiply(layer.router, normed, num_tokens, nullptr, scores);
   if (status != 0) return status;
   parallel_for(pool_, num_tokens, [&](int64_t t, int) {
     float *row = scores + t * num_experts;
-    row_kernels().softmax(row, num_experts);
-    pick_largest(row, num_experts, top_k, model_.renormalise != 0, ids + t * top_k,
-                 weights + t * top_k);
+    int32_t *chosen = ids + t * top_k;
+    if (!is_masked) {
+      row_kernels().softmax(row, num_experts);
+      pick_largest(row, num_experts, top_k, renormalise, chosen, weights + t * top_k);
+      return;
+    }
+    float *shares = masked + 2 * t * num_experts;
+    int32_t *kept = reinterpret_cast<int32_t *>(shares + num_experts);
+    const int64_t num = masked_softmax(mask, row, shares, kept);
+    pick_largest(row, num, top_k, renormalise, chosen, weights + t * top_k);
+    for (int64_t k = 0; k < top_k; ++k) chosen[k] = kept[chosen[k]];
   });
   return 0;
 }

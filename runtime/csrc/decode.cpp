@@ -93,6 +93,7 @@ bool Decoder::is_valid() const {
 Decoder::Decoder(const em_model &model, em_pool *pool)
     : model_(model),
       layers_(model.layers, model.layers + model.num_layers),
+      masks_(layers_.size()),
       pool_(pool),
       attention_scale_(static_cast<float>(1.0 / std::sqrt(static_cast<double>(model.head_dim)))) {
   for (const em_block &layer : layers_) {
@@ -278,6 +279,15 @@ em_decoder *em_decoder_create(const em_model *model, em_pool *pool) {
 }
 
 void em_decoder_destroy(em_decoder *decoder) { delete decoder; }
+
+int32_t em_decoder_set_mask(em_decoder *decoder, int64_t layer, const uint8_t *mask,
+                            float threshold) {
+  if (!decoder || layer < 0 || layer >= decoder->model().num_layers ||
+      decoder->layer(layer).router.rows == 0) {
+    return EM_ERR_ARG;
+  }
+  return em::without_exceptions([&] { return decoder->set_mask(layer, mask, threshold); });
+}
 
 int32_t em_decoder_embed(em_decoder *decoder, int64_t num_tokens, const int32_t *ids, float *x) {
   if (!decoder || num_tokens < 0 || !ids || !x) return EM_ERR_ARG;

@@ -32,6 +32,13 @@ struct Rows {
   float *row(int64_t t) const { return data + t * stride; }
 };
 
+// What a pruned set leaves of the experts of a layer.
+struct Mask {
+  std::vector<uint8_t> is_kept;  // [E]; empty: every expert stays
+  std::vector<int32_t> kept;     // their ids, ascending
+  float threshold = 0;           // an expert with at least this share of a token comes back for it
+};
+
 class Decoder {
  public:
   Decoder(const em_model &model, em_pool *pool);
@@ -41,6 +48,8 @@ class Decoder {
   const em_block &layer(int64_t layer) const { return layers_[layer]; }
   int64_t num_records() const { return num_records_; }  // that a store must have at least
   bool is_valid() const;
+  // mask u8 [E], 0: out; null: every expert stays.
+  int32_t set_mask(int64_t layer, const uint8_t *mask, float threshold);
 
   int32_t embed(int64_t num_tokens, const int32_t *ids, float *x);
   int32_t attend(int64_t layer, const em_kv_cache &kv, const float *cos, const float *sin,
@@ -63,6 +72,7 @@ class Decoder {
                     int64_t token) const;
   void store_heads(const em_kv_cache &kv, int64_t layer, int part, const float *heads,
                    int64_t token) const;
+  int64_t masked_softmax(const Mask &mask, float *row, float *shares, int32_t *kept) const;
   int32_t route(const em_block &layer, const float *normed, int64_t num_tokens, int32_t *ids,
                 float *weights);
   int64_t num_routes(const em_decode_args &args) const {
@@ -77,10 +87,11 @@ class Decoder {
 
   em_model model_;
   std::vector<em_block> layers_;
+  std::vector<Mask> masks_;  // by layer
   em_pool *pool_;
   float attention_scale_;
   int64_t num_records_ = 0;
-  Scratch parts_, qkv_, mixed_, projected_, attention_, scores_, gate_up_, mlp_, shares_;
+  Scratch parts_, qkv_, mixed_, projected_, attention_, scores_, masked_, gate_up_, mlp_, shares_;
   Scratch token_, workspace_;
   // One token's em_moe_args.
   std::vector<int32_t> keys_, pair_token_, own_ids_;

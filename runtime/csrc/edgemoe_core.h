@@ -292,7 +292,13 @@ typedef struct em_decoder em_decoder;
 EM_API em_decoder *em_decoder_create(const em_model *model, em_pool *pool);
 EM_API void em_decoder_destroy(em_decoder *decoder); /* NULL is allowed */
 /* The functions below return 0, EM_ERR_ARG or -ENOMEM.
- * x [T, D] = the embedding rows of ids [T]. */
+ * Take experts out of the choice of a layer's router, from the next call on: mask u8 [E], copied, 0 is
+ * out, at least K are not; NULL: all are in again. The softmax runs over those that are in, with the
+ * bits of a router that has only their rows. For a token of which an expert that is out has a share
+ * of at least `threshold` (>= 0) in the softmax over all, it is in; above 1 there is no such token. */
+EM_API int32_t em_decoder_set_mask(em_decoder *decoder, int64_t layer, const uint8_t *mask,
+                                   float threshold);
+/* x [T, D] = the embedding rows of ids [T]. */
 EM_API int32_t em_decoder_embed(em_decoder *decoder, int64_t num_tokens, const int32_t *ids, float *x);
 /* The attention half of a layer, in place of x [T, D], for T tokens at kv->position on: x += attention
  * (norm x), whose keys and values are stored in the cache (kv->position itself is left alone); then
