@@ -286,13 +286,12 @@ def _matrix(matrix: Linear | None) -> core.Matrix:
     if matrix is None:
         return core.Matrix()
     parts = matrix.parts if isinstance(matrix, Fp32Matrix) else [matrix]
-    packed = [part.data.data_ptr() for part in parts]
     return core.Matrix(
         rows=matrix.rows,
         cols=matrix.cols,
         format=core.Format.of(parts[0].spec),
         num_parts=len(parts),
-        packed=(ctypes.c_void_p * 3)(*packed),
+        packed=(ctypes.c_void_p * 3)(*(part.data.data_ptr() for part in parts)),
     )
 
 
