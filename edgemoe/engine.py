@@ -119,10 +119,10 @@ class Engine:
 
     def _load(self) -> None:
         from .models.causal_lm import CausalLM
-        from .runtime.cache import ExpertCache
         from .runtime.executor import Executor
         from .runtime.io import Arena
         from .runtime.kernels import ThreadPool
+        from .runtime.native_cache import make_cache
         from .runtime.store import Store
 
         config, args = self.config, self.args
@@ -141,7 +141,10 @@ class Engine:
         arena = Arena(max(capacity, PAGE_BYTES), config.backend)
         self._resources.callback(arena.close)
         self._resources.callback(store.close)  # last in, first out: no read outlives its memory
-        self.cache = ExpertCache(store.reader, arena, capacity, self._index.records, config.policy)
+        self.cache = make_cache(
+            store.reader, arena, capacity, self._index.records, config.policy, config.backend
+        )
+        self._resources.callback(self.cache.close)
         self._experts.executor = self._executor = Executor(
             self.cache,
             pool,
@@ -234,8 +237,11 @@ class Engine:
         """Append tokens to a KV cache; see `CausalLM.forward`. Ctrl-C comes between two layers."""
         if self.closed:
             raise UsageError("this engine is closed")
-        with self._lock, self._interrupt.deferred():
-            return self._model.forward(token_ids, kv_cache, logits, **options)
+        with self._lock:
+            if self._model.decodes(token_ids, logits):  # the core minds Ctrl-C itself
+                return self._model.forward(token_ids, kv_cache, logits, **options)
+            with self._interrupt.deferred():
+                return self._model.forward(token_ids, kv_cache, logits, **options)
 
     def observe(self, observer: "Callable[[Observation], None]") -> None:
         """Call `observer` with what the experts compute for two tokens or more, to calibrate: it

@@ -72,9 +72,5 @@ class InterruptibleExperts:
         self._interrupt.safe_point()
         return self.executor.run(layer, x, ids, weights)
 
-    def demand(self, place: int, routes: Any) -> None:
-        self._interrupt.safe_point()
-        self.executor.demand(place, routes)
-
     def __getattr__(self, name: str) -> Any:
         return getattr(self.executor, name)

@@ -7,10 +7,13 @@ A record is absent, being read, or resident. `hint` takes the records that the r
 demanded: it counts hits and misses, pins the records, makes room and starts the reads; `release`
 unpins them. A pinned record or one being read is never evicted or moved, so an address is good from
 `hint` to `release`. Serves one thread at a time; the reads run in the reader's threads.
+
+This is the reference: the native backend runs its twin in the core (native_cache.py), which decides
+alike.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,12 +26,18 @@ from .policy import DEFAULT_POLICY, NO_VICTIM, make_policy
 from .records import RecordTable
 from .slots import Slots
 
+if TYPE_CHECKING:
+    from .native_cache import NativeCache
+
 # Records of different sizes leave free bytes scattered. To join them by moving records is worth so
 # many bytes moved per byte needed, where the records are few; else one more victim costs less. On a
 # recorded routing with two sizes, 120 records: hit rate .199 without moves, .212 with them (2 % of
 # the bytes read are moved), .216 without bounds; 1,500 records: .826, .829 and .832.
-_MAX_MOVED_PER_BYTE = 4.0
+MAX_MOVED_PER_BYTE = 4.0
 _MAX_RECORDS_TO_PLAN = 256
+
+
+HITS, MISSES, BYTES, STALL_NS, COMPUTE_NS = range(5)  # columns of `place_stats`
 
 
 class HintResult(NamedTuple):
@@ -37,6 +46,37 @@ class HintResult(NamedTuple):
     num_hits: int
     num_misses: int
     bytes_read: int
+
+
+def whole_pages(capacity_bytes: int, arena: Arena) -> int:
+    """The capacity in whole pages; UsageError where the arena is smaller."""
+    if not 0 <= capacity_bytes <= arena.num_bytes:
+        raise UsageError(
+            f"an expert cache of {capacity_bytes} bytes does not fit into its arena",
+            f"the arena has {arena.num_bytes} bytes",
+        )
+    return capacity_bytes // PAGE_BYTES * PAGE_BYTES
+
+
+def layers_alike(table: RecordTable) -> list[int]:
+    """All keys, the first experts of every layer first."""
+    first = list(table.first_key.values())
+    places = table.place_of_key
+    return sorted(range(len(table)), key=lambda key: key - first[places[key]])
+
+
+def no_room(cache: "ExpertCache | NativeCache", keys: Sequence[int]) -> BudgetError:
+    """The error where these records cannot be pinned together."""
+    needed = sum(cache.table.num_bytes[key] for key in keys)
+    return BudgetError(
+        f"{needed} bytes of expert records do not fit into the expert cache at once",
+        f"it has {cache.capacity_bytes} bytes, of which {cache.pinned_bytes} are in use",
+        "give it a larger --memory",
+    )
+
+
+def in_use() -> UsageError:
+    return UsageError("the expert cache cannot change its capacity while records are in use")
 
 
 class ExpertCache:
@@ -49,17 +89,17 @@ class ExpertCache:
         capacity_bytes: int,
         records: Mapping[tuple[int, int], ExpertRecord],
         policy: str = DEFAULT_POLICY,
-        max_moved_per_byte: float = _MAX_MOVED_PER_BYTE,
+        max_moved_per_byte: float = MAX_MOVED_PER_BYTE,
     ) -> None:
         self.reader = reader
         self.table = table = RecordTable(records)
         self._num_bytes_of = table.num_bytes
         self._max_record_bytes = max(table.num_bytes, default=0)
-        self._places = table.place_of_key
         self._policy = make_policy(policy, table.place_of_key, max(1, len(table.first_key)))
-        self._arena_bytes = arena.num_bytes
+        self._arena = arena
         self._status = reader.status
-        self._slots = Slots(arena, self._pages(capacity_bytes), self._num_bytes_of, reader.status)
+        pages = whole_pages(capacity_bytes, arena)
+        self._slots = Slots(arena, pages, self._num_bytes_of, reader.status)
         self._address = self._slots.address  # by key; 0: absent
         self._max_moved_per_byte = max_moved_per_byte
         self._pins: dict[int, int] = {}
@@ -69,7 +109,22 @@ class ExpertCache:
         self._wanted: list[int] = []  # resident, needed later in this layer; first needed first
         self._victims: Iterator[int] = iter(())
         self._place, self._step, self._num_tokens = 0, 0, 1
-        self.hits = self.misses = self.bytes_read = self.evictions = 0
+        # Sums by place in the cycle of MoE layers; times are added by who runs the layers.
+        self.place_stats = np.zeros((len(table.first_key), 5), dtype=np.int64)
+        self.evictions = 0
+        self.native_s = 0.0  # in the core's decoding of tokens
+
+    @property
+    def hits(self) -> int:
+        return int(self.place_stats[:, HITS].sum())
+
+    @property
+    def misses(self) -> int:
+        return int(self.place_stats[:, MISSES].sum())
+
+    @property
+    def bytes_read(self) -> int:
+        return int(self.place_stats[:, BYTES].sum())
 
     @property
     def capacity_bytes(self) -> int:
@@ -92,11 +147,6 @@ class ExpertCache:
     def moved_bytes(self) -> int:
         return self._slots.moved_bytes
 
-    @property
-    def address_table(self) -> NDArray[np.uint64]:
-        """Where each record is or will be, by key, 0: absent; one array for the cache's life."""
-        return self._slots.table
-
     def addresses(self, keys: Sequence[int]) -> list[int]:
         """Where the records are or will be, 0: absent. Good from `hint` to `release`."""
         return [self._address[key] for key in keys]
@@ -114,7 +164,11 @@ class ExpertCache:
         `keys`: all records that the layer will need, in the order of use, where they come in more
         than one hint: those resident are kept for their turn as long as there is other room.
         """
-        self._begin_place(self.table.place_of_layer[layer], num_tokens)
+        place = self.table.place_of_layer[layer]
+        if place <= self._place:
+            self._step += num_tokens
+        self._place, self._num_tokens = place, num_tokens
+        self._unblock_wanted()
         self._wanted = [key for key in keys if not self._blocked[key]]
         if self._wanted:
             self._blocked[self._wanted] = True
@@ -127,12 +181,7 @@ class ExpertCache:
         """
         result = self.try_hint(keys, counts)
         if result is None:
-            needed = sum(self._num_bytes_of[key] for key in keys)
-            raise BudgetError(
-                f"{needed} bytes of expert records do not fit into the expert cache at once",
-                f"it has {self.capacity_bytes} bytes, of which {self._pinned_bytes} are in use",
-                "give it a larger --memory",
-            )
+            raise no_room(self, keys)
         return result
 
     def try_hint(
@@ -154,20 +203,8 @@ class ExpertCache:
         for key in absent:
             num_bytes += self._num_bytes_of[key]
         num_hits = len(index) - len(absent)
-        self.hits += num_hits
-        self.misses += len(absent)
-        self.bytes_read += num_bytes
+        self.place_stats[self._place, :STALL_NS] += (num_hits, len(absent), num_bytes)
         return HintResult(num_hits, len(absent), num_bytes)
-
-    def touch_layers(self, place: int, keys: NDArray[np.int64]) -> None:
-        """Count demand that was met without a hint: one token wanted `keys` [n, K], all of them in
-        memory, in the layers at `place` .. `place` + n - 1 of the cycle."""
-        if not len(keys):
-            return
-        self._begin_place(place, 1)
-        self._place = place + len(keys) - 1
-        self._policy.touch(keys, self._step)
-        self.hits += keys.size
 
     def view(self, key: int) -> np.ndarray:
         """The bytes of a pinned record, u8 [num_bytes]."""
@@ -211,14 +248,11 @@ class ExpertCache:
 
         Raises RecordError for a record that cannot be read; those that can stay.
         """
-        first = list(self.table.first_key.values())
-        order = keys
-        if order is None:
-            order = sorted(range(len(self.table)), key=lambda key: key - first[self._places[key]])
+        order = layers_alike(self.table) if keys is None else dict.fromkeys(keys)
         placed = [key for key in order if not self._address[key] and self._slots.place(key)]
         index = np.array(placed, dtype=np.int32)
         try:
-            self.reader.submit(index, self._slots.table[index])
+            self.reader.submit(index, np.array(self.addresses(index), dtype=np.uint64))
         except BaseException:
             for key in placed:
                 self._drop(key)
@@ -234,35 +268,23 @@ class ExpertCache:
         return sum(self._num_bytes_of[key] for key in placed)
 
     def trim(self, capacity_bytes: int) -> None:
-        """Change the capacity, within the arena, between two steps; what no longer fits is evicted
-        and its memory goes back to the system."""
+        """Change the capacity, up or down within the arena, between two steps; what no longer fits
+        is evicted and its memory goes back to the system."""
+        new = whole_pages(capacity_bytes, self._arena)
         if self._pins:
-            raise UsageError("the expert cache cannot change its capacity while records are in use")
-        new = self._pages(capacity_bytes)
+            raise in_use()
         self._settle(wait=True)
-        self._wanted = self._unblock(self._wanted)
+        self._unblock_wanted()
         while self.resident_bytes > new:
             self._evict(next(self._policy.victims(self._place, self._blocked)))
         for key in self._slots.shrink(new):
             self._evict(key)
         self._slots.resize(new)
 
+    def close(self) -> None:
+        """Nothing to give back here: the memory is the arena's."""
+
     # ---- inside ------------------------------------------------------------------------------
-
-    def _pages(self, capacity_bytes: int) -> int:
-        if not 0 <= capacity_bytes <= self._arena_bytes:
-            raise UsageError(
-                f"an expert cache of {capacity_bytes} bytes does not fit into its arena",
-                f"the arena has {self._arena_bytes} bytes",
-            )
-        return capacity_bytes // PAGE_BYTES * PAGE_BYTES
-
-    def _begin_place(self, place: int, num_tokens: int) -> None:
-        if place <= self._place:
-            self._step += num_tokens
-        self._place, self._num_tokens = place, num_tokens
-        if self._wanted:
-            self._wanted = self._unblock(self._wanted)
 
     def _pin(self, keys: Sequence[int]) -> None:
         pins = self._pins
@@ -289,7 +311,7 @@ class ExpertCache:
                     return False
                 placed.append(key)
             index = np.array(absent, dtype=np.int32)
-            self.reader.submit(index, self._slots.table[index])
+            self.reader.submit(index, np.array(self.addresses(index), dtype=np.uint64))
             is_submitted = True
         finally:
             if not is_submitted:
@@ -356,9 +378,9 @@ class ExpertCache:
                 self._drop(key)
                 self._policy.remove(key)
 
-    def _unblock(self, keys: Sequence[int]) -> list[int]:
-        """Leave those records to the policy that nothing else holds; returns an empty list."""
-        for key in keys:
+    def _unblock_wanted(self) -> None:
+        """Leave those records to the policy that nothing else holds."""
+        for key in self._wanted:
             if self._address[key] and key not in self._pins and key not in self._unsettled:
                 self._blocked[key] = False
-        return []
+        self._wanted = []

@@ -2,12 +2,23 @@
 
 import ctypes
 import sys
-from ctypes import POINTER, c_char_p, c_float, c_int32, c_int64, c_uint32, c_uint64, c_void_p
+from ctypes import (  # a second line, or it takes eleven
+    POINTER,
+    c_char_p,
+    c_double,
+    c_float,
+    c_int32,
+    c_int64,
+    c_uint32,
+    c_uint64,
+    c_void_p,
+)
 from pathlib import Path
 
 from . import format as layout
 
 ABI_VERSION = 3  # em_abi_version() this file was written for
+ERR_ROOM, ERR_STOPPED = -10004, -10005
 _FILE = {"win32": "edgemoe_core.dll", "darwin": "libedgemoe_core.dylib"}.get(
     sys.platform, "libedgemoe_core.so"
 )
@@ -145,7 +156,33 @@ class KvCache(ctypes.Structure):
     ]
 
 
-Demand = ctypes.CFUNCTYPE(c_int32, c_void_p, c_int64)  # em_demand
+class CacheConfig(ctypes.Structure):
+    """em_cache_config."""
+
+    _fields_ = [
+        ("arena", c_void_p),
+        *((name, c_int64) for name in ("arena_bytes", "capacity_bytes")),
+        ("first_keys", c_void_p),
+        ("num_places", c_int64),
+        ("policy", c_char_p),
+        *((name, c_double) for name in ("half_life", "max_moved_per_byte")),
+    ]
+
+
+class CacheDemand(ctypes.Structure):
+    """em_cache_demand."""
+
+    _fields_ = [(name, c_int64) for name in ("num_hits", "num_misses", "num_bytes")]
+
+
+class CacheStats(ctypes.Structure):
+    """em_cache_stats."""
+
+    _fields_ = [
+        *((name, c_int64) for name in ("capacity_bytes", "resident_bytes", "pinned_bytes")),
+        *((name, c_int64) for name in ("num_resident", "num_evictions", "moved_bytes")),
+        ("native_ns", c_int64),
+    ]
 
 
 class DecodeArgs(ctypes.Structure):
@@ -156,20 +193,14 @@ class DecodeArgs(ctypes.Structure):
         ("kv", KvCache),
         ("cos", c_void_p),
         ("sin", c_void_p),
-        ("addresses", c_void_p),
-        ("demand", Demand),
-        ("context", c_void_p),
+        ("stop", c_void_p),
+        ("on_sigint", c_int32),
         ("routes", c_void_p),
         ("routing_weights", c_void_p),
-        ("forced_ids", c_void_p),
-        ("forced_weights", c_void_p),
+        *((name, c_void_p) for name in ("forced_ids", "forced_weights")),
         ("num_forced", c_int64),
         ("logits", c_void_p),
-        ("native_ns", c_int64),
-        ("moe_ns", c_int64),
-        ("stall_ns", c_int64),
-        ("num_places", c_int64),
-        ("failed_key", c_int64),
+        *((name, c_int64) for name in ("best_id", "num_places", "failed_key")),
     ]
 
 
@@ -209,6 +240,18 @@ _SIGNATURES: dict[str, tuple[object, list[object]]] = {
     "em_store_pump": (None, [_P]),
     "em_store_throttle": (_I32, [_P, _I64]),
     "em_store_get_stats": (None, [_P, POINTER(StoreStats)]),
+    "em_cache_create": (_P, [_P, POINTER(CacheConfig)]),
+    "em_cache_destroy": (None, [_P]),
+    "em_cache_begin_layer": (_I32, [_P, _I64, _I64, _I64, _P]),
+    "em_cache_hint": (_I32, [_P, _I64, _P, _P, POINTER(CacheDemand)]),
+    "em_cache_release": (_I32, [_P, _I64, _P]),
+    "em_cache_seed": (_I32, [_P, _I64, _P, _P]),
+    "em_cache_preload": (_I64, [_P, _I64, _P, _P]),
+    "em_cache_settle": (None, [_P]),
+    "em_cache_resize": (_I32, [_P, _I64]),
+    "em_cache_addresses": (POINTER(c_uint64), [_P]),
+    "em_cache_place_stats": (POINTER(c_int64), [_P]),
+    "em_cache_get_stats": (None, [_P, POINTER(CacheStats)]),
     "em_moe_workspace_floats": (_I64, [_I64, _I64, _I64, _I64]),
     "em_moe_run": (_I32, [_P, _P, POINTER(Record), POINTER(MoeArgs)]),
     "em_decoder_create": (_P, [POINTER(Model), _P]),

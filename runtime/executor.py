@@ -16,7 +16,7 @@ import numpy as np
 
 from . import core
 from .budget import moe_workspace_bytes, wave_pairs
-from .cache import ExpertCache
+from .cache import COMPUTE_NS, STALL_NS, ExpertCache
 from .errors import EdgeMoeError, UsageError
 from .format import LINE_BYTES, RecordLayout
 from .waves import Wave, cut_waves
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     import torch
 
     from .kernels import ThreadPool
+    from .native_cache import NativeCache
 
 
 @dataclass(slots=True)
@@ -37,7 +38,6 @@ class StepStats:
     stall_s: float = 0.0  # nothing could be computed for want of a record
     compute_s: float = 0.0
     native_s: float = 0.0  # of decoded tokens: in the core, stalls, experts, reads included
-    num_calls: int = 0
 
 
 class Executor:
@@ -48,7 +48,7 @@ class Executor:
 
     def __init__(
         self,
-        cache: ExpertCache,
+        cache: "ExpertCache | NativeCache",
         pool: "ThreadPool | None" = None,
         backend: str | None = None,
         *,
@@ -56,11 +56,10 @@ class Executor:
         top_k: int,
         chunk: int = 512,
     ) -> None:
-        self._cache, self._pool = cache, pool
-        self.addresses = cache.address_table  # u64 by key, 0: absent; one array for good
+        self.cache, self._pool = cache, pool
         self._hidden, self._chunk, self._top_k = hidden, chunk, top_k
         self._backend = backend or core.BACKEND
-        self.table, self.reader_handle = (table := cache.table), cache.reader.handle
+        self.table = table = cache.table
         max_experts = max(table.num_experts.values(), default=0)
         self._max_pairs = wave_pairs(chunk, top_k)
         self._keys = np.empty(max_experts, dtype=np.int32)
@@ -71,11 +70,8 @@ class Executor:
         self._token_address = self._pair_token.ctypes.data
         self._weight_address = self._pair_weight.ctypes.data
         self._one_each = np.arange(top_k + 1)  # where each expert has one pair
-        self._stats, self._observe = StepStats(), None  # the latter is of observe.py
-        self._layers = list(table.first_key)  # by place in the cycle of MoE layers
-        self._first_keys = np.array(list(table.first_key.values()), dtype=np.int64)[:, None]
-        self._held: list[int] = []  # pinned by the last `demand`
-        self._num_told = 0  # layers of this token that the cache knows of
+        self._observe = None  # of observe.py
+        self._told, self._told_native_s = cache.place_stats.sum(axis=0), cache.native_s
         self._args = core.MoeArgs()
         if self._backend == "native":
             num_bytes = moe_workspace_bytes(
@@ -93,50 +89,18 @@ class Executor:
 
     def take_stats(self) -> StepStats:
         """The statistics since the last call, which start again at zero."""
-        stats, self._stats = self._stats, StepStats()
-        return stats
+        told, told_native_s = self._told, self._told_native_s
+        self._told = sums = self.cache.place_stats.sum(axis=0)
+        self._told_native_s = native_s = self.cache.native_s
+        hits, misses, num_bytes, stall_ns, compute_ns = (sums - told).tolist()
+        return StepStats(
+            hits, misses, num_bytes, stall_ns * 1e-9, compute_ns * 1e-9, native_s - told_native_s
+        )
 
-    # A token that the core decodes runs through the layers by itself while `addresses` has every
-    # record, else it calls `demand`. Hits and evictions are those of a `run` for each layer.
-
-    def demand(self, place: int, routes: np.ndarray) -> None:
-        """Pin the records of one layer and start reading those absent, until the next call. `place`
-        counts the MoE layers; `routes` [num_moe_layers, K] int32 has the distinct experts,
-        ascending, of places 0 .. `place` of this token. Raises what `ExpertCache.hint` raises.
-        """
-        submit_s = self._cache.reader.submit_s
-        self._tell_hits(place, routes)
-        self._cache.begin_layer(self._layers[place])
-        keys = (routes[place] + self._first_keys[place]).tolist()
-        self._add(self._cache.hint(keys))
-        self._stats.native_s += self._cache.reader.submit_s - submit_s
-        self._held, self._num_told = keys, place + 1
-
-    def finish_token(
-        self, routes: np.ndarray, *, stall_s: float, compute_s: float, native_s: float
-    ) -> None:
-        """End a token that went through all layers; the times are the core's."""
-        self.abort_token(len(self._layers), routes)
-        self._stats.num_calls += len(self._layers)
-        self._stats.stall_s += stall_s
-        self._stats.compute_s += compute_s
-        self._stats.native_s += native_s
-
-    def abort_token(self, place: int, routes: np.ndarray) -> None:
-        """End a token that failed after its router had spoken for places 0 .. `place` - 1."""
-        self._tell_hits(place, routes)
-        self._num_told = 0
-
-    def _tell_hits(self, place: int, routes: np.ndarray) -> None:
-        """Release the last demand and count the layers since then, up to `place`, as hits."""
-        if self._held:
-            held, self._held = self._held, []
-            self._cache.release(held)
-        first, self._num_told = self._num_told, max(place, self._num_told)
-        if first < place:
-            keys = routes[first:place] + self._first_keys[first:place]
-            self._cache.touch_layers(first, keys)
-            self._stats.hits += keys.size
+    def _add_times(self, layer: int, stall_s: float, compute_s: float) -> None:
+        row = self.cache.place_stats[self.table.place_of_layer[layer]]
+        row[STALL_NS] += int(stall_s * 1e9)
+        row[COMPUTE_NS] += int(compute_s * 1e9)
 
     def run(
         self,
@@ -163,29 +127,26 @@ class Executor:
             keys,
             None if num_tokens == 1 else begins,
             self.table.num_bytes,
-            self._cache.capacity_bytes,
+            self.cache.capacity_bytes,
             self._max_pairs,
         )
-        self._cache.begin_layer(layer, num_tokens, keys if len(waves) > 1 else ())
-        self._stats.num_calls += 1
+        self.cache.begin_layer(layer, num_tokens, keys if len(waves) > 1 else ())
         compute = self._compute if self._backend == "native" else self._compute_reference
         held: list[Wave] = []
         try:
             for number, wave in enumerate(waves):
                 if not held:
-                    self._add(self._cache.hint(wave.keys, wave.counts))
+                    self.cache.hint(wave.keys, wave.counts)
                     held.append(wave)
                 if number + 1 < len(waves):
                     following = waves[number + 1]
-                    result = self._cache.try_hint(following.keys, following.counts)
-                    if result is not None:
-                        self._add(result)
+                    if self.cache.try_hint(following.keys, following.counts) is not None:
                         held.append(following)
                 compute(layer, x, y, wave, begins)
-                self._cache.release(held.pop(0).keys)
+                self.cache.release(held.pop(0).keys)
         finally:
             for wave in held:
-                self._cache.release(wave.keys)
+                self.cache.release(wave.keys)
         return y
 
     def _check(self, layer: int, x: "torch.Tensor", ids: "torch.Tensor", w: "torch.Tensor") -> None:
@@ -230,11 +191,6 @@ class Executor:
         begins = np.concatenate(([0], edges, [len(ids)]))
         return [keys[begin] for begin in begins[:-1]], begins
 
-    def _add(self, result: tuple[int, int, int]) -> None:
-        self._stats.hits += result[0]
-        self._stats.misses += result[1]
-        self._stats.bytes_read += result[2]
-
     def _compute(
         self,
         layer: int,
@@ -243,7 +199,7 @@ class Executor:
         wave: Wave,
         begins: np.ndarray,
     ) -> None:
-        cache, args = self._cache, self._args
+        cache, args = self.cache, self._args
         count, first = len(wave.keys), int(begins[wave.begin])
         self._keys[:count] = wave.keys
         self._data[:count] = cache.addresses(wave.keys)
@@ -266,8 +222,7 @@ class Executor:
                 raise EdgeMoeError(f"the core refused to run layer {layer}", f"status {status}")
             raise self.table.failure(wave.keys[args.failed], status)
         stall = args.stall_ns * 1e-9
-        self._stats.stall_s += stall
-        self._stats.compute_s += elapsed - stall
+        self._add_times(layer, stall, elapsed - stall)
 
     def _compute_reference(
         self,
@@ -289,12 +244,11 @@ class Executor:
             nonlocal stall_s
             for i, key in enumerate(wave.keys, start=wave.begin):
                 start = time.perf_counter()
-                self._cache.wait(key)
+                self.cache.wait(key)
                 stall_s += time.perf_counter() - start
                 pairs = slice(int(begins[i]), int(begins[i + 1]))
-                yield self._cache.view(key), self.table.layouts[key], tokens[pairs], weights[pairs]
+                yield self.cache.view(key), self.table.layouts[key], tokens[pairs], weights[pairs]
 
         start = time.perf_counter()
         reference.experts_forward(x, experts(), y, self._observe)
-        self._stats.stall_s += stall_s
-        self._stats.compute_s += time.perf_counter() - start - stall_s
+        self._add_times(layer, stall_s, time.perf_counter() - start - stall_s)

@@ -40,7 +40,7 @@ class ObservingExecutor(Executor):
 
     def __init__(self, executor: Executor, observer: Callable[[Observation], None]) -> None:
         super().__init__(
-            executor._cache,
+            executor.cache,
             executor._pool,
             executor._backend,
             hidden=executor._hidden,

@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from .errors import UsageError
 
 NO_VICTIM = -1
+HALF_LIFE = 16.0  # tokens; CycleAware says why
 _RESCALE_AT = 512.0  # half-lives between rescalings; float64 overflows after 1,023
 
 
@@ -167,7 +168,7 @@ class CycleAware(_Lowest):
     """
 
     def __init__(
-        self, layer_of_key: Sequence[int], num_layers: int, half_life: float = 16.0
+        self, layer_of_key: Sequence[int], num_layers: int, half_life: float = HALF_LIFE
     ) -> None:
         super().__init__(layer_of_key, num_layers)
         self._half_life = half_life
@@ -214,12 +215,17 @@ POLICIES: dict[str, type[_Lowest]] = {"lru": Lru, "lfu": Lfu, "fifo": Fifo, "cyc
 DEFAULT_POLICY = "cycle"
 
 
-def make_policy(name: str, layer_of_key: Sequence[int], num_layers: int) -> Policy:
-    """The policy called `name` for keys whose places in the layer cycle are `layer_of_key`."""
+def check_policy(name: str) -> None:
+    """UsageError for a name that no policy has."""
     if name not in POLICIES:
         raise UsageError(
             f"unknown eviction policy `{name}`",
             f"expected one of {', '.join(sorted(POLICIES))}",
             f"leave it out for the default, `{DEFAULT_POLICY}`",
         )
+
+
+def make_policy(name: str, layer_of_key: Sequence[int], num_layers: int) -> Policy:
+    """The policy called `name` for keys whose places in the layer cycle are `layer_of_key`."""
+    check_policy(name)
     return POLICIES[name](layer_of_key, num_layers)

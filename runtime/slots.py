@@ -25,7 +25,6 @@ class Slots:
         self._base = arena.address
         self.extents = Extents(capacity_bytes)
         self.address = [0] * len(num_bytes_of)  # by key; 0: absent
-        self.table = np.zeros(len(num_bytes_of), dtype=np.uint64)  # the same, for native code
         self._key_at: dict[int, int] = {}  # offset -> key
         self.moved_bytes = 0
 
@@ -39,15 +38,15 @@ class Slots:
         if offset is None:
             return False
         self._key_at[offset] = key
-        self.address[key] = self.table[key] = self._base + offset
+        self.address[key] = self._base + offset
         return True
 
     def take_over(self, victim: int, key: int) -> None:
         """Give the memory of one record to another of the same size. Neither is being read."""
         address = self.address[victim]
         self._key_at[address - self._base] = key
-        self.address[key] = self.table[key] = address
-        self.address[victim] = self.table[victim] = 0
+        self.address[key] = address
+        self.address[victim] = 0
         self._status[victim] = ABSENT
 
     def view(self, key: int) -> np.ndarray:
@@ -59,7 +58,7 @@ class Slots:
         offset = self.address[key] - self._base
         self.extents.free(offset)
         del self._key_at[offset]
-        self.address[key] = self.table[key] = 0
+        self.address[key] = 0
         self._status[key] = ABSENT
 
     def join(
@@ -116,4 +115,4 @@ class Slots:
             target[...] = self._arena.view(move.source, move.num_bytes)  # NumPy minds the overlap
             self.moved_bytes += move.num_bytes
         self._key_at[move.target] = key
-        self.address[key] = self.table[key] = self._base + move.target
+        self.address[key] = self._base + move.target

@@ -14,10 +14,10 @@ import transformers
 from edgemoe.kv_cache import KVCache
 from edgemoe.models import parse_config
 from edgemoe.models.causal_lm import CausalLM
-from edgemoe.runtime.cache import ExpertCache
 from edgemoe.runtime.executor import Executor
 from edgemoe.runtime.kernels import ThreadPool
 from edgemoe.runtime.memory import Arena
+from edgemoe.runtime.native_cache import make_cache
 from edgemoe.runtime.store import Store
 
 CLASSES = {
@@ -90,7 +90,9 @@ class Running:
         self.args = parse_config(self.store.index.config)
         num_bytes = self.store.index.expert_bytes
         self.arena = Arena(num_bytes, backend)
-        self.cache = ExpertCache(self.store.reader, self.arena, num_bytes, self.store.index.records)
+        self.cache = make_cache(
+            self.store.reader, self.arena, num_bytes, self.store.index.records, backend=backend
+        )
         self.pool = ThreadPool(num_threads)
         executor = Executor(
             self.cache, self.pool, backend, hidden=self.args.hidden, top_k=self.args.top_k

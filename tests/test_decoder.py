@@ -14,7 +14,7 @@ from edgemoe.engine import Engine
 from edgemoe.kv_cache import KVCache
 from edgemoe.models.native import NativeLayers
 from edgemoe.runtime import core
-from edgemoe.runtime.errors import RecordError
+from edgemoe.runtime.errors import BudgetError, RecordError
 from edgemoe.runtime.kernels import PackedMatrix
 
 pytestmark = pytest.mark.skipif(core.lib is None, reason="native core not built")
@@ -44,13 +44,6 @@ def logits_of(engine: Engine, pieces: list[int], kv_bits: int = 16) -> torch.Ten
         rows.append(engine.forward(PROMPT[begin : begin + length], kv_cache, "all"))
         begin += length
     return torch.cat(rows)
-
-
-def empty(engine: Engine) -> None:
-    """Make every record absent."""
-    capacity = engine.cache.capacity_bytes
-    engine.cache.trim(0)
-    engine.cache.trim(capacity)
 
 
 ISA_PROGRAM = """
@@ -100,36 +93,26 @@ def test_a_streamed_token_has_the_bits_of_a_resident_one(kv_bits, path):
         assert engine.cache.pinned_bytes == 0
 
 
-def test_the_token_ends_where_the_demand_fails(engine, monkeypatch):
-    """Whatever is raised in the middle of a token comes out, and nothing of the token stays."""
+def test_a_token_without_room_for_its_records_is_refused(engine):
     expected = logits_of(engine, [29, 1])
-    kv_cache, demand = kv_cache_of(engine), engine._executor.demand
+    kv_cache, capacity = kv_cache_of(engine), engine.cache.capacity_bytes
     engine.forward(PROMPT[:29], kv_cache)
-
-    for place in range(3):
-        empty(engine)
-
-        def fail(number, routes, place=place):
-            if number == place:
-                raise LookupError(f"at {number}")
-            demand(number, routes)
-
-        monkeypatch.setattr(engine._executor, "demand", fail)
-        with pytest.raises(LookupError, match=f"at {place}"):
-            engine.forward(PROMPT[29:], kv_cache)
-        assert kv_cache.offset == 29 and engine.cache.pinned_bytes == 0
-    monkeypatch.setattr(engine._executor, "demand", demand)
+    engine.cache.trim(engine._index.max_record_bytes)
+    with pytest.raises(BudgetError, match="do not fit into the expert cache"):
+        engine.forward(PROMPT[29:], kv_cache)
+    assert kv_cache.offset == 29 and engine.cache.pinned_bytes == 0
+    engine.cache.trim(capacity)
     assert torch.equal(engine.forward(PROMPT[29:], kv_cache)[0], expected[29])
 
 
-def test_a_demand_that_brings_nothing_ends_the_token(engine, monkeypatch):
+def test_a_token_that_was_stopped_for_nothing_begins_anew(engine):
+    """The handler of a signal may return: then the token is wanted all the same."""
+    expected = logits_of(engine, [29, 1])
     kv_cache = kv_cache_of(engine)
-    engine.forward(PROMPT[:5], kv_cache)
-    empty(engine)
-    monkeypatch.setattr(engine._executor, "demand", lambda place, routes: None)
-    with pytest.raises(Exception, match=r"status -10004"):
-        engine.forward(PROMPT[5:6], kv_cache)
-    assert kv_cache.offset == 5
+    engine.forward(PROMPT[:29], kv_cache)
+    engine._model._layers._stop.value = 1
+    assert torch.equal(engine.forward(PROMPT[29:], kv_cache)[0], expected[29])
+    assert engine._model._layers._stop.value == 0
 
 
 def test_a_damaged_record_is_named_and_the_token_can_be_repeated(tmp_path):

@@ -12,7 +12,7 @@ FLOORS = {
         sets throttle trace
         waves
         profile profile_sums transitions""",
-    1: """runtime: cache executor policy store
+    1: """runtime: cache executor native_cache policy store
         observe predictors""",
     2: """edgemoe: kv_cache models""",
     3: """edgemoe: active_set chat_template config control_tokens engine interrupts preflight

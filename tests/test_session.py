@@ -1,8 +1,11 @@
 """Sessions on a tiny random store: prefixes, streams, stops, ends, interruptions."""
 
 import json
+import os
 import shutil
 import signal
+import threading
+import time
 
 import pytest
 import torch
@@ -165,77 +168,74 @@ def test_a_closed_stream_leaves_a_working_session(engine, session):
 
 
 @pytest.mark.parametrize("layer", [0, 1, 2])
-@pytest.mark.parametrize("step", [0, 1, 3])
-def test_ctrl_c_leaves_a_working_session(engine, layer, step):
-    """SIGINT while a layer runs: in the prompt, in an answer, in the last layer of a step."""
-    inner = engine._experts.executor
-    capacity = engine.cache.capacity_bytes
-    asked = []
+def test_ctrl_c_in_a_prompt_leaves_a_working_session(engine, layer):
+    """SIGINT while a layer runs."""
+    inner, asked = engine._experts.executor, []
 
     class Probe:
-        def _note(self, number):
-            asked.append((len(seen), number))
-            if asked[-1] == (step, layer):
-                signal.raise_signal(signal.SIGINT)
-
         def run(self, number, *args):
-            self._note(number)
+            asked.append(number)
+            if number == layer:
+                signal.raise_signal(signal.SIGINT)
             return inner.run(number, *args)
-
-        def demand(self, place, routes):
-            self._note(place)
-            inner.demand(place, routes)
 
         def __getattr__(self, name):
             return getattr(inner, name)
 
     with Session(engine) as session:
         prompt = session.encode(PROMPT)
-        seen = []
         engine._experts.executor = Probe()
         try:
             with pytest.raises(KeyboardInterrupt):
-                for event in session.stream(prompt, SamplingParams(max_tokens=50)):
-                    seen.append(event.token_id)
-                    engine.cache.trim(0)  # a token demands what is absent
-                    engine.cache.trim(capacity)
+                session.logits(prompt)
         finally:
             engine._experts.executor = inner
-        assert len(seen) == step
-        assert asked[-1] == (step, layer)  # not a layer more
-        assert len(asked) == step * 3 + layer + 1
-        fed = prompt + seen[:-1] if step else []
-        assert session.tokens == fed
-        assert engine.cache.pinned_bytes == 0
-        ids = prompt + seen
-        assert torch.equal(session.logits(ids), fresh_logits(engine, ids))
+        assert asked == list(range(layer + 1))  # not a layer more
+        assert session.tokens == [] and engine.cache.pinned_bytes == 0
+        assert torch.equal(session.logits(prompt), fresh_logits(engine, prompt))
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-def test_ctrl_c_in_a_token_that_needs_no_python_comes_after_it(engine):
-    inner = engine._experts.executor
+@pytest.mark.parametrize("handler", [signal.default_int_handler, lambda *_: None])
+def test_ctrl_c_in_a_token_comes_between_two_layers(path, handler):
+    """SIGINT while the first layer of a token waits for a slow drive; a handler that returns lets
+    the token go on."""
+    before = signal.signal(signal.SIGINT, handler)
+    try:
+        with Engine.from_pretrained(path) as engine, Session(engine) as session:
+            prompt = session.encode(PROMPT)
+            stream = session.stream(prompt, SamplingParams(max_tokens=50))
+            first = next(stream).token_id
+            capacity = engine.cache.capacity_bytes
+            engine.cache.trim(0)
+            engine.cache.trim(capacity)
+            started = engine.cache.place_stats[:, 1].copy()
+            engine.reader.throttle(50_000)  # about half a second for the records of a layer
 
-    class Probe:
-        def finish_token(self, *args, **times):
-            signal.raise_signal(signal.SIGINT)
-            inner.finish_token(*args, **times)
+            def interrupt():
+                while (engine.cache.place_stats[:, 1] == started).all():
+                    time.sleep(0.002)
+                os.kill(os.getpid(), signal.SIGINT)
+                engine.reader.throttle(0)
 
-        def __getattr__(self, name):
-            return getattr(inner, name)
-
-    with Session(engine) as session:
-        prompt = session.encode(PROMPT)
-        stream = session.stream(prompt, SamplingParams(max_tokens=50))
-        first = next(stream).token_id
-        engine._experts.executor = Probe()
-        try:
-            with pytest.raises(KeyboardInterrupt):
+            thread = threading.Thread(target=interrupt)
+            thread.start()
+            if handler is signal.default_int_handler:
+                with pytest.raises(KeyboardInterrupt):
+                    next(stream)
+                assert session.tokens == prompt
+                demanded = engine.cache.place_stats[:, 1] - started
+                assert demanded.tolist() == [engine.args.top_k, 0, 0]  # not a layer more
+            else:
                 next(stream)
-        finally:
-            engine._experts.executor = inner
-        assert session.tokens == prompt and engine.cache.pinned_bytes == 0
-        ids = [*prompt, first]
-        assert torch.equal(session.logits(ids), fresh_logits(engine, ids))
+                assert session.tokens == [*prompt, first]
+            thread.join()
+            assert engine.cache.pinned_bytes == 0
+            ids = [*prompt, first]
+            assert torch.equal(session.logits(ids), fresh_logits(engine, ids))
+            assert signal.getsignal(signal.SIGINT) is handler
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_interleaved_sessions_are_independent(engine):

@@ -74,12 +74,7 @@ class CausalLM:
         """
         if logits not in ("last", "all", "none"):
             raise UsageError(f"`logits` must be last, all or none, got `{logits}`")
-        if (
-            self._native
-            and isinstance(token_ids, list)
-            and len(token_ids) == 1
-            and logits != "none"
-        ):
+        if self.decodes(token_ids, logits):
             (token_id,) = token_ids
             self._check(token_id, token_id)
             kv_cache.check_room(1)
@@ -101,6 +96,11 @@ class CausalLM:
                 f"expected [{expected[0]}, {expected[1]}, 1 to {self.args.top_k}]",
             )
         return ids, weights
+
+    def decodes(self, token_ids: Sequence[int] | Tensor, logits: str) -> bool:
+        """Whether the core runs this call alone, as one token from the first layer to the last."""
+        is_token = isinstance(token_ids, list) and len(token_ids) == 1
+        return self._native and is_token and logits != "none"
 
     @torch.inference_mode()  # not for one native token, which it would cost a tenth of its Python
     def _forward(

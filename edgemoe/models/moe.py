@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..runtime.native_cache import NativeCache
 from ..runtime.records import RecordTable
 from .args import ModelArgs
 from .layers import DenseMlp, sigmoid
@@ -26,18 +27,9 @@ class Experts(Protocol):
     """The part of the executor that the wiring uses; `run` is all that the torch path asks for."""
 
     table: RecordTable
-    addresses: np.ndarray
-    reader_handle: int | None
+    cache: NativeCache  # that the core decodes tokens through
 
     def run(self, layer: int, x: Tensor, expert_ids: Tensor, routing_weights: Tensor) -> Tensor: ...
-
-    def demand(self, place: int, routes: np.ndarray) -> None: ...
-
-    def finish_token(
-        self, routes: np.ndarray, *, stall_s: float, compute_s: float, native_s: float
-    ) -> None: ...
-
-    def abort_token(self, place: int, routes: np.ndarray) -> None: ...
 
 
 class Router:

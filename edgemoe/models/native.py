@@ -1,12 +1,11 @@
 """The layers as tables of the native core, which runs whole blocks and whole tokens by them.
 
 One numeric path for a prompt and for a token: both go through the same blocks of the core, and a
-row has the same bits for every T. A token needs Python only where a record is absent
-(`Experts.demand`).
+row has the same bits for every T. A token needs no Python between its first layer and its last.
 """
 
 import ctypes
-import weakref
+import threading
 from collections.abc import Sequence
 
 import numpy as np
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from ..kv_cache import KVCache
 from ..runtime import core
+from ..runtime.cache import no_room
 from ..runtime.errors import EdgeMoeError, UsageError
 from ..runtime.kernels import PackedMatrix, ThreadPool
 from . import steps
@@ -48,19 +48,16 @@ class NativeLayers:
         self._weights = (layers, embed, norm, lm_head)  # the core's tables point into them
         self._rotary = Rotary(args.rope)
         self._handle: int | None = None
-        self._error: BaseException | None = None
+        self._stop = ctypes.c_int32()  # written by a signal while a token is decoded
         self._angles: tuple[int, int, Tensor, Tensor] | None = None  # of a block of positions
         self._prompt_angles: tuple[tuple[int, int, int], Tensor, Tensor] | None = None
         num_places = len(args.moe_layers)
         self._routes = np.zeros((num_places, args.top_k), dtype=np.int32)
         self._routing_weights = np.zeros((num_places, args.top_k), dtype=np.float32)
-        self._taken = (self._routes, self._routing_weights)  # what the core writes to
-        # A cycle would keep the weights of a closed engine.
-        demand = weakref.WeakMethod(self._demand)
         self._call = core.DecodeArgs(
-            demand=core.Demand(lambda context, place: demand()(context, place)),
             routes=self._routes.ctypes.data,
             routing_weights=self._routing_weights.ctypes.data,
+            stop=ctypes.addressof(self._stop),
         )
 
     def __del__(self) -> None:
@@ -154,21 +151,14 @@ class NativeLayers:
         call.kv = kv_cache.view
         call.cos, call.sin = self._angles_at(position, kv_cache.capacity)
         call.logits = logits.data_ptr()
-        status = core.lib.em_decode(handle, experts.reader_handle, call)
+        # Only the main thread is interrupted: the handler runs once the core has returned, and if
+        # it raises nothing the token begins anew.
+        call.on_sigint = threading.current_thread() is threading.main_thread()
+        status = core.ERR_STOPPED
+        while status == core.ERR_STOPPED:
+            status = core.lib.em_decode(handle, experts.cache.handle, call)
         if status:
-            error, self._error = self._error, None
-            experts.abort_token(call.num_places, routes)
-            if error is not None:
-                raise error
-            if call.failed_key >= 0:
-                raise experts.table.failure(call.failed_key, status)
-            _check(status)
-        experts.finish_token(
-            routes,
-            stall_s=call.stall_ns * 1e-9,
-            compute_s=call.moe_ns * 1e-9,
-            native_s=call.native_ns * 1e-9,
-        )
+            raise self._failure(status, routes)
         kv_cache.advance(1)
         if on_route is not None:
             for place, layer in enumerate(self.args.moe_layers):
@@ -188,7 +178,6 @@ class NativeLayers:
             routes, weights = np.zeros_like(ids), np.zeros_like(self._forced[1])
             call.forced_ids, call.forced_weights = (part.ctypes.data for part in self._forced)
             call.num_forced = ids.shape[1]
-        self._taken = (routes, weights)
         call.routes, call.routing_weights = routes.ctypes.data, weights.ctypes.data
         return routes, weights
 
@@ -211,14 +200,16 @@ class NativeLayers:
                 "forced routes must name different experts of each layer, in ascending order"
             )
 
-    def _demand(self, context: int, place: int) -> int:
-        """Called by the core; what is raised here is raised by `decode`."""
-        try:
-            self.experts.demand(place, self._taken[0])
-        except BaseException as error:
-            self._error = error
-            return -1
-        return 0
+    def _failure(self, status: int, routes: np.ndarray) -> EdgeMoeError:
+        """Why the core ended a token before its end."""
+        call, table = self._call, self.experts.table
+        if call.failed_key >= 0:
+            return table.failure(call.failed_key, status)
+        if status == core.ERR_ROOM:
+            place = call.num_places - 1
+            first_key = table.first_key[self.args.moe_layers[place]]
+            return no_room(self.experts.cache, (routes[place] + first_key).tolist())
+        return EdgeMoeError("the core refused to decode a token", f"status {status}")
 
     def _angles_at(self, position: int, capacity: int) -> tuple[int, int]:
         """Addresses of the cosine and sine of one position."""
@@ -270,7 +261,6 @@ class NativeLayers:
             norm=_address(norm),
             layers=tables,
         )
-        self._call.addresses = experts.addresses.ctypes.data
         pool = self._pool.handle if self._pool is not None else None
         handle = core.lib.em_decoder_create(ctypes.byref(model), pool)
         if not handle:

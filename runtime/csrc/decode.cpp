@@ -1,5 +1,6 @@
 // One token through all layers, and the C face of the decoder.
 #include <algorithm>
+#include <atomic>
 #include <cerrno>
 #include <cmath>
 #include <cstring>
@@ -8,7 +9,7 @@
 #include "decoder.h"
 #include "kernels.h"
 #include "platform.h"
-#include "store.h"
+#include "sigint.h"
 #include "thread_pool.h"
 
 namespace em {
@@ -31,6 +32,48 @@ bool have_shape(const em_matrix *matrices, int num, const int64_t *rows, int64_t
     if (!has_shape(matrices[i], rows[i], cols)) return false;
   }
   return true;
+}
+
+// The lowest id of the largest logit, or -1 where that is not finite.
+int64_t best_of(const float *logits, int64_t num) {
+  constexpr int64_t kLanes = 16, kChunk = 64 * kLanes;
+  int64_t begin = 0;  // of the chunk with the largest
+  float best = -INFINITY;
+  bool has_nan = false;
+  for (int64_t first = 0; first < num; first += kChunk) {
+    const int64_t end = first + kChunk < num ? first + kChunk : num;
+    float largest[kLanes];
+    int32_t nans[kLanes] = {};
+    for (float &lane : largest) lane = -INFINITY;
+    int64_t i = first;
+    for (; i + kLanes <= end; i += kLanes) {
+      for (int64_t lane = 0; lane < kLanes; ++lane) {
+        const float value = logits[i + lane];
+        largest[lane] = value > largest[lane] ? value : largest[lane];
+        nans[lane] |= value != value;
+      }
+    }
+    for (; i < end; ++i) {
+      largest[0] = logits[i] > largest[0] ? logits[i] : largest[0];
+      nans[0] |= logits[i] != logits[i];
+    }
+    for (int64_t lane = 0; lane < kLanes; ++lane) {
+      has_nan = has_nan || nans[lane] != 0;
+      if (largest[lane] > best) {
+        best = largest[lane];
+        begin = first;
+      }
+    }
+  }
+  if (has_nan || !std::isfinite(best)) return -1;
+  while (logits[begin] != best) ++begin;
+  return begin;
+}
+
+// The flag that a signal or another thread may set.
+std::atomic<int32_t> *as_flag(int32_t *stop) {
+  static_assert(sizeof(std::atomic<int32_t>) == sizeof(int32_t), "a flag is one int32");
+  return reinterpret_cast<std::atomic<int32_t> *>(stop);
 }
 
 }  // namespace
@@ -96,11 +139,6 @@ Decoder::Decoder(const em_model &model, em_pool *pool)
       masks_(layers_.size()),
       pool_(pool),
       attention_scale_(static_cast<float>(1.0 / std::sqrt(static_cast<double>(model.head_dim)))) {
-  for (const em_block &layer : layers_) {
-    if (layer.router.rows == 0) continue;
-    const int64_t end = layer.first_key + layer.router.rows;
-    num_records_ = end > num_records_ ? end : num_records_;
-  }
   const size_t top_k = model.top_k > 0 ? static_cast<size_t>(model.top_k) : 0;
   keys_.resize(top_k);
   data_.resize(top_k);
@@ -127,15 +165,24 @@ int32_t Decoder::logits(int64_t num_tokens, const float *x, float *logits) {
   return multiply(model_.lm_head, normed, num_tokens, nullptr, logits);
 }
 
+bool Decoder::goes_with(const Cache &cache) const {
+  int64_t place = 0;
+  for (const em_block &layer : layers_) {
+    if (layer.router.rows == 0) continue;
+    if (place == cache.num_places() || layer.first_key != cache.first_key(place) ||
+        layer.first_key + layer.router.rows > cache.first_key(place + 1)) {
+      return false;
+    }
+    ++place;
+  }
+  return place == cache.num_places();
+}
+
 // The experts of the place just routed, whose sum goes to y.
-int32_t Decoder::run_experts(const em_block &layer, em_store *store, em_decode_args &args,
+int32_t Decoder::run_experts(const em_block &layer, Cache &cache, em_decode_args &args,
                              int64_t place, const float *normed, float *y) {
   const int64_t top_k = num_routes(args), hidden = model_.hidden;
-  const int32_t *ids = args.routes + place * top_k;
-  for (int64_t k = 0; k < top_k; ++k) {
-    keys_[k] = static_cast<int32_t>(layer.first_key + ids[k]);
-    data_[k] = reinterpret_cast<const uint8_t *>(args.addresses[keys_[k]]);
-  }
+  for (int64_t k = 0; k < top_k; ++k) data_[k] = cache.data(keys_[k]);
   float *workspace =
       workspace_.floats(em_moe_workspace_floats(1, top_k, hidden, layer.expert_width));
   if (workspace == nullptr) return -ENOMEM;
@@ -155,24 +202,12 @@ int32_t Decoder::run_experts(const em_block &layer, em_store *store, em_decode_a
   run.workspace = workspace;
   run.failed = -1;
   const int64_t start = monotonic_ns();
-  const int32_t status = em_moe_run(pool_, store, nullptr, &run);
-  args.moe_ns += monotonic_ns() - start - run.stall_ns;
-  args.stall_ns += run.stall_ns;
+  const int32_t status = em_moe_run(pool_, cache.store(), nullptr, &run);
+  em_place_stats &stats = cache.stats_of(place);
+  stats.compute_ns += monotonic_ns() - start - run.stall_ns;
+  stats.stall_ns += run.stall_ns;
   if (status != 0 && run.failed >= 0) args.failed_key = keys_[run.failed];
   return status;
-}
-
-// Whether every record of the place is in memory or being read, or with `failed` its read has failed.
-bool Decoder::is_here(const em_block &layer, em_store *store, const em_decode_args &args,
-                      int64_t place, bool failed) const {
-  const int64_t top_k = num_routes(args);
-  const int32_t *ids = args.routes + place * top_k;
-  for (int64_t k = 0; k < top_k; ++k) {
-    const int64_t key = layer.first_key + ids[k];
-    const int32_t status = status_of(store, static_cast<int32_t>(key));
-    if (args.addresses[key] == 0 || status == EM_ABSENT || (status < 0 && !failed)) return false;
-  }
-  return true;
 }
 
 // Whether forced routes, if there are, name experts that each layer has, ascending.
@@ -208,45 +243,56 @@ int32_t Decoder::attend_token(int64_t number, em_decode_args &args, int64_t plac
   return status;
 }
 
-int32_t Decoder::decode(em_store *store, em_decode_args &args) {
+// One layer in place of x; args.num_places counts those with experts.
+int32_t Decoder::run_layer(int64_t number, Cache &cache, em_decode_args &args, float *x,
+                           float *normed, float *y) {
+  const em_block &layer = layers_[number];
+  const int64_t top_k = num_routes(args), place = args.num_places;
+  const bool has_experts = layer.router.rows != 0;
+  int32_t status = attend_token(number, args, place, x, normed);
+  if (status != 0) return status;
+  if (!has_experts) {
+    status = mlp(number, 1, normed);
+    if (status == 0) add(number, 1, nullptr, x);
+    return status;
+  }
+  args.num_places = place + 1;
+  const int32_t *ids = args.routes + place * top_k;
+  for (int64_t k = 0; k < top_k; ++k) keys_[k] = static_cast<int32_t>(layer.first_key + ids[k]);
+  status = demand(cache, place, top_k);
+  if (status != 0) return status;
+  const Cache::Held held(cache, top_k, keys_.data());
+  status = mlp(number, 1, normed);  // the shared expert, while reads fly
+  if (status == 0) status = run_experts(layer, cache, args, place, normed, y);
+  if (status == 0) add(number, 1, y, x);
+  return status;
+}
+
+// Pins the records of keys_ and starts reading those absent.
+int32_t Decoder::demand(Cache &cache, int64_t place, int64_t num_keys) {
+  const Cache::Deciding deciding(cache);
+  cache.begin_layer(place, 1);
+  const int32_t status = cache.hint(num_keys, keys_.data(), nullptr, nullptr);
+  return status > 0 ? 0 : status == 0 ? EM_ERR_ROOM : status;
+}
+
+int32_t Decoder::decode(Cache &cache, em_decode_args &args) {
   const int64_t hidden = model_.hidden;
-  const int64_t start = monotonic_ns();
-  int64_t demand_ns = 0, place = 0;
-  args.native_ns = args.moe_ns = args.stall_ns = args.num_places = 0;
-  args.failed_key = -1;
+  args.num_places = 0;
+  args.failed_key = args.best_id = -1;
   float *x = token_.floats(3 * hidden);
   if (x == nullptr) return -ENOMEM;
   float *normed = x + hidden, *y = normed + hidden;
-  const auto run_layer = [&](int64_t number) {
-    const em_block &layer = layers_[number];
-    int32_t status = attend_token(number, args, place, x, normed);
-    if (status != 0) return status;
-    const bool has_experts = layer.router.rows != 0;
-    if (has_experts) {
-      args.num_places = place + 1;
-      if (!is_here(layer, store, args, place, false)) {
-        const int64_t before = monotonic_ns();
-        const int32_t answer = args.demand(args.context, place);
-        demand_ns += monotonic_ns() - before;
-        // A read that has failed by now is em_moe_run's to report.
-        const bool is_given = answer == 0 && is_here(layer, store, args, place, true);
-        if (!is_given) return int32_t{EM_ERR_DEMAND};
-      }
-    }
-    status = mlp(number, 1, normed);  // the shared expert, while reads fly
-    if (status == 0 && has_experts) {
-      status = run_experts(layer, store, args, place++, normed, y);
-    }
-    if (status == 0) add(number, 1, has_experts ? y : nullptr, x);
-    return status;
-  };
   const int32_t id = static_cast<int32_t>(args.token_id);
   int32_t status = embed(1, &id, x);
   for (int64_t number = 0; status == 0 && number < model_.num_layers; ++number) {
-    status = run_layer(number);
+    if (args.stop != nullptr && as_flag(args.stop)->exchange(0) != 0) return EM_ERR_STOPPED;
+    status = run_layer(number, cache, args, x, normed, y);
   }
-  if (status == 0 && args.logits != nullptr) status = logits(1, x, args.logits);
-  args.native_ns = monotonic_ns() - start - demand_ns;
+  if (status == 0 && args.logits != nullptr) {
+    status = logits(1, x, args.logits);
+    if (status == 0) args.best_id = best_of(args.logits, model_.lm_head.rows);
+  }
   return status;
 }
 
@@ -329,14 +375,16 @@ int32_t em_decoder_logits(em_decoder *decoder, int64_t num_tokens, const float *
   return decoder->logits(num_tokens, x, logits);
 }
 
-int32_t em_decode(em_decoder *decoder, em_store *store, em_decode_args *args) {
-  if (!decoder || !store || !args || !em::is_valid(args->kv, 1) || !args->addresses ||
-      !args->demand || !args->routes || !args->routing_weights || args->token_id < 0 ||
+int32_t em_decode(em_decoder *decoder, em_cache *cache, em_decode_args *args) {
+  if (!decoder || !cache || !args || !em::is_valid(args->kv, 1) || !args->routes ||
+      !args->routing_weights || args->token_id < 0 ||
       args->token_id >= decoder->model().embedding.rows ||
       (decoder->model().rotary_dim && (args->cos == nullptr || args->sin == nullptr)) ||
-      decoder->num_records() > em::num_records_of(store) || !decoder->has_good_routes(*args)) {
+      !decoder->goes_with(*cache) || !decoder->has_good_routes(*args)) {
     return EM_ERR_ARG;
   }
+  const em::Cache::Native native(*cache);
+  const em::SigintWatch watch(args->on_sigint ? em::as_flag(args->stop) : nullptr);
   const em::Pinned pinned(em::caller_core(decoder->pool()));
-  return em::without_exceptions([&] { return decoder->decode(store, *args); });
+  return em::without_exceptions([&] { return decoder->decode(*cache, *args); });
 }

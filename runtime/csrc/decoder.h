@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "attention.h"
+#include "cache.h"
 #include "edgemoe_core.h"
 
 namespace em {
@@ -46,7 +47,7 @@ class Decoder {
 
   const em_model &model() const { return model_; }
   const em_block &layer(int64_t layer) const { return layers_[layer]; }
-  int64_t num_records() const { return num_records_; }  // that a store must have at least
+  bool goes_with(const Cache &cache) const;  // their places are the same records
   bool is_valid() const;
   // mask u8 [E], 0: out; null: every expert stays.
   int32_t set_mask(int64_t layer, const uint8_t *mask, float threshold);
@@ -60,7 +61,7 @@ class Decoder {
   void add(int64_t layer, int64_t num_tokens, float *y, float *x);
   int32_t logits(int64_t num_tokens, const float *x, float *logits);
   bool has_good_routes(const em_decode_args &args) const;
-  int32_t decode(em_store *store, em_decode_args &args);
+  int32_t decode(Cache &cache, em_decode_args &args);
 
  private:
   bool is_valid(const em_block &layer) const;
@@ -80,9 +81,10 @@ class Decoder {
   }
   int32_t attend_token(int64_t number, em_decode_args &args, int64_t place, float *x,
                        float *normed);
-  bool is_here(const em_block &layer, em_store *store, const em_decode_args &args,
-               int64_t place, bool failed) const;
-  int32_t run_experts(const em_block &layer, em_store *store, em_decode_args &args, int64_t place,
+  int32_t run_layer(int64_t number, Cache &cache, em_decode_args &args, float *x, float *normed,
+                    float *y);
+  int32_t demand(Cache &cache, int64_t place, int64_t num_keys);
+  int32_t run_experts(const em_block &layer, Cache &cache, em_decode_args &args, int64_t place,
                       const float *normed, float *y);
 
   em_model model_;
@@ -90,7 +92,6 @@ class Decoder {
   std::vector<Mask> masks_;  // by layer
   em_pool *pool_;
   float attention_scale_;
-  int64_t num_records_ = 0;
   Scratch parts_, qkv_, mixed_, projected_, attention_, scores_, masked_, gate_up_, mlp_, shares_;
   Scratch token_, workspace_;
   // One token's em_moe_args.

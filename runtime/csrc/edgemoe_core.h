@@ -32,7 +32,8 @@ enum {
   EM_ERR_CRC = -10001,   /* bytes read, checksum differs */
   EM_ERR_SHORT = -10002, /* the file ends inside the record */
   EM_ERR_ARG = -10003,   /* other negative values are -errno */
-  EM_ERR_DEMAND = -10004 /* em_decode: the caller's `demand` gave up */
+  EM_ERR_ROOM = -10004,   /* the records do not fit into the expert cache together */
+  EM_ERR_STOPPED = -10005 /* em_decode: `stop` was set */
 };
 
 /* How a matrix is stored. group_size is 0 for the 16-bit modes. */
@@ -201,6 +202,72 @@ typedef struct em_store_stats {
 /* Sums since the store was opened. */
 EM_API void em_store_get_stats(em_store *store, em_store_stats *stats);
 
+/* ---- expert cache -------------------------------------------------------------------------- */
+/* Which records of a store are in memory, and where: one arena for all layers, accounted to the byte
+ * (records of different sizes share it). A hint takes the records that a router has just demanded: it
+ * counts hits and misses, pins the records, evicts by the policy to make room, and starts the reads;
+ * a release unpins them. An address is good from hint to release. A cache serves one thread at a time.
+ * Records of its store must be read, and its memory be used, through the cache alone. */
+typedef struct em_cache em_cache;
+typedef struct em_cache_config {
+  void *arena;                         /* 4096-aligned, the caller's, outlives the store's reads */
+  int64_t arena_bytes, capacity_bytes; /* capacity: a multiple of 4096, at most the arena */
+  const int64_t *first_keys; /* [num_places + 1]: records first_keys[p] .. first_keys[p + 1] - 1 are
+                                those of the p-th layer that has experts; all records, from 0 on */
+  int64_t num_places;
+  const char *policy; /* "cycle", "lru", "lfu" or "fifo": what they do is in runtime/policy.py */
+  double half_life;   /* of "cycle", in tokens */
+  double max_moved_per_byte; /* bytes moved to join free memory, per byte needed, rather than evict */
+} em_cache_config;
+/* Copies the configuration. NULL for one that cannot be, or where memory is short. */
+EM_API em_cache *em_cache_create(em_store *store, const em_cache_config *config);
+/* Does not touch the store, whose reads go on: the arena must stay until em_store_close. NULL is
+ * allowed. */
+EM_API void em_cache_destroy(em_cache *cache);
+/* The next hints belong to this place, through which num_tokens go; a place that is not behind the
+ * last one begins the next tokens. wanted [n] (NULL where n is 0): all records that the place will
+ * need, in the order of use, where they come in more than one hint: those resident are kept for their
+ * turn as long as there is other room. Returns 0 or EM_ERR_ARG. */
+EM_API int32_t em_cache_begin_layer(em_cache *cache, int64_t place, int64_t num_tokens, int64_t n,
+                                    const int32_t *wanted);
+typedef struct em_cache_demand {
+  int64_t num_hits, num_misses, num_bytes; /* records; bytes to read */
+} em_cache_demand;
+/* Demand keys [n], each once, most urgent first; counts [n]: how many tokens want each (NULL: one
+ * token's demand). Returns 1: pinned, *demand (may be NULL) says what was found; 0: they do not fit
+ * beside what is pinned, and nothing changed but evictions; EM_ERR_ARG; what em_store_submit returned. */
+EM_API int32_t em_cache_hint(em_cache *cache, int64_t n, const int32_t *keys, const double *counts,
+                             em_cache_demand *demand);
+/* Unpin what one hint pinned. A record whose read failed loses its memory. Returns 0 or EM_ERR_ARG. */
+EM_API int32_t em_cache_release(em_cache *cache, int64_t n, const int32_t *keys);
+/* Let the policy start as if each of keys [n], each once, had been wanted counts [n] times just now.
+ * Returns 0 or EM_ERR_ARG. */
+EM_API int32_t em_cache_seed(em_cache *cache, int64_t n, const int32_t *keys, const double *counts);
+/* Start reading those of keys [n] that are absent and fit without an eviction, in this order; counts
+ * neither as demand nor as use. Writes their keys into placed [n] and returns their number, or a
+ * negative status. em_store_wait tells of each how it went; em_cache_settle ends it. */
+EM_API int64_t em_cache_preload(em_cache *cache, int64_t n, const int32_t *keys, int32_t *placed);
+/* Wait for all reads whose records nobody has pinned; those that failed lose their memory. */
+EM_API void em_cache_settle(em_cache *cache);
+/* Another capacity, up or down within the arena. What no longer fits is evicted, and memory beyond it
+ * goes back to the system. Returns 0, or EM_ERR_ARG while records are pinned. */
+EM_API int32_t em_cache_resize(em_cache *cache, int64_t capacity_bytes);
+/* [num_records]: where each record is or will be, 0: absent. Memory of the cache. */
+EM_API const uint64_t *em_cache_addresses(const em_cache *cache);
+/* Sums since the cache was made, by place; memory of the cache, read and written at any time between
+ * calls. Times are those of em_decode; who runs layers otherwise may add its own. */
+typedef struct em_place_stats {
+  int64_t num_hits, num_misses, num_bytes; /* records; bytes read */
+  int64_t stall_ns, compute_ns; /* waiting when nothing could be computed; in routed experts else */
+} em_place_stats;
+EM_API em_place_stats *em_cache_place_stats(em_cache *cache); /* [num_places] */
+typedef struct em_cache_stats {
+  int64_t capacity_bytes, resident_bytes, pinned_bytes, num_resident; /* now */
+  int64_t num_evictions, moved_bytes; /* since the cache was made */
+  int64_t native_ns; /* in em_decode, waiting included, without decisions of the cache */
+} em_cache_stats;
+EM_API void em_cache_get_stats(const em_cache *cache, em_cache_stats *stats);
+
 /* ---- the experts of one layer -------------------------------------------------------------- */
 /* For n experts in ascending id, whose records are resident or being read:
  *   y[t] += w * down( silu(gate x[t]) * (up x[t]) )   for each of the expert's (token t, w) pairs,
@@ -316,18 +383,13 @@ EM_API int32_t em_decoder_finish(em_decoder *decoder, int64_t layer, int64_t num
 EM_API int32_t em_decoder_logits(em_decoder *decoder, int64_t num_tokens, const float *x,
                                  float *logits);
 
-/* Called in the thread that called em_decode, for a layer of which a wanted record is not in memory:
- * `place` is the number of the layer among those with experts, routes[0 .. place] are known. It must
- * leave every record of the layer READY or READING, at its address, and returns 0; anything else
- * ends em_decode. */
-typedef int32_t (*em_demand)(void *context, int64_t place);
 typedef struct em_decode_args {
   int64_t token_id;
-  em_kv_cache kv;            /* the token is stored at kv.position */
-  const float *cos, *sin;    /* [rotary_dim / 2] of that position */
-  const uint64_t *addresses; /* [num_records] where each record is, 0: absent; read at each layer */
-  em_demand demand;
-  void *context;
+  em_kv_cache kv;         /* the token is stored at kv.position */
+  const float *cos, *sin; /* [rotary_dim / 2] of that position */
+  int32_t *stop; /* may be NULL. Not 0: em_decode ends before the next layer, and writes 0 */
+  int32_t on_sigint; /* 1: SIGINT writes 1 to *stop while em_decode runs, before it goes to the handler
+                        that it has; where it has none, it keeps its effect. POSIX; for one thread */
   int32_t *routes;        /* out [layers with experts, K]: expert ids, ascending */
   float *routing_weights; /* out [layers with experts, K] */
   /* Recorded routes in the place of the router's, [layers with experts, num_forced] of 1 .. K distinct
@@ -337,16 +399,17 @@ typedef struct em_decode_args {
   const float *forced_weights;
   int64_t num_forced;
   float *logits;          /* out [vocab], or NULL */
-  int64_t native_ns;      /* out: time in em_decode without `demand`, waiting included */
-  int64_t moe_ns;         /* out: of that in routed experts, without waiting */
-  int64_t stall_ns;       /* out: of that waiting, when nothing could be computed */
+  int64_t best_id;        /* out, with logits: the largest of them, of equal ones the lowest id; -1
+                             where it is not finite */
   int64_t num_places;     /* out: layers whose routes are known */
   int64_t failed_key;     /* out: the record that failed, or -1 */
 } em_decode_args;
-/* One token through all layers, whose records come from `store`. Returns 0; EM_ERR_DEMAND; the
- * negative status of the record failed_key; EM_ERR_ARG; -ENOMEM. After a failure the token is not
- * part of the context and can be decoded again; no read of it is still being waited for. */
-EM_API int32_t em_decode(em_decoder *decoder, em_store *store, em_decode_args *args);
+/* One token through all layers, whose records come through the cache: each layer's are demanded as
+ * its router has spoken, and released when it is computed. The cache has a place for every layer with
+ * experts. Returns 0; EM_ERR_STOPPED; EM_ERR_ROOM; the negative status of the record failed_key;
+ * EM_ERR_ARG; -ENOMEM. After a failure nothing is pinned, the token is not part of the context and
+ * can be decoded again; no read of it is still being waited for. */
+EM_API int32_t em_decode(em_decoder *decoder, em_cache *cache, em_decode_args *args);
 
 #ifdef __cplusplus
 }

@@ -141,6 +141,8 @@ void unmap_memory(void *memory, int64_t) {
   if (memory) VirtualFree(memory, 0, MEM_RELEASE);
 }
 
+void discard_memory(void *, int64_t) {}
+
 int64_t thread_cpu_ns() {
   FILETIME created, ended, kernel, user;
   if (!GetThreadTimes(GetCurrentThread(), &created, &ended, &kernel, &user)) return 0;
@@ -280,6 +282,17 @@ void *map_memory(int64_t num_bytes) {
 
 void unmap_memory(void *memory, int64_t num_bytes) {
   if (memory) ::munmap(memory, static_cast<size_t>(pages(num_bytes)));
+}
+
+void discard_memory(void *memory, int64_t num_bytes) {
+#if defined(__linux__)
+  const intptr_t page = ::sysconf(_SC_PAGESIZE), begin = reinterpret_cast<intptr_t>(memory);
+  const intptr_t first = (begin + page - 1) / page * page;
+  const intptr_t end = (begin + num_bytes) / page * page;
+  if (end > first) ::madvise(reinterpret_cast<void *>(first), end - first, MADV_DONTNEED);
+#else
+  (void)memory, (void)num_bytes;
+#endif
 }
 
 int64_t thread_cpu_ns() {

@@ -34,6 +34,9 @@ class File {
 // Anonymous memory: 2 MiB aligned, huge pages asked for, not touched. Null where there is none.
 void *map_memory(int64_t num_bytes);
 void unmap_memory(void *memory, int64_t num_bytes);
+// Give whole pages back to the system; they read as zeros afterwards. Does nothing where the system
+// has no such call.
+void discard_memory(void *memory, int64_t num_bytes);
 
 int64_t monotonic_ns();
 int64_t thread_cpu_ns();  // CPU time of the calling thread

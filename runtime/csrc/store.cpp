@@ -96,6 +96,10 @@ int32_t status_of(const em_store *store, int32_t key) {
   return store->status[key].load(std::memory_order_acquire);
 }
 
+void set_absent(em_store *store, int32_t key) {
+  store->status[key].store(EM_ABSENT, std::memory_order_release);
+}
+
 }  // namespace em
 
 extern "C" {

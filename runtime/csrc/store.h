@@ -22,5 +22,6 @@ int64_t wait_any(em_store *store, const int32_t *keys, const int32_t *seen, int6
 const em_record *records_of(const em_store *store);  // as given to em_store_open
 int64_t num_records_of(const em_store *store);
 int32_t status_of(const em_store *store, int32_t key);  // acquires the bytes of a READY record
+void set_absent(em_store *store, int32_t key);  // not while it is being read
 
 }  // namespace em

@@ -1,0 +1,352 @@
+#include "cache.h"
+
+#include <algorithm>
+#include <limits>
+
+#include "platform.h"
+#include "store.h"
+
+namespace em {
+namespace {
+
+constexpr int32_t kBlockKeys = 64;
+constexpr double kNever = std::numeric_limits<double>::infinity();
+// Of records of different sizes; runtime/cache.py has the figures behind it.
+constexpr int64_t kMaxRecordsToPlan = 256;
+
+}  // namespace
+
+Victims::Victims(const Cycle &cycle, const Policy &policy, const std::vector<uint8_t> &blocked)
+    : policy_(policy), blocked_(blocked) {
+  for (int64_t place = 0; place < cycle.num_places(); ++place) {
+    const int32_t end = static_cast<int32_t>(cycle.first_key[place + 1]);
+    for (int32_t key = static_cast<int32_t>(cycle.first_key[place]); key < end; key += kBlockKeys) {
+      blocks_.push_back({key, std::min(key + kBlockKeys, end), place, kNever, -1});
+    }
+  }
+}
+
+void Victims::begin(int64_t running) {
+  running_ = running;
+  is_measured_ = false;
+}
+
+// The block's scores, those of blocked keys infinite, and the lowest of them.
+void Victims::measure(Block &block, double *scores) const {
+  policy_.score(running_, block.place, block.first, block.end, scores);
+  const uint8_t *blocked = blocked_.data() + block.first;
+  double lowest = kNever;
+  for (int32_t i = 0; i < block.end - block.first; ++i) {
+    scores[i] = blocked[i] ? kNever : scores[i];
+    lowest = scores[i] < lowest ? scores[i] : lowest;
+  }
+  block.lowest = lowest;
+  block.key = -1;
+}
+
+void Victims::find(Block &block) const {
+  double scores[kBlockKeys];
+  measure(block, scores);
+  for (int32_t key = block.first; key < block.end; ++key) {
+    if (scores[key - block.first] == block.lowest &&
+        (block.key < 0 || policy_.last_use(key) < policy_.last_use(block.key))) {
+      block.key = key;
+    }
+  }
+}
+
+int32_t Victims::next() {
+  double scores[kBlockKeys];
+  if (!is_measured_) {
+    for (Block &block : blocks_) measure(block, scores);
+    is_measured_ = true;
+  } else if (last_ != nullptr) {
+    measure(*last_, scores);
+  }
+  last_ = nullptr;
+  double lowest = kNever;
+  for (const Block &block : blocks_) lowest = block.lowest < lowest ? block.lowest : lowest;
+  if (lowest == kNever) return -1;
+  for (Block &block : blocks_) {
+    if (block.lowest != lowest) continue;
+    if (block.key < 0) find(block);
+    if (last_ == nullptr || policy_.last_use(block.key) < policy_.last_use(last_->key)) {
+      last_ = &block;
+    }
+  }
+  return last_->key;
+}
+
+bool Cache::is_valid(em_store *store, const em_cache_config &config) {
+  constexpr int64_t kPage = 4096;
+  if (!config.arena || reinterpret_cast<uintptr_t>(config.arena) % kPage || !config.policy ||
+      config.capacity_bytes < 0 || config.capacity_bytes > config.arena_bytes ||
+      config.capacity_bytes % kPage || !config.first_keys || config.num_places < 0 ||
+      !(config.half_life > 0) || !(config.max_moved_per_byte >= 0) || config.first_keys[0] != 0 ||
+      config.first_keys[config.num_places] != num_records_of(store)) {
+    return false;
+  }
+  for (int64_t place = 0; place < config.num_places; ++place) {
+    if (config.first_keys[place] > config.first_keys[place + 1]) return false;
+  }
+  return make_policy(config.policy, Cycle{{0}}, config.half_life) != nullptr;
+}
+
+Cache::Cache(em_store *store, const em_cache_config &config)
+    : store_(store),
+      cycle_{{config.first_keys, config.first_keys + config.num_places + 1}},
+      slots_(store, config.arena, config.capacity_bytes),
+      policy_(make_policy(config.policy, cycle_, config.half_life)),
+      arena_bytes_(config.arena_bytes),
+      max_moved_per_byte_(config.max_moved_per_byte),
+      blocked_(static_cast<size_t>(num_keys()), 1),
+      victims_(cycle_, *policy_, blocked_),
+      pins_(static_cast<size_t>(num_keys()), 0),
+      hint_of_(static_cast<size_t>(num_keys()), 0),
+      is_unsettled_(static_cast<size_t>(num_keys()), 0),
+      place_stats_(static_cast<size_t>(num_places())) {
+  for (int32_t key = 0; key < num_keys(); ++key) {
+    max_record_bytes_ = std::max(max_record_bytes_, slots_.num_bytes_of(key));
+  }
+  unsettled_.reserve(static_cast<size_t>(num_keys()));  // so that a release cannot fail
+}
+
+em_cache_stats Cache::stats() const {
+  em_cache_stats now = {};
+  now.capacity_bytes = slots_.extents().num_bytes();
+  now.resident_bytes = slots_.extents().used_bytes();
+  now.pinned_bytes = pinned_bytes_;
+  now.num_resident = slots_.num_resident();
+  now.num_evictions = evictions_;
+  now.moved_bytes = slots_.moved_bytes();
+  now.native_ns = native_ns_;
+  return now;
+}
+
+void Cache::begin_layer(int64_t place, int64_t num_tokens, int64_t n, const int32_t *wanted) {
+  if (place <= place_) step_ += num_tokens;
+  place_ = place;
+  num_tokens_ = num_tokens;
+  unblock_wanted();
+  for (int64_t i = 0; i < n; ++i) {
+    if (blocked_[wanted[i]]) continue;
+    blocked_[wanted[i]] = 1;
+    wanted_.push_back(wanted[i]);
+  }
+}
+
+int32_t Cache::hint(int64_t n, const int32_t *keys, const double *counts,
+                    em_cache_demand *demand) {
+  if (!unsettled_.empty()) settle(false);
+  ++hint_number_;
+  absent_.clear();
+  for (int64_t i = 0; i < n; ++i) {
+    const int32_t key = keys[i];
+    if (key < 0 || key >= num_keys() || hint_of_[key] == hint_number_) return EM_ERR_ARG;
+    hint_of_[key] = hint_number_;
+    if (is_absent(key)) absent_.push_back(key);
+  }
+  if (absent_.empty()) {
+    pin(n, keys);
+  } else {
+    if (!fits(n, keys)) return 0;
+    const int32_t status = read(n, keys);
+    if (status <= 0) return status;
+  }
+  policy_->touch(keys, n, counts, step_, num_tokens_);
+  em_cache_demand found = {};
+  found.num_misses = static_cast<int64_t>(absent_.size());
+  found.num_hits = n - found.num_misses;
+  for (const int32_t key : absent_) found.num_bytes += slots_.num_bytes_of(key);
+  em_place_stats &stats = place_stats_[place_];
+  stats.num_hits += found.num_hits;
+  stats.num_misses += found.num_misses;
+  stats.num_bytes += found.num_bytes;
+  if (demand != nullptr) *demand = found;
+  return 1;
+}
+
+bool Cache::fits(int64_t n, const int32_t *keys) const {
+  const int64_t room = slots_.extents().num_bytes() - pinned_bytes_;
+  if (n * max_record_bytes_ <= room) return true;
+  int64_t needed = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    if (!is_pinned(keys[i])) needed += slots_.num_bytes_of(keys[i]);
+  }
+  return needed <= room;
+}
+
+void Cache::pin(int64_t n, const int32_t *keys) {
+  for (int64_t i = 0; i < n; ++i) {
+    if (pins_[keys[i]]++ == 0) pinned_bytes_ += slots_.num_bytes_of(keys[i]);
+    blocked_[keys[i]] = 1;
+  }
+  if (wanted_.empty()) return;
+  const auto is_gone = [this](int32_t key) { return is_pinned(key); };
+  wanted_.erase(std::remove_if(wanted_.begin(), wanted_.end(), is_gone), wanted_.end());
+}
+
+bool Cache::is_ours(int32_t key) const {
+  return pins_[key] == (hint_of_[key] == hint_number_ ? 1 : 0);
+}
+
+// Pin the keys, give the absent ones memory and submit their reads.
+int32_t Cache::read(int64_t n, const int32_t *keys) {
+  pin(n, keys);
+  victims_.begin(place_);
+  size_t num_placed = 0;
+  while (num_placed < absent_.size() && place_record(absent_[num_placed])) ++num_placed;
+  int32_t status = 0;
+  if (num_placed == absent_.size()) {
+    status = submit(absent_);
+    if (status == 0) {
+      for (const int32_t key : absent_) policy_->insert(key);
+      return 1;
+    }
+  }
+  for (size_t i = 0; i < num_placed; ++i) drop(absent_[i]);
+  release(n, keys);
+  return status;
+}
+
+int32_t Cache::submit(const std::vector<int32_t> &keys) {
+  dst_.clear();
+  for (const int32_t key : keys) dst_.push_back(reinterpret_cast<void *>(slots_.address(key)));
+  const int64_t before = monotonic_ns();
+  const int32_t status = em_store_submit(store_, static_cast<int64_t>(keys.size()), keys.data(),
+                                         dst_.data(), 0);
+  submit_ns_ += monotonic_ns() - before;
+  return status;
+}
+
+// Give a record memory: a free extent, else by moving or evicting others, or false.
+bool Cache::place_record(int32_t key) {
+  const int64_t num_bytes = slots_.num_bytes_of(key);
+  const auto is_fixed = [this](int32_t other) { return !is_ours(other); };
+  double limit = max_moved_per_byte_ * static_cast<double>(num_bytes);
+  if (slots_.num_resident() > kMaxRecordsToPlan) limit = 0;
+  while (!slots_.place(key)) {
+    if (limit > 0 && slots_.extents().free_bytes() >= num_bytes) {
+      const bool is_joined = slots_.join(num_bytes, limit, is_fixed);
+      limit = 0;  // tried once
+      if (is_joined) continue;
+    }
+    int32_t victim = victims_.next();
+    if (victim < 0 && !wanted_.empty()) {
+      victim = wanted_.back();  // the last of them is needed last
+      wanted_.pop_back();
+    }
+    if (victim >= 0 && slots_.num_bytes_of(victim) == num_bytes) {
+      slots_.take_over(victim, key);
+      forget(victim);
+      return true;
+    }
+    if (victim >= 0) {
+      evict(victim);
+    } else if (!unsettled_.empty()) {
+      settle(true);
+      victims_.begin(place_);
+    } else if (!slots_.join(num_bytes, kNever, is_fixed)) {
+      return false;
+    }
+  }
+  return true;
+}
+
+void Cache::release(int64_t n, const int32_t *keys) {
+  bool is_all_ready = true;
+  for (int64_t i = 0; i < n; ++i) {
+    const int32_t key = keys[i];
+    if (pins_[key] == 0 || --pins_[key] > 0) continue;
+    pinned_bytes_ -= slots_.num_bytes_of(key);
+    if (is_absent(key)) continue;
+    if (status_of(store_, key) == EM_READY) {
+      blocked_[key] = 0;
+    } else {
+      add_unsettled(key);
+      is_all_ready = false;
+    }
+  }
+  if (!is_all_ready) settle(false);
+}
+
+int64_t Cache::preload(int64_t n, const int32_t *keys, int32_t *placed) {
+  std::vector<int32_t> found;
+  for (int64_t i = 0; i < n; ++i) {
+    if (is_absent(keys[i]) && slots_.place(keys[i])) found.push_back(keys[i]);
+  }
+  const int32_t status = submit(found);
+  if (status != 0) {
+    for (const int32_t key : found) drop(key);
+    return status;
+  }
+  for (const int32_t key : found) policy_->insert(key);
+  for (const int32_t key : found) add_unsettled(key);
+  std::copy(found.begin(), found.end(), placed);
+  return static_cast<int64_t>(found.size());
+}
+
+void Cache::add_unsettled(int32_t key) {
+  if (!is_unsettled_[key]) unsettled_.push_back(key);
+  is_unsettled_[key] = 1;
+}
+
+void Cache::settle(bool wait) {
+  if (!wait) em_store_pump(store_);
+  size_t num_left = 0;
+  for (const int32_t key : unsettled_) {
+    is_unsettled_[key] = 0;
+    if (is_pinned(key) || is_absent(key)) continue;  // if pinned, settled when released again
+    const int32_t status = wait ? em_store_wait(store_, key) : status_of(store_, key);
+    if (status == EM_READING) {
+      is_unsettled_[key] = 1;
+      unsettled_[num_left++] = key;
+    } else if (status == EM_READY) {
+      blocked_[key] = 0;
+    } else {
+      drop(key);
+      policy_->remove(key);
+    }
+  }
+  unsettled_.resize(num_left);
+}
+
+bool Cache::resize(int64_t capacity_bytes) {
+  if (pinned_bytes_ > 0) return false;
+  settle(true);
+  unblock_wanted();
+  for (victims_.begin(place_); slots_.extents().used_bytes() > capacity_bytes;) {
+    const int32_t victim = victims_.next();
+    if (victim < 0) break;  // cannot be: nothing is held
+    evict(victim);
+  }
+  for (const int32_t key : slots_.shrink(capacity_bytes)) evict(key);
+  slots_.resize(capacity_bytes);
+  return true;
+}
+
+void Cache::evict(int32_t key) {
+  slots_.drop(key);
+  forget(key);
+}
+
+void Cache::forget(int32_t key) {
+  blocked_[key] = 1;
+  policy_->remove(key);
+  ++evictions_;
+}
+
+void Cache::drop(int32_t key) {
+  slots_.drop(key);
+  blocked_[key] = 1;
+}
+
+// Leave those records to the policy that nothing else holds.
+void Cache::unblock_wanted() {
+  for (const int32_t key : wanted_) {
+    if (!is_absent(key) && !is_pinned(key) && !is_unsettled_[key]) blocked_[key] = 0;
+  }
+  wanted_.clear();
+}
+
+}  // namespace em

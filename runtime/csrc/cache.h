@@ -1,0 +1,175 @@
+// The expert cache: which records are in memory, and where. Twin of runtime/cache.py.
+//
+// A record is absent, being read, or resident. `hint` takes the records that the router has just
+// demanded: it counts hits and misses, pins the records, makes room and starts the reads; `release`
+// unpins them. A pinned record or one being read is never evicted or moved, so an address is good
+// from hint to release. Serves one thread at a time.
+#pragma once
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "cache_policy.h"
+#include "edgemoe_core.h"
+#include "platform.h"
+#include "slots.h"
+
+namespace em {
+
+// The order of eviction. Scores are computed in blocks of one place, of which the lowest is kept, so
+// that another victim costs the block of the last one.
+class Victims {
+ public:
+  Victims(const Cycle &cycle, const Policy &policy, const std::vector<uint8_t> &blocked);
+  void begin(int64_t running);  // scores may have changed
+  // The key with the lowest score of those not blocked, or -1. It must be blocked before the next
+  // call, and nothing else may change until `begin`.
+  int32_t next();
+
+ private:
+  struct Block {
+    int32_t first, end;
+    int64_t place;
+    double lowest;
+    int32_t key;  // of `lowest`, -1: not looked for
+  };
+  void measure(Block &block, double *scores) const;
+  void find(Block &block) const;
+
+  const Policy &policy_;
+  const std::vector<uint8_t> &blocked_;
+  std::vector<Block> blocks_;
+  int64_t running_ = 0;
+  Block *last_ = nullptr;  // whose key is being taken
+  bool is_measured_ = false;
+};
+
+class Cache {
+ public:
+  Cache(em_store *store, const em_cache_config &config);  // valid: see is_valid
+  static bool is_valid(em_store *store, const em_cache_config &config);
+
+  em_store *store() const { return store_; }
+  int64_t num_keys() const { return cycle_.num_keys(); }
+  int64_t num_places() const { return cycle_.num_places(); }
+  int64_t first_key(int64_t place) const { return cycle_.first_key[place]; }
+  int64_t max_capacity_bytes() const { return arena_bytes_; }
+  const uint64_t *addresses() const { return slots_.addresses(); }
+  const uint8_t *data(int32_t key) const {
+    return reinterpret_cast<const uint8_t *>(slots_.address(key));
+  }
+  bool is_absent(int32_t key) const { return slots_.address(key) == 0; }
+  bool is_pinned(int32_t key) const { return pins_[key] > 0; }
+  em_place_stats &stats_of(int64_t place) { return place_stats_[place]; }
+  em_place_stats *place_stats() { return place_stats_.data(); }
+  em_cache_stats stats() const;
+
+  // Counts the time of its scope as deciding, but for handing reads to the store.
+  class Deciding {
+   public:
+    explicit Deciding(Cache &cache)
+        : cache_(cache), start_(monotonic_ns()), submit_ns_(cache.submit_ns_) {}
+    Deciding(const Deciding &) = delete;
+    ~Deciding() {
+      cache_.decide_ns_ += monotonic_ns() - start_ - (cache_.submit_ns_ - submit_ns_);
+    }
+
+   private:
+    Cache &cache_;
+    const int64_t start_, submit_ns_;
+  };
+  // Which place the following hints belong to, and how many tokens go through it. wanted [n]: all
+  // records that it will need, in the order of use, where they come in more than one hint: those
+  // resident are kept for their turn as long as there is other room.
+  void begin_layer(int64_t place, int64_t num_tokens, int64_t n = 0,
+                   const int32_t *wanted = nullptr);
+  // Pin the records (each once), most urgent first, and start reading those absent. 1; 0 and
+  // nothing changed but evictions where they do not fit now; EM_ERR_ARG, or what a submit returned.
+  // counts [n]: how many tokens want each record, null: one token's demand.
+  int32_t hint(int64_t n, const int32_t *keys, const double *counts, em_cache_demand *demand);
+  // Unpin what one hint pinned. A record whose read failed loses its memory.
+  void release(int64_t n, const int32_t *keys);
+  // Releases what was hinted when it goes out of scope.
+  class Held {
+   public:
+    Held(Cache &cache, int64_t n, const int32_t *keys) : cache_(cache), n_(n), keys_(keys) {}
+    Held(const Held &) = delete;
+    ~Held() {
+      const Deciding deciding(cache_);
+      cache_.release(n_, keys_);
+    }
+
+   private:
+    Cache &cache_;
+    const int64_t n_;
+    const int32_t *keys_;
+  };
+  // Let the policy start as if each key had been wanted so often just now.
+  void seed(int64_t n, const int32_t *keys, const double *counts) {
+    policy_->touch(keys, n, counts, step_, 1);
+  }
+  // Start reading those absent that fit without an eviction, in this order; counts neither as
+  // demand nor as use. Writes the keys into placed [n]; returns their number, or a negative status.
+  int64_t preload(int64_t n, const int32_t *keys, int32_t *placed);
+  // Make records evictable whose reads have ended; `wait` for all of them.
+  void settle(bool wait);
+  // Change the capacity within the arena; what no longer fits is evicted. False while records are
+  // pinned.
+  bool resize(int64_t capacity_bytes);
+
+  // Counts the time of its scope as native, but for deciding.
+  class Native {
+   public:
+    explicit Native(Cache &cache)
+        : cache_(cache), start_(monotonic_ns()), decide_ns_(cache.decide_ns_) {}
+    Native(const Native &) = delete;
+    ~Native() {
+      cache_.native_ns_ += monotonic_ns() - start_ - (cache_.decide_ns_ - decide_ns_);
+    }
+
+   private:
+    Cache &cache_;
+    const int64_t start_, decide_ns_;
+  };
+
+ private:
+  bool fits(int64_t n, const int32_t *keys) const;
+  void pin(int64_t n, const int32_t *keys);
+  int32_t read(int64_t n, const int32_t *keys);
+  bool place_record(int32_t key);
+  int32_t submit(const std::vector<int32_t> &keys);
+  void evict(int32_t key);
+  void forget(int32_t key);
+  void drop(int32_t key);
+  void add_unsettled(int32_t key);
+  void unblock_wanted();
+  bool is_ours(int32_t key) const;  // an address that nobody knows yet: pinned by this hint alone
+
+  em_store *store_;
+  const Cycle cycle_;
+  Slots slots_;
+  std::unique_ptr<Policy> policy_;
+  int64_t arena_bytes_, max_record_bytes_ = 0;
+  double max_moved_per_byte_;
+  std::vector<uint8_t> blocked_;  // by key: not for the policy to take
+  Victims victims_;
+  std::vector<int32_t> pins_;
+  int64_t pinned_bytes_ = 0;
+  std::vector<uint64_t> hint_of_;  // by key: number of the last hint that named it
+  uint64_t hint_number_ = 0;
+  std::vector<int32_t> unsettled_;  // released while being read, each once
+  std::vector<uint8_t> is_unsettled_;  // by key
+  std::vector<int32_t> wanted_;     // resident, needed later in this layer; first needed first
+  std::vector<int32_t> absent_;     // of this hint
+  std::vector<void *> dst_;
+  int64_t place_ = 0, step_ = 0, num_tokens_ = 1;
+  int64_t evictions_ = 0, submit_ns_ = 0, decide_ns_ = 0, native_ns_ = 0;
+  std::vector<em_place_stats> place_stats_;
+};
+
+}  // namespace em
+
+struct em_cache : em::Cache {
+  using em::Cache::Cache;
+};

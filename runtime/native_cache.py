@@ -1,0 +1,229 @@
+"""The expert cache in the core, behind the interface of its reference (cache.py). Floor 1."""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from . import core
+from .cache import (
+    BYTES,
+    HITS,
+    MAX_MOVED_PER_BYTE,
+    MISSES,
+    ExpertCache,
+    HintResult,
+    in_use,
+    layers_alike,
+    no_room,
+    whole_pages,
+)
+from .errors import EdgeMoeError, UsageError
+from .index import ExpertRecord
+from .io import READY, Arena, RecordReader
+from .policy import DEFAULT_POLICY, HALF_LIFE, check_policy
+from .records import RecordTable
+
+
+class NativeCache:
+    """As `ExpertCache`, for a native reader. `handle` is what `em_decode` takes."""
+
+    def __init__(
+        self,
+        reader: RecordReader,
+        arena: Arena,
+        capacity_bytes: int,
+        records: Mapping[tuple[int, int], ExpertRecord],
+        policy: str = DEFAULT_POLICY,
+        max_moved_per_byte: float = MAX_MOVED_PER_BYTE,
+    ) -> None:
+        self.reader, self._arena = reader, arena
+        self.table = table = RecordTable(records)
+        check_policy(policy)
+        places = len(table.first_key)
+        first_keys = np.array([*table.first_key.values(), len(table)], dtype=np.int64)
+        config = core.CacheConfig(
+            arena=arena.address,
+            arena_bytes=arena.num_bytes,
+            capacity_bytes=whole_pages(capacity_bytes, arena),
+            first_keys=first_keys.ctypes.data,
+            num_places=places,
+            policy=policy.encode(),
+            half_life=HALF_LIFE,
+            max_moved_per_byte=max_moved_per_byte,
+        )
+        self._lib = core.lib
+        self.handle: int | None = core.lib.em_cache_create(reader.handle, config)
+        if not self.handle:
+            raise EdgeMoeError("the core refused to make an expert cache", "memory is short")
+        # Views of the core's memory, not to be used after `close`.
+        addresses = core.lib.em_cache_addresses(self.handle)
+        self._addresses = np.ctypeslib.as_array(addresses, shape=(len(table),))
+        sums = core.lib.em_cache_place_stats(self.handle)
+        self.place_stats = np.ctypeslib.as_array(sums, shape=(places, 5))
+        self._demand = core.CacheDemand()
+        self._stats = core.CacheStats()
+
+    @property
+    def hits(self) -> int:
+        return int(self.place_stats[:, HITS].sum())
+
+    @property
+    def misses(self) -> int:
+        return int(self.place_stats[:, MISSES].sum())
+
+    @property
+    def bytes_read(self) -> int:
+        return int(self.place_stats[:, BYTES].sum())
+
+    @property
+    def capacity_bytes(self) -> int:
+        return self._now().capacity_bytes
+
+    @property
+    def resident_bytes(self) -> int:
+        """Bytes of all records in memory or being read into it."""
+        return self._now().resident_bytes
+
+    @property
+    def pinned_bytes(self) -> int:
+        return self._now().pinned_bytes
+
+    @property
+    def num_resident(self) -> int:
+        return self._now().num_resident
+
+    @property
+    def moved_bytes(self) -> int:
+        return self._now().moved_bytes
+
+    @property
+    def evictions(self) -> int:
+        return self._now().num_evictions
+
+    @property
+    def native_s(self) -> float:
+        """Seconds in the core's decoding of tokens, without the decisions of this cache."""
+        return self._now().native_ns * 1e-9
+
+    def addresses(self, keys: Sequence[int]) -> list[int]:
+        """Where the records are or will be, 0: absent. Good from `hint` to `release`."""
+        return self._addresses[keys].tolist()
+
+    def begin_layer(self, layer: int, num_tokens: int = 1, keys: Sequence[int] = ()) -> None:
+        """See `ExpertCache.begin_layer`."""
+        wanted = np.array(keys, dtype=np.int32)
+        place = self.table.place_of_layer[layer]
+        _expect(
+            self._lib.em_cache_begin_layer(
+                self.handle, place, num_tokens, len(wanted), wanted.ctypes.data
+            )
+        )
+
+    def hint(self, keys: Sequence[int], counts: NDArray[np.int64] | None = None) -> HintResult:
+        """See `ExpertCache.hint`."""
+        result = self.try_hint(keys, counts)
+        if result is None:
+            raise no_room(self, keys)
+        return result
+
+    def try_hint(
+        self, keys: Sequence[int], counts: NDArray[np.int64] | None = None
+    ) -> HintResult | None:
+        """See `ExpertCache.try_hint`."""
+        index = np.array(keys, dtype=np.int32)
+        wanting = None if counts is None else np.ascontiguousarray(counts, dtype=np.float64)
+        status = self._lib.em_cache_hint(
+            self.handle,
+            len(index),
+            index.ctypes.data,
+            None if wanting is None else wanting.ctypes.data,
+            self._demand,
+        )
+        if status == 0:
+            return None
+        _expect(status if status < 0 else 0)
+        demand = self._demand
+        return HintResult(demand.num_hits, demand.num_misses, demand.num_bytes)
+
+    def view(self, key: int) -> np.ndarray:
+        """The bytes of a pinned record, u8 [num_bytes]."""
+        offset = int(self._addresses[key]) - self._arena.address
+        return self._arena.view(offset, self.table.num_bytes[key])
+
+    def wait(self, key: int) -> None:
+        """Block until a pinned record is whole. Raises RecordError where its read failed."""
+        status = self.reader.wait(key)
+        if status != READY:
+            raise self.table.failure(key, status)
+
+    def release(self, keys: Sequence[int]) -> None:
+        """See `ExpertCache.release`."""
+        index = np.array(keys, dtype=np.int32)
+        _expect(self._lib.em_cache_release(self.handle, len(index), index.ctypes.data))
+
+    def seed(self, keys: Sequence[int], counts: NDArray[np.floating]) -> None:
+        """See `ExpertCache.seed`."""
+        index, weights = np.array(keys, dtype=np.int32), np.array(counts, dtype=np.float64)
+        _expect(
+            self._lib.em_cache_seed(self.handle, len(index), index.ctypes.data, weights.ctypes.data)
+        )
+
+    def preload(self, keys: Sequence[int] | None = None) -> int:
+        """See `ExpertCache.preload`."""
+        order = layers_alike(self.table) if keys is None else keys
+        index = np.array(order, dtype=np.int32)
+        placed = np.empty_like(index)
+        count = self._lib.em_cache_preload(
+            self.handle, len(index), index.ctypes.data, placed.ctypes.data
+        )
+        _expect(min(count, 0))
+        found = placed[:count].tolist()
+        statuses = [self.reader.wait(key) for key in found]
+        self._lib.em_cache_settle(self.handle)
+        for key, status in zip(found, statuses, strict=True):
+            if status != READY:
+                raise self.table.failure(key, status)
+        return sum(self.table.num_bytes[key] for key in found)
+
+    def trim(self, capacity_bytes: int) -> None:
+        """See `ExpertCache.trim`."""
+        new = whole_pages(capacity_bytes, self._arena)
+        if self.pinned_bytes:
+            raise in_use()
+        _expect(self._lib.em_cache_resize(self.handle, new))
+
+    def close(self) -> None:
+        """Give the core's tables back; sums can still be read."""
+        if self.handle:
+            self.place_stats, self._addresses = self.place_stats.copy(), self._addresses.copy()
+            self._now()
+            self._lib.em_cache_destroy(self.handle)
+            self.handle = None
+
+    def __del__(self) -> None:
+        if getattr(self, "handle", None):
+            self._lib.em_cache_destroy(self.handle)
+
+    def _now(self) -> core.CacheStats:
+        if self.handle:
+            self._lib.em_cache_get_stats(self.handle, self._stats)
+        return self._stats
+
+
+def make_cache(
+    reader: RecordReader,
+    arena: Arena,
+    capacity_bytes: int,
+    records: Mapping[tuple[int, int], ExpertRecord],
+    policy: str = DEFAULT_POLICY,
+    backend: str | None = None,
+) -> ExpertCache | NativeCache:
+    """The expert cache of a backend."""
+    kind = NativeCache if (backend or core.BACKEND) == "native" else ExpertCache
+    return kind(reader, arena, capacity_bytes, records, policy)
+
+
+def _expect(status: int) -> None:
+    if status:
+        raise UsageError("the expert cache was asked for what cannot be", f"status {status}")
