@@ -7,8 +7,8 @@ expert cache.
 
 import threading
 import weakref
-from collections.abc import Callable, Generator, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     import torch
 
     from .kv_cache import KVCache
+    from .models.steps import Steps
     from .runtime.executor import StepStats
     from .runtime.observe import Observation
     from .session import Completion, Event, Prompt, Session
@@ -242,6 +243,15 @@ class Engine:
                 return self._model.forward(token_ids, kv_cache, logits, **options)
             with self._interrupt.deferred():
                 return self._model.forward(token_ids, kv_cache, logits, **options)
+
+    @contextmanager
+    def steps(self) -> "Iterator[Steps]":
+        """The layers, for whoever runs one layer of many texts before the next. Ctrl-C comes
+        between two layers' experts."""
+        if self.closed:
+            raise UsageError("this engine is closed")
+        with self._lock, self._interrupt.deferred():
+            yield self._model._layers
 
     def observe(self, observer: "Callable[[Observation], None]") -> None:
         """Call `observer` with what the experts compute for two tokens or more, to calibrate: it

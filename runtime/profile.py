@@ -19,13 +19,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .errors import FormatError, NotFoundError, UsageError
-from .profile_sums import PATHS, TENSORS, LayerSums
-from .transitions import Paths, PlaceTables, count_pairs, make_tables, path_keys
+from .format import encode_header
+from .profile_sums import STATES, TENSORS, LayerSums
+from .transitions import PlaceTables, StateCounts, count_pairs, make_tables, path_keys
 
 FORMAT = "edgemoe-profile"
 VERSION = 1
 PROFILE_FILE = "profile.safetensors"
 PROFILE_FOLDER = "profiles"
+_HEAD = ("num_tokens", "top_k", "name", "fingerprint", "tokenizer", "texts", "resume")
+_DTYPES = {"<i8": "I64", "<f8": "F64", "<f4": "F32", "<u8": "U64", "<i2": "I16", "<i4": "I32"}
 
 
 @dataclass(slots=True)
@@ -39,6 +42,7 @@ class Profile:
     fingerprint: str = ""  # of the checkpoint; models/fingerprint.py
     tokenizer: str = ""  # sha256 of tokenizer.json, "" where there is none
     texts: list[dict[str, Any]] = field(default_factory=list)
+    resume: dict[str, Any] | None = None  # of a calibration that is not finished
 
     @classmethod
     def empty(cls, num_experts: Mapping[int, int], top_k: int, **head: Any) -> "Profile":
@@ -51,28 +55,39 @@ class Profile:
                 np.zeros(size, dtype=np.int64),
                 next_count=np.zeros(shape, dtype=np.int64),
                 token_count=np.zeros((size, size), dtype=np.int64),
-                paths=Paths.of(np.empty(0, np.uint64), np.empty((0, top_k), np.int16)),
+                tokens=StateCounts.empty(len(sizes)),
+                paths=StateCounts.empty(len(sizes)),
             )
         return cls(layers, top_k, **head)
 
-    def add_routes(self, routes: NDArray[np.integer]) -> None:
-        """Count the choices of consecutive tokens of one text: routes [T, places, K], ascending and
-        distinct within a token and layer. Nothing is carried over from the call before."""
-        layers = list(self.layers.values())
-        for place, sums in enumerate(layers):
-            now, number = routes[:, place], sums.num_experts
-            following = _following(routes, place, 1)
-            now_of = now[: len(following)]
-            sums.hard_count += np.bincount(now.reshape(-1), minlength=number)
-            sums.next_count += count_pairs(now_of, following, sums.next_count.shape)
-            sums.token_count += count_pairs(now[:-1], now[1:], (number, number))
-            if sums.paths is not None:
-                before = _following(routes, place - 1, 0) if place else routes[:-1, -1]
+    def add_routes(
+        self,
+        *texts: NDArray[np.integer],
+        token_ids: Sequence[Sequence[int]] | None = None,
+    ) -> None:
+        """Count the choices of consecutive tokens of each text: [T, places, K], ascending and
+        distinct within a token and layer, and the T ids of its tokens. Nothing is carried from one
+        text to the next."""
+        if not texts:
+            return
+        for place, sums in enumerate(self.layers.values()):
+            number, keys, after = sums.num_experts, [], []
+            for routes in texts:
+                now, following = routes[:, place], _following(routes, place, 1)
+                source = now[: len(following)]
+                sums.hard_count += np.bincount(now.reshape(-1), minlength=number)
+                sums.next_count += count_pairs(source, following, sums.next_count.shape)
+                sums.token_count += count_pairs(now[:-1], now[1:], (number, number))
+                before = routes[:, place - 1] if place else routes[:-1, -1]
                 skip = 0 if place else 1  # the first layer of the first token has none before it
-                keys = path_keys(before[: len(following) - skip], now_of[skip:])
-                found = Paths.of(keys, following[skip:])
-                sums.paths = found if found is None else sums.paths + found
-        self.num_tokens += len(routes)
+                keys.append(path_keys(before[: len(following) - skip], source[skip:]))
+                after.append(following[skip:])
+            sums.paths = sums.paths.add(np.concatenate(keys), np.concatenate(after))
+            if token_ids is not None:
+                ids = np.concatenate([np.asarray(part, dtype=np.uint64) for part in token_ids])
+                chosen = np.concatenate([routes[:, place] for routes in texts])
+                sums.tokens = sums.tokens.add(ids, chosen)
+        self.num_tokens += sum(map(len, texts))
 
     @classmethod
     def load(cls, path: str | Path) -> "Profile":
@@ -112,11 +127,14 @@ class Profile:
         for name, tensor in tensors.items():
             _, layer, part = name.split(".")
             by_layer.setdefault(int(layer), {})[part] = tensor
-        layers = {}
+        layers, num_layers = {}, len(by_layer)
         for layer, parts in sorted(by_layer.items()):
             sums: dict[str, Any] = {name: parts[name] for name in TENSORS if name in parts}
-            if PATHS[0] in parts:
-                sums["paths"] = Paths(*(parts[name] for name in PATHS))
+            for each, names in STATES.items():
+                if names[0] in parts:
+                    sums[each] = StateCounts.empty(num_layers)
+                    for name in names:
+                        setattr(sums[each], name.split("_")[1], parts[name])
             layers[layer] = LayerSums(**sums)
         return cls(
             layers,
@@ -126,37 +144,38 @@ class Profile:
             fingerprint=str(head.get("fingerprint", "")),
             tokenizer=str(head.get("tokenizer", "")),
             texts=list(head.get("texts", ())),
+            resume=head.get("resume"),
         )
 
-    def save(self, path: str | Path) -> None:
-        """Write the file: to a temporary name, synced, then renamed."""
-        from safetensors.numpy import save_file
-
+    def save(self, path: str | Path, exact: bool = False) -> None:
+        """Write the file: to a temporary name, synced, then renamed. `exact`: second moments in
+        float64 where they are, for a calibration that goes on later."""
         tensors: dict[str, NDArray[Any]] = {}
         for layer, sums in self.layers.items():
             for name, (dtype, _) in TENSORS.items():
                 value = getattr(sums, name)
                 if value is not None:
-                    tensors[f"layers.{layer}.{name}"] = np.ascontiguousarray(value, dtype=dtype)
-            if sums.paths is not None:
-                parts = (sums.paths.key, sums.paths.expert, sums.paths.count)
-                for name, value in zip(PATHS, parts, strict=True):
-                    tensors[f"layers.{layer}.{name}"] = np.ascontiguousarray(value)
-        head = {
-            "num_tokens": self.num_tokens,
-            "top_k": self.top_k,
-            "name": self.name,
-            "fingerprint": self.fingerprint,
-            "tokenizer": self.tokenizer,
-            "texts": self.texts,
-        }
+                    kept = value.dtype if exact else dtype
+                    tensors[f"layers.{layer}.{name}"] = value.astype(kept, copy=False)
+            for each, names in STATES.items():
+                states = getattr(sums, each)
+                for name in names if states is not None else ():
+                    tensors[f"layers.{layer}.{name}"] = getattr(states, name.split("_")[1])
+        head = {name: getattr(self, name) for name in _HEAD}
         metadata = {"format": FORMAT, "version": str(VERSION), "profile": json.dumps(head)}
+        ordered = sorted(tensors.items(), key=lambda item: -item[1].itemsize)  # so all are aligned
+        entries = [(name, _DTYPES[a.dtype.str], a.shape, a.nbytes) for name, a in ordered]
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
         try:
-            save_file(tensors, temporary, metadata)
-            with open(temporary, "rb+") as file:
+            with open(
+                temporary, "wb"
+            ) as file:  # one by one: the library holds a second copy of all
+                file.write(encode_header(entries, metadata))
+                for _, array in ordered:
+                    file.write(np.ascontiguousarray(array).data)
+                file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, path)
         finally:
@@ -219,15 +238,20 @@ class Profile:
         sums = list(self.layers.values())[place]
         return sums.hard_count / max(1, self.num_tokens)
 
-    def tables(self, place: int) -> PlaceTables:
-        """What predicts the choices of the MoE layer at `place` from those of the two layers that
-        run before it (in the cycle: before the first comes the last, of the token before)."""
+    def tables(self, place: int, max_entries: int | None = None) -> PlaceTables:
+        """What predicts the choices of the MoE layer at `place` from the token's id and the choices
+        of the two layers that run before it (in the cycle: before the first comes the last, of the
+        token before). `max_entries`: of each table of states; those seen most stay."""
         layers = list(self.layers.values())
-        source, popularity = layers[place - 1], self.popularity(place)
+        target, source = layers[place], layers[place - 1]
         counts = source.next_count
         if counts is None:
-            counts = np.zeros((source.num_experts, len(popularity)), dtype=np.int64)
-        return make_tables(popularity, self.top_k, counts, source.paths)
+            counts = np.zeros((source.num_experts, target.num_experts), dtype=np.int64)
+        none = StateCounts.empty()
+        states = [target.tokens or none, source.paths or none]
+        if max_entries is not None:
+            states = [each.most_seen(max_entries) for each in states]
+        return make_tables(self.popularity(place), self.top_k, counts, *states)
 
     def _num_experts(self) -> dict[int, int]:
         return {layer: sums.num_experts for layer, sums in self.layers.items()}

@@ -13,10 +13,11 @@ token, N observed paths.
 - next_count i64 [E, E']: choices of this layer x choices of the next MoE layer for the same token;
   the last layer is followed by the first one of the next token
 - token_count i64 [E, E]: choices of a token x choices of the token after it, in this layer
-- path_key u64 [N], path_expert i16 [N], path_count i32 [N]: EdgeMoE's order 2 (2308.14352): how
-  often a state of the MoE layer before this one and of this one was followed by an expert of the
-  next; sorted by (key, expert). A key is `path_keys` of the choices of the two layers. Left out
-  beyond MAX_PATHS of them: a table of paths that are hardly seen twice predicts nothing
+- id_key u64 [N], id_expert i16 [N], id_count i32 [N]: how often a token id was given to an expert;
+  sorted by (key, expert)
+- path_key, path_expert, path_count: the same for EdgeMoE's order 2 (2308.14352): how often a state
+  of the MoE layer before this one and of this one was followed by an expert of the next; a key is
+  `path_keys` of the choices of the two layers
 """
 
 from dataclasses import dataclass, fields
@@ -26,7 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .errors import FormatError
-from .transitions import Paths
+from .transitions import StateCounts
 
 _INT, _REAL = np.dtype(np.int64), np.dtype(np.float64)
 _SINGLE = np.dtype(np.float32)
@@ -42,7 +43,10 @@ TENSORS: dict[str, tuple[np.dtype[Any], str]] = {
     "next_count": (_INT, "Ee"),
     "token_count": (_INT, "EE"),
 }
-PATHS = ("path_key", "path_expert", "path_count")
+STATES = {  # field -> its tensors
+    "tokens": ("id_key", "id_expert", "id_count"),
+    "paths": ("path_key", "path_expert", "path_count"),
+}
 
 
 @dataclass(slots=True)
@@ -58,7 +62,8 @@ class LayerSums:
     logit_gram: NDArray[np.float64] | None = None
     next_count: NDArray[np.int64] | None = None
     token_count: NDArray[np.int64] | None = None
-    paths: Paths | None = None
+    tokens: StateCounts | None = None
+    paths: StateCounts | None = None
 
     @property
     def num_experts(self) -> int:
@@ -90,6 +95,8 @@ class LayerSums:
                 )
             if not np.isfinite(value).all() or (name != "logit_gram" and (value < 0).any()):
                 raise FormatError(f"{where}: `{name}` holds no sums of counts")
+        if self.tokens is not None:
+            self.tokens.validate(where, self.num_experts)
         if self.paths is not None:
             self.paths.validate(where, num_following)
         return sizes["D"]

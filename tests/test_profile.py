@@ -9,7 +9,7 @@ import pytest
 from edgemoe.runtime.errors import EdgeMoeError, FormatError, NotFoundError, UsageError
 from edgemoe.runtime.profile import Profile, profile_path
 from edgemoe.runtime.profile_sums import LayerSums
-from edgemoe.runtime.transitions import MAX_PATHS, Paths, count_pairs, path_keys
+from edgemoe.runtime.transitions import ALL_ENTRIES, StateCounts, count_pairs, path_keys
 
 EXPERTS = {1: 8, 2: 8, 4: 6}  # layers differ in size, and the first of the model is dense
 TOP_K = 2
@@ -27,8 +27,7 @@ def routes_of(num_tokens: int, seed: int = 0) -> np.ndarray:
 
 def profile_of(*texts: np.ndarray) -> Profile:
     profile = Profile.empty(EXPERTS, TOP_K, fingerprint="f")
-    for routes in texts:
-        profile.add_routes(routes)
+    profile.add_routes(*texts, token_ids=[routes[:, 0, 0] % 5 for routes in texts])
     rng = np.random.default_rng(sum(map(len, texts)))
     for sums in profile.layers.values():
         size = sums.num_experts
@@ -44,6 +43,7 @@ def same(a: LayerSums, b: LayerSums) -> None:
         np.testing.assert_array_equal(getattr(a, name), getattr(b, name))
     for name in ("key", "expert", "count"):
         np.testing.assert_array_equal(getattr(a.paths, name), getattr(b.paths, name))
+        np.testing.assert_array_equal(getattr(a.tokens, name), getattr(b.tokens, name))
 
 
 def test_counts_are_those_of_a_plain_loop() -> None:
@@ -89,14 +89,17 @@ def test_what_only_one_profile_has_is_left_out() -> None:
     assert merged.layers[2].logit_gram is None and merged.layers[1].logit_gram is not None
 
 
-def test_too_many_paths_are_dropped_alike_in_parts_and_at_once() -> None:
-    keys = np.arange(MAX_PATHS, dtype=np.uint64) * np.uint64(7)
-    one = np.zeros((MAX_PATHS, 1), dtype=np.int16)
-    part = Paths.of(keys, one)
-    assert part is not None and len(part.key) == MAX_PATHS
-    assert part + Paths.of(keys + np.uint64(1), one) is None
-    assert Paths.of(np.concatenate((keys, keys + np.uint64(1))), np.tile(one, (2, 1))) is None
-    assert (part + part).count.tolist() == [2] * MAX_PATHS
+def test_beyond_their_limit_the_states_seen_least_go() -> None:
+    none = StateCounts.empty(ALL_ENTRIES // 100)  # 100 entries
+    keys = np.arange(90, dtype=np.uint64)
+    once = none.add(keys, np.zeros((90, 1), dtype=np.int16))
+    twice = once.add(keys[:60] + np.uint64(30), np.ones((60, 1), dtype=np.int16))
+    # 90 states, of which 60 have been seen twice: 150 entries, and 120 without the others.
+    assert len(once.key) == 90 and len(twice.key) == 0
+    most = once.add(keys[:20], np.zeros((20, 1), dtype=np.int16))
+    more = most.add(keys[:11] + np.uint64(500), np.zeros((11, 1), dtype=np.int16))
+    assert len(most.key) == 90 and more.key.tolist() == list(range(20))
+    assert more.count.tolist() == [2] * 20
 
 
 def test_profiles_of_different_models_do_not_merge() -> None:
@@ -207,6 +210,20 @@ def test_without_pairs_the_popularity_predicts() -> None:
         sums.next_count = sums.paths = None
     tables = profile.tables(2)
     np.testing.assert_allclose(tables.scores(np.array([0, 3])), tables.popularity, rtol=1e-6)
+
+
+def test_a_token_id_predicts_where_it_was_seen() -> None:
+    profile = Profile.empty({0: 8, 1: 8}, top_k=1)
+    ids = np.random.default_rng(0).integers(0, 8, 4_000)
+    profile.add_routes(np.stack((ids, 7 - ids), axis=1)[:, :, None], token_ids=[ids])
+    for place, expected in ((0, 3), (1, 4)):
+        scores = profile.tables(place).scores(None, None, 3)
+        assert scores.argmax() == expected and scores[expected] > 0.99
+        np.testing.assert_allclose(
+            profile.tables(place).scores(None, None, 99), profile.popularity(place), rtol=1e-5
+        )
+        few = profile.tables(place, max_entries=5)
+        assert 0 < len(few.tokens.key) <= 5
 
 
 def test_rows_of_a_table_add_up_to_the_choices_of_a_token() -> None:

@@ -16,6 +16,7 @@ COMMANDS = {
     "chat": (".chat", "talk with a model in the terminal"),
     "plan": (".plan", "show what fits into a memory budget, without loading anything"),
     "convert": (".convert", "turn a Hugging Face checkpoint into a store"),
+    "calibrate": (".calibrate", "learn what a model's routers do on text"),
     "inspect": (".inspect", "show what a store holds"),
     "verify": (".verify", "check a store, and that streaming does not change its output"),
     "eval": (".eval", "measure perplexity, and how far two stores are apart"),

@@ -16,8 +16,8 @@ from .names import spellings
 def checkpoint_fingerprint(index: StoreIndex) -> str:
     """32 hexadecimal digits that the stores of one checkpoint share; reads the routers.
 
-    A set names it, and is refused for a store that has another (`StoreIndex.fingerprint` is that of
-    one conversion). Raises FormatError where the trunk has no router, UnsupportedModelError.
+    A set or a profile names it, and is refused for a store that has another. Raises FormatError
+    where the trunk has no router, UnsupportedModelError.
     """
     path, table = index.path / TRUNK_FILE, load_module(index.model_type).TRUNK
     digest = hashlib.sha256(f"{index.model_type} {index.hidden}".encode())
