@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from .models.causal_lm import CausalLM
     from .runtime.cache import ExpertCache
 
-DEFAULT_THRESHOLD = 0.5  # of a token; see docs/sets.md for what others cost
+_THRESHOLD_BY_TOP_K = 0.8  # divided by top-k; docs/sets.md has what others cost
 _NOBODY = 2.0  # a threshold that no share reaches
 _HALF_LIFE = 16.0  # tokens, of the policy's memory
 
@@ -47,7 +47,7 @@ class ActiveSet:
     @property
     def label(self) -> str:
         """`set code, hard`: what answers are labelled with."""
-        limit = f" {self.threshold:g}" if self.mode == "soft" else ""
+        limit = f" {self.threshold:.3g}" if self.mode == "soft" else ""
         return f"set {self.expert_set.name}, {self.mode}{limit}"
 
     def to_dict(self) -> dict[str, Any]:
@@ -80,7 +80,10 @@ def find_set(
     """The set `NAME`, `A+B` or `A&B` of a store. Raises UsageError, NotFoundError, FormatError."""
     if mode not in SET_MODES:
         raise UsageError(f"unknown set mode `{mode}`", f"expected one of {', '.join(SET_MODES)}")
-    threshold = DEFAULT_THRESHOLD if threshold is None else check_threshold(threshold, mode)
+    if threshold is None:
+        threshold = _THRESHOLD_BY_TOP_K / args.top_k
+    else:
+        threshold = check_threshold(threshold, mode)
     return ActiveSet(resolve(index.path, name, owner_of(index, args)), mode, threshold)
 
 

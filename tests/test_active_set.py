@@ -225,8 +225,8 @@ def test_soft_lies_between_hard_and_the_full_model(path):
 def test_labels(path):
     with Engine.from_pretrained(path, context=64, set="code", set_mode="soft") as engine:
         stats = engine.generate(PROMPT, SamplingParams(max_tokens=3)).stats
-        assert stats.to_dict()["routing"] == "set code, soft 0.5"
-        assert stats.footer().endswith(" · set code, soft 0.5")
+        assert stats.to_dict()["routing"] == "set code, soft 0.4"
+        assert stats.footer().endswith(" · set code, soft 0.4")
         report = engine.report()
         assert report["set"]["mode"] == "soft" and report["set"]["num_kept"] == 11
         assert report["set"]["changes_output"] and not report["lossless"]

@@ -19,8 +19,10 @@ USAGE = "%(prog)s [STORE] [STORE2] --text FILE [--text FILE ...] [options]"
 EPILOG = """Every token but the first of a text is scored once, by the tokens before it in its
 window. With a second store, usually the same model at more bits, both read the same windows: mean
 KL divergence from STORE2, and how often both put the same token first. A .npy file holds token ids.
+--set is for STORE alone: what it costs is measured against the same store twice.
 
   edgemoe eval olmoe-3.edgemoe olmoe-8.edgemoe --text wiki.txt --tokens 50k
+  edgemoe eval olmoe.edgemoe olmoe.edgemoe --set code --set-mode hard --text code.txt
 """
 
 
@@ -36,6 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="bound of the whole process, such as 4GiB; two stores share it",
     )
     group.add_argument("--threads", type=options.count, metavar="N", help="compute threads")
+    options.add_set_options(group)
     options.add_numeric_options(group)
     parser.add_argument("--json", action="store_true", help="one JSON object instead of a table")
 
@@ -83,10 +86,11 @@ def run(args: argparse.Namespace) -> int:
         progress = open_progress()
         stack.callback(progress.close)
         figures = Figures.of(evaluate(engine, windows, other, progress, args.kv_bits))
-        peak = engine.peak_memory_bytes()
+        peak, routing = engine.peak_memory_bytes(), engine.routing
     document = {
         "store": str(path),
         "other": None if other_path is None else str(other_path),
+        "routing": None if routing is None else routing.label,
         "window": size,
         "stride": args.stride or max(1, size // 2),
         "num_windows": len(windows),
@@ -112,6 +116,9 @@ def _open(
 
     given: dict[str, Any] = options.engine_arguments(args)
     memory = given.pop("memory", None)
+    if first is not None:  # of two, only STORE runs with a set
+        for name in ("set", "set_mode", "set_threshold"):
+            given.pop(name, None)
     if memory is not None:
         given["memory"] = int(memory * (share or 1.0))
         if first is not None:
@@ -123,8 +130,12 @@ def _open(
 
 
 def _text(document: dict[str, Any], figures: "Figures") -> str:
+    labels = (Path(document["store"]).name, document["routing"])
     rows = [
-        (Path(document["store"]).name, f"{figures.perplexity:.4f} ± {figures.perplexity_error:.4f}")
+        (
+            ", ".join(filter(None, labels)),
+            f"{figures.perplexity:.4f} ± {figures.perplexity_error:.4f}",
+        )
     ]
     header = ["store", "perplexity"]
     if document["other"] is not None:

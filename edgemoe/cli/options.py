@@ -113,7 +113,7 @@ def add_set_options(group: Any) -> None:
         "--set-threshold",
         type=float,
         metavar="X",
-        help="soft: share of a token from which the router insists (default: 0.5)",
+        help="soft: share of a token from which the router insists (default: 0.8 / top-k)",
     )
 
 
