@@ -224,6 +224,21 @@ def test_fit_streams_no_more(path, capsys):
         assert engine.reader.stats()["num_reads"] == reads
 
 
+def test_a_text_is_run_with_and_without_the_set(path, tmp_path, capsys):
+    """Nothing is kept with the store but the set; a cache of the set's size misses nothing."""
+    np.save(tmp_path / "task.npy", np.random.default_rng(3).integers(0, 400, 700))
+    words = ["--text", str(tmp_path / "task.npy"), "--keep", "50%", "--name", "texted", "--json"]
+    assert main(["prune", str(path), *words, "--caches", "50%"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    (row,) = document["rows"]
+    assert row["set_hit_rate"] > row["full_hit_rate"] and row["set_bytes_per_token"] == 0
+    assert document["rows_from"] == "by replay of 700 tokens of the text"
+    made = load_set(path, "texted")
+    assert made.parameters["tokens"] == 700 and made.parameters["texts"][0]["name"] == "task.npy"
+    assert [file.name for file in (path / "profiles").iterdir()] == ["code.safetensors"]
+    assert main(["prune", str(path), *words, "--profile", "code", "--force"]) == 2
+
+
 def test_a_recorded_routing_is_replayed(path, tmp_path, capsys):
     of, rng = owner(path), np.random.default_rng(1)
     experts = np.sort(rng.random((60, 3, 8)).argsort(axis=-1)[..., :2], axis=-1)
