@@ -17,7 +17,7 @@ from ..models import load_module, parse_config
 from ..models.names import trunk_shapes
 from ..runtime.errors import CheckpointError, EdgeMoeError, FormatError, NotFoundError, UsageError
 from ..runtime.format import TensorEntry, read_header
-from .sources import READABLE, Source
+from .sources import AGAIN, READABLE, Source, refuse_not_finite
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 _MAX_CACHED_BYTES = 64 << 20  # of page cache
-_AGAIN = "download the checkpoint again, or compare it with the released one"
 
 
 class Checkpoint:
@@ -76,7 +75,7 @@ class Checkpoint:
             entry = self._header(file).get(name)
             if entry is None:
                 raise CheckpointError(
-                    f"tensor `{name}` is missing", f"the index says it is in `{file}`", _AGAIN
+                    f"tensor `{name}` is missing", f"the index says it is in `{file}`", AGAIN
                 )
             located[name] = (file, entry)
         return located
@@ -84,13 +83,13 @@ class Checkpoint:
     def _weight_map(self) -> dict[str, str]:
         weight_map = _read_json(self.path / INDEX_FILE).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
-            raise CheckpointError(f"`{INDEX_FILE}` has no `weight_map`", "", _AGAIN)
+            raise CheckpointError(f"`{INDEX_FILE}` has no `weight_map`", "", AGAIN)
         for name, file in weight_map.items():
             if not isinstance(file, str) or Path(file).name != file or file in ("", ".", ".."):
                 raise CheckpointError(
                     f"`{INDEX_FILE}` is malformed",
                     f"`{name}` points to `{file}`; expected the name of a file beside it",
-                    _AGAIN,
+                    AGAIN,
                 )
         for file in sorted(set(weight_map.values())):
             self._header(file)
@@ -103,10 +102,10 @@ class Checkpoint:
                     self.files[file] = read_header(opened, file)[0]
             except FileNotFoundError:
                 raise CheckpointError(
-                    f"shard `{file}` is missing", f"`{INDEX_FILE}` names it", _AGAIN
+                    f"shard `{file}` is missing", f"`{INDEX_FILE}` names it", AGAIN
                 ) from None
             except FormatError as error:
-                raise CheckpointError(error.what, error.why, _AGAIN) from error
+                raise CheckpointError(error.what, error.why, AGAIN) from error
             except OSError as error:
                 raise CheckpointError(f"`{file}` cannot be read", str(error)) from error
         return self.files[file]
@@ -115,7 +114,7 @@ class Checkpoint:
         """Where a tensor lies; CheckpointError unless it is there, readable and of `shape`."""
         if name not in self.tensors:
             raise CheckpointError(
-                f"tensor `{name}` is missing", f"config.json says {self._what()}", _AGAIN
+                f"tensor `{name}` is missing", f"config.json says {self._what()}", AGAIN
             )
         file, entry = self.tensors[name]
         if entry.dtype not in READABLE:
@@ -128,7 +127,7 @@ class Checkpoint:
             raise CheckpointError(
                 f"tensor `{name}` has shape {list(entry.shape)}",
                 f"expected {list(shape)}, as config.json says {self._what()}",
-                _AGAIN,
+                AGAIN,
             )
         return Source(name, file, entry.dtype, entry.shape, entry.offset)
 
@@ -176,6 +175,22 @@ class Checkpoint:
             used.add(source.name)
         return trunk, sorted(self.tensors.keys() - used)
 
+    def expert_bytes(self, layer: int, expert: int) -> int:
+        """Bytes of the three matrices of an expert, as they are stored."""
+        return sum(source.num_bytes for source in self._experts[layer, expert])
+
+    def expert_dtypes(self, layer: int, expert: int) -> tuple[frozenset[str], str]:
+        """The dtypes of (gate and up, down)."""
+        gate, up, down = self._experts[layer, expert]
+        return frozenset({gate.dtype, up.dtype}), down.dtype
+
+    def record(self, layer: int, expert: int, layout: Any) -> None:
+        """No expert of a checkpoint is stored as a record."""
+
+    def identity(self) -> str:
+        """What must be equal for the same store to come out, beside the shards."""
+        return json.dumps(self.config, sort_keys=True)
+
     def router_names(self) -> set[str]:
         return {self.module.router_name(layer) for layer in self.args.moe_layers}
 
@@ -194,7 +209,7 @@ class Checkpoint:
         parts = weight.view(-1).split(1 << 14)
         sums = torch.stack([part.sum(dtype=torch.float32) for part in parts])
         if not torch.isfinite(sums).all():
-            _refuse_not_finite(weight, source)
+            refuse_not_finite(weight, source)
         return weight
 
     def read_blocks(self, source: Source, block_bytes: int, multiple: int) -> Iterator["Tensor"]:
@@ -222,7 +237,7 @@ class Checkpoint:
                 raise CheckpointError(
                     f"`{source.file}` ends inside tensor `{source.name}`",
                     "it was shortened while being read",
-                    _AGAIN,
+                    AGAIN,
                 )
             done += count
         self._forget(len(view))
@@ -269,20 +284,6 @@ class Checkpoint:
         self.close()
 
 
-def _refuse_not_finite(weight: "Tensor", source: Source) -> None:
-    import torch
-
-    bad = ~torch.isfinite(weight)
-    count = int(bad.sum())
-    if count:
-        first = [int(part) for part in bad.nonzero()[0]]
-        raise CheckpointError(
-            f"tensor `{source.name}` holds NaN or infinite weights",
-            f"{count} of {weight.numel()}, the first at {first} of the part read",
-            _AGAIN,
-        )
-
-
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
@@ -290,10 +291,10 @@ def _read_json(path: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"`{path.parent}` has no `{path.name}`",
             "expected a Hugging Face checkpoint folder",
-            "check the path, or " + _AGAIN,
+            "check the path, or " + AGAIN,
         ) from None
     except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"`{path}` does not parse", str(error), _AGAIN) from error
+        raise CheckpointError(f"`{path}` does not parse", str(error), AGAIN) from error
     if not isinstance(document, dict):
-        raise CheckpointError(f"`{path}` does not hold a JSON object", "", _AGAIN)
+        raise CheckpointError(f"`{path}` does not hold a JSON object", "", AGAIN)
     return document

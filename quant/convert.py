@@ -7,9 +7,7 @@ then store.json, then the rename. In memory are a few experts, less than a layer
 
 import os
 import shutil
-from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -18,9 +16,8 @@ from torch import Tensor
 
 from ..runtime import kernels
 from ..runtime.amounts import format_bytes
-from ..runtime.checksum import crc32c
-from ..runtime.errors import BudgetError, CheckpointError
-from ..runtime.format import TILE_ROWS, QuantSpec, RecordLayout
+from ..runtime.errors import BudgetError, CheckpointError, UsageError
+from ..runtime.format import TILE_ROWS
 from ..runtime.index import (
     EXPERTS_FILE,
     TRUNK_FILE,
@@ -29,23 +26,24 @@ from ..runtime.index import (
     StoreIndex,
     save_index,
 )
-from .checkpoint import Checkpoint
+from .calibrated import Calibration, calibrated_records
+from .identity import fingerprint
 from .journal import (
     Crcs,
     Partial,
     check_target,
-    fingerprint,
     finish_published,
     partial_path,
     write_error,
 )
+from .layouts import TrunkItem
 from .options import ConvertOptions
-from .plan import ConversionPlan, TrunkItem, make_plan
+from .pack import USES_INPUTS, Record, checked, coded, in_order, pack_expert
+from .plan import ConversionPlan, make_plan
 from .progress import Progress, Silent
 from .quantize import quantize, to_16bit
 from .readback import check_experts, sha256_of
-
-Record = tuple[np.ndarray, tuple[int, int]]  # its bytes, the crc32c of its sections
+from .store_source import StoreSource, WeightSource, open_source
 
 _IN_FLIGHT_BYTES = 512 << 20  # of experts as they came
 _BLOCK_BYTES = 16 << 20  # of the trunk
@@ -53,30 +51,37 @@ _DISK_MARGIN_BYTES = 32 << 20  # store.json, the journal, the file system's own 
 
 
 def convert(
-    source: str | Path,
+    source: str | Path | StoreSource,
     out: str | Path,
     options: ConvertOptions | None = None,
     progress: Progress | None = None,
     num_threads: int | None = None,
+    calibration: Calibration | None = None,
 ) -> Path:
-    """Convert the checkpoint folder `source` to the store `out` and return its path.
+    """Convert `source`, a checkpoint folder or a store, to the store `out` and return its path.
 
-    Goes on where an equal, interrupted conversion stopped. Raises CheckpointError for damaged input
-    (nothing is left behind), UsageError for a target that is there or options that do not fit,
-    BudgetError for a disk that is too small or full (what was written is kept for the next run).
+    Goes on where an equal, interrupted conversion stopped. With `calibration` the searched scales
+    weigh the inputs that its text gives every expert; the calibrated quantizer needs it. Raises
+    CheckpointError for damaged input (nothing is left behind), UsageError for a target that is
+    there or options that do not fit, BudgetError for a disk that is too small or full (what was
+    written is kept for the next run).
     """
     target, options = Path(out), options or ConvertOptions()
     progress, num_threads = progress or Silent(), num_threads or _num_cpus()
-    with Checkpoint(source) as checkpoint:
-        plan = make_plan(checkpoint, options)
-        wanted = fingerprint(checkpoint, options)
+    with source if isinstance(source, StoreSource) else open_source(source) as checkpoint:
+        if calibration is None:
+            _refuse_calibrated(options)
+        elif not any(spec.quantizer in USES_INPUTS for spec in options.all_specs):
+            calibration = None  # nothing would be done with it
+        plan = make_plan(checkpoint, options, calibration and calibration.to_json())
+        wanted = fingerprint(checkpoint, options, calibration and calibration.digest)
         if finish_published(target, wanted):
             return target
         check_target(target)
         _check_disk(target, plan, checkpoint.path)
         partial = Partial.open(target, wanted)
         try:
-            _write_experts(checkpoint, plan, partial, progress, num_threads)
+            _write_experts(checkpoint, plan, partial, progress, num_threads, calibration)
             write_trunk(checkpoint, plan, partial, progress)
             index = finish_store(checkpoint, plan, partial, progress)
             save_index(index)
@@ -93,6 +98,15 @@ def convert(
             partial.close()
             progress.close()
     return target
+
+
+def _refuse_calibrated(options: ConvertOptions) -> None:
+    if any(spec.quantizer == "calibrated" for spec in options.all_specs):
+        raise UsageError(
+            "the calibrated quantizer needs a text",
+            "it rounds by what the inputs of each expert are",
+            "give --calibration FILE, or another --quantizer",
+        )
 
 
 def _num_cpus() -> int:
@@ -119,15 +133,16 @@ def _check_disk(target: Path, plan: ConversionPlan, source: Path) -> None:
 
 
 def _write_experts(
-    checkpoint: Checkpoint,
+    checkpoint: WeightSource,
     plan: ConversionPlan,
     partial: Partial,
     progress: Progress,
     num_threads: int,
+    calibration: Calibration | None,
 ) -> None:
     sizes = {
-        key: sum(source.num_bytes for source in checkpoint.expert_sources(*key))
-        for key in plan.layouts
+        (layer, number): checkpoint.expert_bytes(layer, number // plan.num_variants)
+        for layer, number in plan.layouts
     }
     done = [key for key in plan.layouts if key[0] in partial.layer_to_crcs]
     todo = [key for key in plan.layouts if key[0] not in partial.layer_to_crcs]
@@ -141,12 +156,16 @@ def _write_experts(
     workers = max(1, min(num_threads, _IN_FLIGHT_BYTES // max(sizes.values())))
     crcs: Crcs = []
     try:
-        for (layer, expert), (record, pair) in _records(checkpoint, plan, todo, workers):
+        if calibration is None or not todo:
+            records = _plain_records(checkpoint, plan, todo, workers)
+        else:
+            records = calibrated_records(checkpoint, plan, todo, workers, calibration)
+        for (layer, number), (record, pair) in records:
             file.write(record)
             crcs.append(pair)
-            progress.advance(sizes[layer, expert])
+            progress.advance(sizes[layer, number])
             del record
-            if expert == checkpoint.args.num_experts - 1:
+            if number == checkpoint.args.num_experts * plan.num_variants - 1:
                 file.sync()
                 partial.layer_to_crcs[layer] = crcs
                 partial.save()
@@ -155,53 +174,31 @@ def _write_experts(
         file.close()
 
 
-def _records(
-    checkpoint: Checkpoint, plan: ConversionPlan, keys: list[tuple[int, int]], workers: int
+def _plain_records(
+    source: WeightSource, plan: ConversionPlan, keys: list[tuple[int, int]], workers: int
 ) -> Iterator[tuple[tuple[int, int], Record]]:
     """Packed experts in the order of `keys`; `workers` threads each read and pack a whole one."""
 
     def make(key: tuple[int, int]) -> Record:
-        return pack_expert(checkpoint.expert(*key), plan.layouts[key])
+        layer, number = key
+        expert, layout = number // plan.num_variants, plan.layouts[key]
+        stored = source.record(layer, expert, layout)
+        if stored is not None:
+            return checked(stored, layout)
+        return pack_expert(source.expert(layer, expert), layout, plan.spec_of(layer, number))
 
-    pool = ThreadPoolExecutor(workers)
-    try:
-        ahead = deque(pool.submit(make, key) for key in keys[:workers])
-        for number, key in enumerate(keys, workers):
-            record = ahead.popleft().result()
-            if number < len(keys):
-                ahead.append(pool.submit(make, keys[number]))
-            yield key, record
-            del record
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def pack_expert(weights: tuple[Tensor, Tensor, Tensor], layout: RecordLayout) -> Record:
-    """The bytes of a record, and the crc32c of its two sections with their padding."""
-    specs = (layout.gate_up, layout.gate_up, layout.down)
-    parts = [_coded(weight, spec) for weight, spec in zip(weights, specs, strict=True)]
-    record = kernels.pack_record(*parts, layout)
-    middle = layout.down_offset
-    return record, (crc32c(record[:middle]), crc32c(record[middle:]))
-
-
-def _coded(weight: Tensor, spec: QuantSpec) -> np.ndarray | tuple[np.ndarray, ...]:
-    """What the packer takes: u16 words, or (codes, scales, mins or None)."""
-    if spec.is_16bit:
-        return to_16bit(weight, spec.mode).numpy()
-    codes, scales, mins = quantize(weight, spec)
-    return codes.numpy(), scales.numpy(), None if mins is None else mins.numpy()
+    yield from zip(keys, in_order(make, keys, workers), strict=True)
 
 
 # ---- trunk and the rest -------------------------------------------------------------------------
 
 
 def write_trunk(
-    checkpoint: Checkpoint, plan: ConversionPlan, partial: Partial, progress: Progress
+    checkpoint: WeightSource, plan: ConversionPlan, partial: Partial, progress: Progress
 ) -> None:
     done = plan.trunk[: partial.num_trunk_tensors]
-    finished = sum(item.source.num_bytes for item in done)
-    total = sum(item.source.num_bytes for item in plan.trunk)
+    finished = sum(item.source_bytes for item in done)
+    total = sum(item.source_bytes for item in plan.trunk)
     progress.start("trunk", total, finished)
     written = sum(item.num_bytes for item in done)
     file = partial.open_file(TRUNK_FILE, plan.trunk_header, written)
@@ -220,13 +217,18 @@ def write_trunk(
 
 
 def _trunk_blocks(
-    checkpoint: Checkpoint, item: TrunkItem, advance: Callable[[int], None]
+    checkpoint: WeightSource, item: TrunkItem, advance: Callable[[int], None]
 ) -> Iterator[np.ndarray]:
     """The stored bytes of a trunk tensor, in runs of rows so that a large one is never whole."""
     multiple = TILE_ROWS if item.spec else 1
+    if isinstance(checkpoint, StoreSource):
+        for data in checkpoint.trunk_bytes(item.name, _BLOCK_BYTES):
+            yield data
+            advance(data.nbytes)
+        return
     for block in checkpoint.read_blocks(item.source, _BLOCK_BYTES, multiple):
         if item.spec is not None:
-            codes, scales, mins = _coded(block, item.spec)
+            codes, scales, mins = coded(quantize(block, item.spec))
             yield kernels.pack_codes(codes, scales, mins, item.spec)
         elif item.dtype != item.source.dtype:
             yield to_16bit(block, "bf16").numpy()
@@ -240,7 +242,7 @@ def _bytes_of(block: Tensor) -> np.ndarray:
 
 
 def finish_store(
-    checkpoint: Checkpoint, plan: ConversionPlan, partial: Partial, progress: Progress
+    checkpoint: WeightSource, plan: ConversionPlan, partial: Partial, progress: Progress
 ) -> StoreIndex:
     """Copy the small files, read everything back, and make the index."""
     records: dict[tuple[int, int], ExpertRecord] = {}

@@ -7,19 +7,13 @@ One process at a time: the folder itself is locked, and the lock dies with the p
 """
 
 import errno
-import hashlib
 import json
 import os
 import shutil
-import struct
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 from ..runtime.errors import BudgetError, FormatError, NotFoundError, UsageError
-from ..runtime.format import FORMAT_VERSION
-from .checkpoint import Checkpoint
-from .options import ConvertOptions
 
 try:
     import fcntl
@@ -28,28 +22,8 @@ except ImportError:  # Windows: two conversions into one folder are not kept apa
 
 JOURNAL_FILE = "journal.json"
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-WRITER_VERSION = 1  # raise it when the same input and options give other bytes
 
 Crcs = list[tuple[int, int]]
-
-
-def fingerprint(checkpoint: Checkpoint, options: ConvertOptions) -> dict[str, Any]:
-    """What must be equal for two runs to give the same bytes: options, sources, writer."""
-    files: dict[str, list[Any]] = {}
-    for name in sorted(checkpoint.files):
-        path = checkpoint.path / name
-        status = path.stat()
-        with open(path, "rb") as file:
-            word = file.read(8)
-            header = file.read(struct.unpack("<Q", word)[0])
-        files[name] = [status.st_size, status.st_mtime_ns, hashlib.sha256(header).hexdigest()]
-    config = json.dumps(checkpoint.config, sort_keys=True).encode()
-    return {
-        "writer_version": [WRITER_VERSION, FORMAT_VERSION],
-        "options": [options.bits, options.group_size, options.trunk_bits, options.mode],
-        "config": hashlib.sha256(config).hexdigest(),
-        "files": files,
-    }
 
 
 def partial_path(target: Path) -> Path:
@@ -207,10 +181,14 @@ def _lock(path: Path) -> int | None:
 
 def _difference(found: Any, wanted: dict[str, Any]) -> str:
     keys = found if isinstance(found, dict) else {}
-    if keys.get("options") != wanted["options"]:
-        names = ("--bits", "--group-size", "--trunk-bits", "--mode")
-        pairs = zip_longest(names, keys.get("options") or (), wanted["options"])
-        changed = [f"{name} {a}, now {b}" for name, a, b in pairs if a != b]
+    before, now = keys.get("options"), wanted["options"]
+    if before != now:
+        before = before if isinstance(before, dict) else {}
+        changed = [
+            f"{name} {before.get(name)}, now {now[name]}"
+            for name in now
+            if before.get(name) != now[name]
+        ]
         return "it was made with other options: " + "; ".join(changed)
     if keys.get("writer_version") != wanted["writer_version"]:
         return "it was made by another version of edgemoe"

@@ -3,49 +3,30 @@
 A plan is printed first and then followed to the letter: `convert.py` decides nothing by itself.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from math import prod
 from pathlib import Path
 from typing import Any
 
 from ..runtime.errors import UsageError
 from ..runtime.format import (
-    DTYPE_BYTES,
-    GROUP_SIZES,
     MAX_HEADER_BYTES,
     PAGE_BYTES,
-    TILE_ROWS,
-    QuantSpec,
     RecordLayout,
     encode_header,
     record_name,
 )
-from .checkpoint import Checkpoint
-from .options import DEFAULT_GROUP_SIZE, ConvertOptions
-from .sources import Source
+from .bitplan import BitPlan, uniform
+from .layouts import TrunkItem, expert_keys, expert_layouts, trunk_items
+from .options import DEFAULT_GROUP_SIZE, ConvertOptions, ExpertSpec
+from .store_source import WeightSource, open_source, source_origin
 from .summary import PlanRow, class_of, storage_text, table
-
-
-@dataclass(frozen=True, slots=True)
-class TrunkItem:
-    """One tensor of the trunk: packed in tiles by `spec`, or stored as `dtype` without one."""
-
-    name: str
-    source: Source
-    spec: QuantSpec | None
-    dtype: str
-
-    @property
-    def num_bytes(self) -> int:
-        if self.spec is not None:
-            rows, cols = self.source.shape
-            return self.spec.matrix_bytes(rows, cols)
-        return prod(self.source.shape) * DTYPE_BYTES[self.dtype]
 
 
 @dataclass(slots=True)
 class ConversionPlan:
-    """Everything `convert` follows. Keys are (layer, expert)."""
+    """Everything `convert` follows. Keys are (layer, record): the expert, or for a store of V
+    variants V records for each expert, which `experts` names."""
 
     options: ConvertOptions
     model_type: str
@@ -57,6 +38,24 @@ class ConversionPlan:
     experts_header: bytes = field(repr=False, default=b"")
     trunk_header: bytes = field(repr=False, default=b"")
     copied: list[Path] = field(default_factory=list)  # relative to the checkpoint
+    calibration: dict[str, Any] | None = None  # the texts that were calibrated on
+    origin: dict[str, Any] = field(default_factory=dict)  # of a source that is a store
+
+    @property
+    def num_variants(self) -> int:
+        """Records of one expert."""
+        return len(self.options.variants) or 1
+
+    def spec_of(self, layer: int, record: int) -> ExpertSpec:
+        """The spec of a record."""
+        expert, variant = divmod(record, self.num_variants)
+        return self.options.specs_of(layer, expert)[variant]
+
+    def bit_plan(self) -> BitPlan:
+        """The spec of every expert, whether they were asked for one by one or all at once."""
+        spec = self.options.spec
+        name = f"uniform {spec.label}"
+        return self.options.plan or uniform(name, self.layouts, spec)
 
     @property
     def experts_bytes(self) -> int:
@@ -92,11 +91,20 @@ class ConversionPlan:
             }
             for row in self.rows
         ]
+        options = self.options
+        document: dict[str, Any] = {"trunk_bits": options.trunk_bits}
+        if options.variants:
+            document["variants"] = [asdict(spec) for spec in options.variants]
+        elif options.plan is not None:
+            document["bit_plan"] = options.plan.to_json()
+        else:
+            document |= asdict(options.spec)
+            document["group_size"] = options.group_size or DEFAULT_GROUP_SIZE
+        if self.calibration is not None:
+            document["calibration"] = self.calibration
         return {
-            "bits": self.options.bits,
-            "mode": self.options.mode,
-            "group_size": self.options.group_size or DEFAULT_GROUP_SIZE,
-            "trunk_bits": self.options.trunk_bits,
+            **document,
+            **self.origin,
             "output_bytes": self.output_bytes,
             "bpw": round(self.bpw, 4),
             "classes": classes,
@@ -105,14 +113,21 @@ class ConversionPlan:
 
     def lines(self) -> list[str]:
         """The plan as aligned plain text, one line per class of tensors, then the notes."""
-        return table(self.rows) + [f"note: {note}" for note in self.notes]
+        bit_plan = self.options.plan.lines() if self.options.plan is not None else []
+        return table(self.rows) + bit_plan + [f"note: {note}" for note in self.notes]
 
 
-def make_plan(checkpoint: Checkpoint, options: ConvertOptions) -> ConversionPlan:
+def make_plan(
+    checkpoint: WeightSource,
+    options: ConvertOptions,
+    calibration: dict[str, Any] | None = None,
+) -> ConversionPlan:
     """Raises UsageError where the experts cannot be stored with these options."""
     notes: list[str] = []
-    layouts = _expert_layouts(checkpoint, options, notes)
-    trunk = _trunk_items(checkpoint, options, notes)
+    if options.plan is not None:
+        options.plan.check_covers(expert_keys(checkpoint))
+    layouts = expert_layouts(checkpoint, options, notes)
+    trunk = trunk_items(checkpoint, options, notes)
     if checkpoint.unused:
         names = ", ".join(f"`{name}`" for name in checkpoint.unused[:3])
         more = f" and {len(checkpoint.unused) - 3} more" if len(checkpoint.unused) > 3 else ""
@@ -148,8 +163,10 @@ def make_plan(checkpoint: Checkpoint, options: ConvertOptions) -> ConversionPlan
         hidden=checkpoint.args.hidden,
         layouts=dict(records),
         trunk=trunk,
-        rows=_rows(checkpoint, layouts, trunk),
+        rows=_rows(checkpoint, layouts, trunk, len(options.variants) or 1),
         notes=notes,
+        calibration=calibration,
+        origin=source_origin(checkpoint),
         experts_header=experts_header,
         trunk_header=trunk_header,
         copied=_copied_files(checkpoint.path),
@@ -157,116 +174,21 @@ def make_plan(checkpoint: Checkpoint, options: ConvertOptions) -> ConversionPlan
 
 
 def plan_conversion(source: str | Path, options: ConvertOptions | None = None) -> ConversionPlan:
-    """The plan for a checkpoint folder; reads config.json and headers only."""
-    with Checkpoint(source) as checkpoint:
-        return make_plan(checkpoint, options or ConvertOptions())
-
-
-# ---- formats ------------------------------------------------------------------------------------
-
-
-def _group_size(cols: int, requested: int | str | None) -> int | None:
-    """The group size for a matrix of `cols` columns, or None where none fits."""
-    fitting = [size for size in GROUP_SIZES if cols % size == 0]
-    if requested == "channel":
-        return max(fitting, default=None)
-    if requested is None:
-        return max((size for size in fitting if size <= DEFAULT_GROUP_SIZE), default=None)
-    return requested if requested in fitting else None
-
-
-def _expert_spec(
-    what: str, cols: int, dtypes: set[str], options: ConvertOptions, notes: list[str]
-) -> QuantSpec:
-    if options.bits == 16:
-        mode = "fp16" if dtypes == {"F16"} else "bf16"
-        rounded = sorted(dtypes - {"F16" if mode == "fp16" else "BF16"})
-        if rounded:
-            notes.append(f"{what} of {', '.join(rounded)} are rounded to {mode}, to nearest even")
-        return QuantSpec(16, 0, mode)
-    group_size = _group_size(cols, options.group_size)
-    if group_size is None:
-        fitting = [str(size) for size in GROUP_SIZES if cols % size == 0]
-        raise UsageError(
-            f"{what} cannot be quantized in groups of {options.group_size or min(GROUP_SIZES)}",
-            f"they have {cols} columns, which is no multiple of it",
-            f"use --group-size {' or '.join(fitting)}" if fitting else "use --bits 16",
-        )
-    return QuantSpec(options.bits, group_size, options.mode)
-
-
-def _expert_layouts(
-    checkpoint: Checkpoint, options: ConvertOptions, notes: list[str]
-) -> dict[tuple[int, int], RecordLayout]:
-    args = checkpoint.args
-    made: dict[tuple[frozenset[str], str], RecordLayout] = {}
-    layouts = {}
-    for layer in args.moe_layers:
-        for expert in range(args.num_experts):
-            gate, up, down = checkpoint.expert_sources(layer, expert)
-            key = (frozenset({gate.dtype, up.dtype}), down.dtype)
-            if key not in made:
-                found: list[str] = []
-                gate_up = _expert_spec("expert gate|up", args.hidden, set(key[0]), options, found)
-                tall = _expert_spec("expert down", args.expert_width, {key[1]}, options, found)
-                notes.extend(note for note in found if note not in notes)
-                made[key] = RecordLayout(gate_up, tall, args.hidden, args.expert_width)
-            layouts[layer, expert] = made[key]
-    first = next(iter(layouts.values()))
-    if first.gate_up.group_size != first.down.group_size:
-        notes.append(
-            f"groups of {first.gate_up.group_size} for gate|up ({args.hidden} columns) and of "
-            f"{first.down.group_size} for down ({args.expert_width} columns)"
-        )
-    return layouts
-
-
-def _trunk_items(
-    checkpoint: Checkpoint, options: ConvertOptions, notes: list[str]
-) -> list[TrunkItem]:
-    routers = checkpoint.router_names()
-    items, odd, rounded = [], [], []
-    for name, source in checkpoint.trunk.items():
-        matrix = len(source.shape) == 2 and source.shape[0] >= TILE_ROWS and name not in routers
-        spec = None
-        if matrix and options.trunk_bits < 16:
-            group_size = _group_size(source.shape[1], options.group_size)
-            if group_size is None:
-                odd.append(name)
-            else:
-                spec = QuantSpec(options.trunk_bits, group_size, "sym")
-        # Norms, biases and routers are small and sensitive: they keep the dtype they came in.
-        dtype = "BF16" if matrix and source.dtype == "F32" else source.dtype
-        if dtype != source.dtype and spec is None:
-            rounded.append(name)
-        items.append(TrunkItem(name, source, spec, dtype))
-    if odd:
-        notes.append(
-            f"{len(odd)} trunk matrices stay 16 bits, their columns are no multiple of the group: "
-            + ", ".join(f"`{name}`" for name in odd[:3])
-            + (", ..." if len(odd) > 3 else "")
-        )
-    if rounded:
-        notes.append(f"{len(rounded)} fp32 trunk matrices are rounded to bf16, to nearest even")
-    if options.trunk_bits < 16:
-        notes.append("norms, biases and routers of the trunk are stored as they came")
-    # Wide dtypes first, so that every tensor is aligned to its own dtype.
-    return sorted(items, key=lambda item: (_align(item), item.name))
-
-
-def _align(item: TrunkItem) -> int:
-    return -1 if item.spec else -DTYPE_BYTES[item.dtype]
+    """The plan for a checkpoint folder or a store; reads config.json and headers only."""
+    with open_source(source) as opened:
+        return make_plan(opened, options or ConvertOptions())
 
 
 def _rows(
-    checkpoint: Checkpoint,
+    checkpoint: WeightSource,
     layouts: dict[tuple[int, int], RecordLayout],
     trunk: list[TrunkItem],
+    num_variants: int,
 ) -> list[PlanRow]:
-    sources = [source for key in layouts for source in checkpoint.expert_sources(*key)]
     kinds = {spec for layout in layouts.values() for spec in (layout.gate_up, layout.down)}
-    weights = sum(prod(source.shape) for source in sources)
-    now = sum(source.num_bytes for source in sources)
+    weights = sum(3 * layout.hidden * layout.width for layout in layouts.values())
+    keys = expert_keys(checkpoint)
+    now = sum(checkpoint.expert_bytes(*key) for key in keys) * num_variants
     store = sum(layout.num_bytes for layout in layouts.values())
     rows = [PlanRow("experts", len(layouts), weights, now, store, storage_text(kinds))]
     routers = checkpoint.router_names()
@@ -276,7 +198,7 @@ def _rows(
         classes.setdefault("routers" if item.name in routers else label, []).append(item)
     for label, items in classes.items():
         weights = sum(prod(item.source.shape) for item in items)
-        now = sum(item.source.num_bytes for item in items)
+        now = sum(item.source_bytes for item in items)
         store = sum(item.num_bytes for item in items)
         storage = storage_text(item.spec or item.dtype for item in items)
         rows.append(PlanRow(label, len(items), weights, now, store, storage))

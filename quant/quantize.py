@@ -1,4 +1,4 @@
-"""Round-to-nearest quantization of one matrix in groups of columns, and its inverse.
+"""Round-to-nearest quantization of one matrix, in groups of columns or by row, and its inverse.
 
 Knows tensors and a `QuantSpec`; knows no file, no model and no packing (`runtime/kernels.py`).
 
@@ -45,8 +45,10 @@ class Quantized(NamedTuple):
     mins: Tensor | None
 
 
-def quantize(weight: Tensor, spec: QuantSpec) -> Quantized:
+def quantize(weight: Tensor, spec: QuantSpec, per_channel: bool = False) -> Quantized:
     """Quantize a finite bf16, fp16 or fp32 matrix [rows, cols] to `spec` (2, 3, 4 or 8 bits).
+
+    `per_channel`: a row has one scale, found over all its columns and repeated for every group.
 
     Codes are chosen for the scale as it is stored (fp16), so rounding it costs nothing twice. A
     group of zeros, or one whose scale is too small for fp16, becomes zeros (asym: its minimum); a
@@ -54,14 +56,15 @@ def quantize(weight: Tensor, spec: QuantSpec) -> Quantized:
     """
     rows, cols = weight.shape
     spec.check_shape(rows, cols)
-    groups = cols // spec.group_size
+    size = cols if per_channel else spec.group_size
+    groups = cols // size
     codes = torch.empty((rows, cols), dtype=torch.uint8)
     scales = torch.empty((rows, groups), dtype=torch.float16)
     mins = torch.empty((rows, groups), dtype=torch.float16) if spec.mode == "asym" else None
     step = max(1, _BLOCK_WEIGHTS // cols)
     for row in range(0, rows, step):
         part = slice(row, row + step)
-        block = weight[part].to(torch.float32).view(-1, groups, spec.group_size)
+        block = weight[part].to(torch.float32).view(-1, groups, size)
         out = codes[part].view(block.shape)
         if spec.mode == "nf4":
             _quantize_nf4(block, out, scales[part])
@@ -69,7 +72,38 @@ def quantize(weight: Tensor, spec: QuantSpec) -> Quantized:
             _quantize_sym(block, spec.bits, out, scales[part])
         else:
             _quantize_asym(block, spec.bits, out, scales[part], mins[part])
+    repeats = cols // spec.group_size // groups
+    if repeats > 1:
+        scales = scales.repeat_interleave(repeats, 1)
+        mins = None if mins is None else mins.repeat_interleave(repeats, 1)
     return Quantized(codes, scales, mins)
+
+
+def quantize_absmax(weight: Tensor, spec: QuantSpec) -> Quantized:
+    """EdgeMoE's quantizer (2308.14352, and MoQE's and ExpertsInt8's): one scale a row.
+
+    scale = max|w| / (2^(bits-1) - 1) as fp16, codes symmetric around zero; so 2 bits have the three
+    levels -scale, 0, scale. |w - w^| <= scale / 2 for the scale as it is stored: where rounding it
+    to fp16 would break that, it is the next fp16 up. A row of zeros stays zeros. Raises UsageError
+    where groups do not divide the columns.
+    """
+    rows, cols = weight.shape
+    spec.check_shape(rows, cols)
+    top = (1 << (spec.bits - 1)) - 1
+    codes = torch.empty((rows, cols), dtype=torch.uint8)
+    scales = torch.empty((rows, 1), dtype=torch.float16)
+    step = max(1, _BLOCK_WEIGHTS // cols)
+    for row in range(0, rows, step):
+        part = slice(row, row + step)
+        block = weight[part].to(torch.float32)
+        largest = block.abs().amax(-1, keepdim=True)
+        scale = (largest / top).clamp_(max=_MAX_FP16).to(torch.float16)
+        short = scale.float() * (top + 0.5) < largest
+        up = torch.where(scale == _MAX_FP16, scale, (scale.view(torch.int16) + 1).view(scale.dtype))
+        scales[part] = torch.where(short, up, scale)
+        work = block * _inverse(scales[part])
+        codes[part] = work.round_().clamp_(-top, top).add_(top + 1)
+    return Quantized(codes, scales.repeat_interleave(cols // spec.group_size, 1), None)
 
 
 def _quantize_sym(block: Tensor, bits: int, codes: Tensor, scales: Tensor) -> None:

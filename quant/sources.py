@@ -2,8 +2,15 @@
 
 from dataclasses import dataclass
 from math import prod
+from typing import TYPE_CHECKING
 
+from ..runtime.errors import CheckpointError
 from ..runtime.format import DTYPE_BYTES
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+AGAIN = "download the checkpoint again, or compare it with the released one"
 
 READABLE = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}  # safetensors dtype to torch's
 
@@ -27,3 +34,18 @@ class Source:
         size = prod(self.shape[1:])
         offset = self.offset + begin * size * DTYPE_BYTES[self.dtype]
         return Source(self.name, self.file, self.dtype, (end - begin, *self.shape[1:]), offset)
+
+
+def refuse_not_finite(weight: "Tensor", source: Source) -> None:
+    """Raise CheckpointError where a weight is NaN or infinite."""
+    import torch
+
+    bad = ~torch.isfinite(weight)
+    count = int(bad.sum())
+    if count:
+        first = [int(part) for part in bad.nonzero()[0]]
+        raise CheckpointError(
+            f"tensor `{source.name}` holds NaN or infinite weights",
+            f"{count} of {weight.numel()}, the first at {first} of the part read",
+            AGAIN,
+        )

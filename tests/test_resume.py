@@ -54,6 +54,14 @@ class Interrupted(Exception):
     pass
 
 
+def same_store(first: Path, second: Path) -> bool:
+    """Whether two stores hold the same bytes."""
+    names = sorted(file.name for file in first.iterdir())
+    return names == sorted(file.name for file in second.iterdir()) and all(
+        (first / name).read_bytes() == (second / name).read_bytes() for name in names
+    )
+
+
 def interrupt(
     monkeypatch: pytest.MonkeyPatch, path: Path, target: Path, layer: int, **options: Any
 ) -> None:

@@ -1,24 +1,57 @@
-"""`edgemoe convert HF_DIR --out NAME.edgemoe`: a checkpoint becomes a store."""
+"""`edgemoe convert SOURCE --out NAME.edgemoe`: a checkpoint, or a store, becomes a store."""
 
 import argparse
 import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from ..runtime.errors import UsageError
-from .options import existing
+from . import options
 from .render import note, open_output
 
-USAGE = "%(prog)s HF_DIR --out NAME.edgemoe [options]"
+if TYPE_CHECKING:
+    from ..quant.bitplan import BitPlan
+    from ..quant.calibrated import Calibration
+    from ..quant.options import ConvertOptions
+
+USAGE = "%(prog)s SOURCE --out NAME.edgemoe [options]"
 EPILOG = """The plan is printed first; --dry-run stops there and reads no weights. Interrupted at
-any moment, the same command goes on where it was.
+any moment, the same command goes on where it was. SOURCE is a Hugging Face folder, or a store of
+more bits, whose trunk is taken over as it is.
 
   edgemoe convert OLMoE-1B-7B --out olmoe.edgemoe --bits 4
+  edgemoe convert OLMoE-1B-7B --out olmoe-3.edgemoe --bits 3 --calibration text.txt
 """
+CALIBRATION_TOKENS = 65536
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", metavar="HF_DIR", help="folder with config.json and safetensors")
+    parser.add_argument("source", metavar="SOURCE", help="a checkpoint folder, or a store")
     parser.add_argument("--out", metavar="NAME.edgemoe", help="the store to write; must not exist")
     add_format_options(parser)
+    group = parser.add_argument_group("quality")
+    group.add_argument(
+        "--quantizer",
+        choices=("nearest", "absmax", "search", "calibrated"),
+        help="how weights are rounded (default: calibrated with --calibration, else nearest)",
+    )
+    group.add_argument(
+        "--calibration",
+        action="append",
+        metavar="FILE",
+        help="a text like those the model will read, or token ids as .npy; repeatable",
+    )
+    group.add_argument(
+        "--calibration-tokens",
+        type=options.count,
+        default=CALIBRATION_TOKENS,
+        metavar="N",
+        help="at most, all texts together (default: 64k)",
+    )
+    group.add_argument(
+        "--plan", metavar="FILE", help="bits of every expert: a file, experts-int8 or moqe"
+    )
+    group.add_argument("--save-plan", metavar="FILE", help="write the plan that is followed")
     parser.add_argument("--dry-run", action="store_true", help="print the plan, write nothing")
     parser.add_argument("--json", action="store_true", help="the plan as one JSON object")
 
@@ -47,34 +80,83 @@ def add_format_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def format_options(args: argparse.Namespace) -> object:
+def format_options(args: argparse.Namespace, **more: Any) -> "ConvertOptions":
     """The `ConvertOptions` that the flags name."""
-    from ..quant.plan import ConvertOptions
+    from ..quant.options import ConvertOptions
 
     given = {name: getattr(args, name) for name in ("bits", "mode", "group_size", "trunk_bits")}
     if given["group_size"] not in (None, "channel"):
         given["group_size"] = int(given["group_size"])
+    given |= more
     return ConvertOptions(**{name: value for name, value in given.items() if value is not None})
 
 
 def run(args: argparse.Namespace) -> int:
     if args.out is None and not args.dry_run:
         raise UsageError("no --out given", "a store needs a name", "--out NAME.edgemoe")
-    existing(args.source, "a folder with a Hugging Face checkpoint", "check the path")
+    options.existing(
+        args.source, "a folder with a Hugging Face checkpoint, or a store", "check the path"
+    )
     open_output()
     from ..quant.plan import plan_conversion
+    from ..quant.store_source import is_store
 
-    options = format_options(args)
-    plan = plan_conversion(args.source, options)
+    if args.trunk_bits is not None and is_store(args.source):
+        raise UsageError(
+            "`--trunk-bits` is not possible with a store as the source",
+            "its trunk is taken over as it is",
+            "leave it out, or convert the checkpoint",
+        )
+    calibrated = "calibrated" if args.calibration else None
+    chosen = format_options(
+        args, quantizer=args.quantizer or (None if args.plan else calibrated), plan=_plan(args)
+    )
+    plan = plan_conversion(args.source, chosen)
     if args.json:
         print(json.dumps(plan.to_json(), indent=1), flush=True)
     else:
         print("\n".join(plan.lines()), flush=True)
+    if args.save_plan is not None:
+        plan.bit_plan().save(args.save_plan)
     if args.dry_run:
         return 0
     from ..quant.convert import convert
     from ..quant.progress import open_progress
 
-    path = convert(args.source, args.out, options, open_progress())
+    path = convert(args.source, args.out, chosen, open_progress(), calibration=_calibration(args))
     note(f'wrote {path}; try: edgemoe run {path} "Hello"')
     return 0
+
+
+def _plan(args: argparse.Namespace) -> "BitPlan | None":
+    """The plan that --plan names."""
+    if args.plan is None:
+        return None
+    from ..quant.bitplan import NAMED, BitPlan, named
+    from ..quant.layouts import expert_keys
+    from ..quant.store_source import open_source
+
+    if args.plan in NAMED:
+        with open_source(args.source) as source:
+            return named(args.plan, expert_keys(source), args.bits)
+    for name in ("bits", "mode", "group_size", "quantizer"):
+        if getattr(args, name) is not None:
+            raise UsageError(
+                f"`--{name.replace('_', '-')}` and `--plan {args.plan}` do not go together",
+                "the plan says how every expert is stored",
+            )
+    return BitPlan.load(args.plan)
+
+
+def _calibration(args: argparse.Namespace) -> "Calibration | None":
+    """The text of --calibration in windows."""
+    if not args.calibration:
+        return None
+    from ..quant.calibrated import Calibration
+    from ..quant.windows import read_windows
+    from ..tokenizer import Tokenizer
+
+    tokenizer = Tokenizer.load(Path(args.source))
+    windows = read_windows(args.calibration, tokenizer, args.calibration_tokens)
+    names = tuple(Path(path).name for path in args.calibration)
+    return Calibration([window.ids for window in windows], names)

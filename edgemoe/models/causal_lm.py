@@ -14,7 +14,7 @@ from . import load_module
 from .args import ModelArgs
 from .moe import Experts, OnRoute
 from .native import NativeLayers
-from .steps import ForcedRoutes
+from .steps import ForcedRoutes, Steps
 from .torch_layers import TorchLayers
 from .trunk import ReadTensor, Trunk
 
@@ -55,6 +55,11 @@ class CausalLM:
         for layer in self.args.moe_layers:
             mask = None if masks is None else np.ascontiguousarray(masks[layer], dtype=np.uint8)
             self._layers.set_mask(layer, mask, threshold)
+
+    @property
+    def steps(self) -> Steps:
+        """The layers one by one, for whoever takes many texts through one before the next."""
+        return self._layers
 
     def forward(
         self,

@@ -1,0 +1,184 @@
+"""Experts quantized by what goes into them: layer by layer, each from the inputs of its own tokens.
+
+An expert's moments sum over the tokens routed to it, weighted by the square of routing weight over
+the length of the token's hidden state behind the layer: so much its error turns what the next norm
+sees. Unweighted, a few tokens with huge states decide everything. `down` is rounded for the inputs
+that the rounded gate and up give it. An expert that too few tokens were routed to also sees other
+tokens of the layer (`_filled`).
+
+Hidden states are those of the source: what is quantized does not change the inputs of later layers,
+so that records do not depend on each other, on the plan, or on where a conversion was interrupted.
+"""
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..models.steps import Routed
+from ..runtime import kernels
+from ..runtime.format import RecordLayout
+from .gptq import Curvature, quantize_calibrated
+from .layer_pass import LayerPass, Share, expert_hidden, shares
+from .options import ExpertSpec
+from .pack import Record, checked, coded, in_order, pack_expert
+from .plan import ConversionPlan
+from .quantize import dequantize
+from .store_source import WeightSource
+
+MIN_TOKENS = 256  # of an expert, below which it also sees others of the layer
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """The text to calibrate on: windows of token ids, and what to call it."""
+
+    windows: Sequence[Sequence[int]]
+    texts: Sequence[str] = ()
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(len(window) for window in self.windows)
+
+    @property
+    def digest(self) -> str:
+        """sha256 of the windows."""
+        data = hashlib.sha256()
+        for window in self.windows:
+            data.update(np.array([len(window), *window], dtype="<i8").tobytes())
+        return data.hexdigest()
+
+    def to_json(self) -> dict[str, Any]:
+        return {"num_tokens": self.num_tokens, "sha256": self.digest, "texts": list(self.texts)}
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """One expert of a layer, its tokens, and which records it shall become."""
+
+    layer: int
+    share: Share
+    numbers: list[int]
+
+
+def calibrated_records(
+    source: WeightSource,
+    plan: ConversionPlan,
+    todo: Sequence[tuple[int, int]],
+    workers: int,
+    calibration: Calibration,
+) -> Iterator[tuple[tuple[int, int], Record]]:
+    """The records of `todo` in their order. Layers before the first of them are computed through;
+    after the last nothing is."""
+    numbers: dict[int, list[int]] = {}
+    for layer, number in todo:
+        numbers.setdefault(layer, []).append(number)
+    last = max(numbers)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # an expert a thread: sums do not depend on how many there are
+    try:
+        with LayerPass(source, plan.trunk, plan.layouts, calibration.windows, workers) as text:
+            for layer in range(last + 1):
+                routed = text.attend(layer)
+                if layer not in text.args.moe_layers:
+                    text.finish(layer, None)
+                    continue
+                parts = list(shares(routed, text.args.num_experts))
+                y = torch.zeros_like(text.x)
+                outputs = in_order(partial(_output, source, layer, routed), parts, workers)
+                for share, output in zip(parts, outputs, strict=True):
+                    y.index_add_(0, share.tokens, output)
+                text.finish(layer, y)
+                scale = text.x.norm(dim=1).clamp_(min=1e-6).reciprocal_()
+                jobs: dict[int, _Job] = {}
+                for number in numbers.get(layer, ()):
+                    expert = number // plan.num_variants
+                    share = parts[expert]
+                    share = Share(share.expert, share.tokens, share.weights * scale[share.tokens])
+                    jobs.setdefault(expert, _Job(layer, share, [])).numbers.append(number)
+                make = partial(_records, source, plan, routed.normed)
+                for job, records in zip(
+                    jobs.values(), in_order(make, list(jobs.values()), workers), strict=True
+                ):
+                    for number, record in zip(job.numbers, records, strict=True):
+                        yield (layer, number), record
+                    del records
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _output(source: WeightSource, layer: int, routed: Routed, share: Share) -> Tensor:
+    """What an expert adds to its tokens, `[n, D]`."""
+    if not len(share.tokens):
+        return torch.empty((0, routed.normed.shape[1]))
+    gate, up, down = (part.float() for part in source.expert(layer, share.expert))
+    output = expert_hidden(routed.normed[share.tokens], gate, up) @ down.T
+    return output.mul_(share.weights[:, None])
+
+
+def _records(source: WeightSource, plan: ConversionPlan, normed: Tensor, job: _Job) -> list[Record]:
+    """The records of one expert."""
+    gate, up, down = (part.float() for part in source.expert(job.layer, job.share.expert))
+    kinds = [
+        (plan.layouts[job.layer, number], plan.spec_of(job.layer, number)) for number in job.numbers
+    ]
+    return expert_records((gate, up, down), normed, job.share, kinds)
+
+
+def expert_records(
+    weights: tuple[Tensor, Tensor, Tensor],
+    normed: Tensor,
+    share: Share,
+    kinds: Sequence[tuple[RecordLayout, ExpertSpec]],
+) -> list[Record]:
+    """The records of one expert (gate, up, down fp32), given its share of `normed` `[N, D]`."""
+    gate, up, down = weights
+    tokens, factors = _filled(normed, share)
+    x = normed[tokens]
+    curvature = importance = None
+    records = []
+    for layout, spec in kinds:
+        if spec.quantizer != "calibrated" or layout.gate_up.is_16bit:
+            if spec.quantizer == "search" and importance is None:
+                hidden = expert_hidden(x, gate, up)
+                importance = tuple((part * factors).square().sum(0) for part in (x, hidden))
+            records.append(pack_expert(weights, layout, spec, importance))
+            continue
+        if curvature is None:
+            curvature = _curvature(x, factors)
+        wide = quantize_calibrated(torch.cat((gate, up)), layout.gate_up, curvature)
+        rounded = dequantize(wide, layout.gate_up)
+        hidden = expert_hidden(x, *rounded.split(len(gate)))
+        tall = quantize_calibrated(down, layout.down, _curvature(hidden, factors))
+        codes, scales, _ = coded(wide)
+        halves = (slice(0, len(gate)), slice(len(gate), None))
+        parts = [(codes[half], scales[half], None) for half in halves]
+        record = kernels.pack_record(*parts, coded(tall), layout)
+        records.append(checked(record, layout))
+    return records
+
+
+def _curvature(inputs: Tensor, factors: Tensor) -> Curvature:
+    scaled = inputs * factors
+    return Curvature(scaled.T @ scaled)
+
+
+def _filled(normed: Tensor, share: Share) -> tuple[Tensor, Tensor]:
+    """Tokens int64 `[m]` and factors fp32 `[m, 1]` that an expert's moments sum over.
+
+    Those routed to it count by their routing weight. Where they are fewer than MIN_TOKENS, tokens
+    spread over the layer stand in for the missing ones with half of the mean factor.
+    """
+    _, tokens, weights = share
+    missing = min(MIN_TOKENS, len(normed)) - len(tokens)
+    if missing <= 0:
+        return tokens, weights[:, None]
+    others = torch.linspace(0, len(normed) - 1, missing).long()
+    typical = float(weights.mean()) if len(weights) else 1.0
+    factors = torch.cat((weights, torch.full((missing,), 0.5 * typical)))
+    return torch.cat((tokens, others)), factors[:, None]

@@ -1,0 +1,144 @@
+"""A text goes through a model one layer at a time, with the experts as their source has them.
+
+In memory are the trunk, the hidden states of N tokens (fp32 `[N, D]`, three times) and, in whoever
+asks, the experts at work. Attention and routers run as in an engine.
+"""
+
+from collections.abc import Iterator, Sequence
+from types import TracebackType
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..kv_cache import KVCache
+from ..models.causal_lm import CausalLM
+from ..models.steps import Routed
+from ..runtime import kernels
+from ..runtime.format import RecordLayout
+from ..runtime.index import ExpertRecord
+from ..runtime.kernels import PackedMatrix, ThreadPool
+from ..runtime.memory import Pile
+from ..runtime.records import RecordTable
+from .layouts import TrunkItem
+from .quantize import quantize, to_16bit
+from .store_source import StoreSource, WeightSource
+
+
+class Share(NamedTuple):
+    """The tokens that one expert was given: positions int64 `[n]`, routing weights fp32 `[n]`."""
+
+    expert: int
+    tokens: Tensor
+    weights: Tensor
+
+
+class _NoExperts:
+    """Stands where an engine has its executor; nothing here asks it for an output."""
+
+    reader_handle = None
+
+    def __init__(self, layouts: dict[tuple[int, int], RecordLayout]) -> None:
+        records = {key: ExpertRecord(0, layout, (0, 0)) for key, layout in layouts.items()}
+        self.table = RecordTable(records)
+        self.addresses = np.zeros(len(records), dtype=np.uint64)
+
+
+class LayerPass:
+    """The hidden states of some windows of tokens, from layer to layer. Close it."""
+
+    def __init__(
+        self,
+        source: WeightSource,
+        trunk: Sequence[TrunkItem],
+        layouts: dict[tuple[int, int], RecordLayout],
+        windows: Sequence[Sequence[int]],
+        num_threads: int,
+    ) -> None:
+        self.args = source.args
+        self._pool = ThreadPool(num_threads)
+        items = {item.name: item for item in trunk}
+
+        def read(name: str, pile: Pile | None) -> Tensor | PackedMatrix:
+            return _trunk_tensor(source, items[name])
+
+        experts = _NoExperts(layouts)
+        self._model = CausalLM(self.args, read, experts, self._pool)
+        self._steps = self._model.steps
+        size = max(len(window) for window in windows)
+        self._kv_cache = KVCache.for_model(self.args, size, 16)
+        ends = np.cumsum([len(window) for window in windows]).tolist()
+        self._spans = [slice(end - len(ids), end) for end, ids in zip(ends, windows, strict=True)]
+        self.x = torch.empty((ends[-1], self.args.hidden))
+        for span, ids in zip(self._spans, windows, strict=True):
+            self.x[span] = self._steps.embed(torch.tensor(ids))
+        self._routed = Routed.room(self.args, ends[-1])
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.x)
+
+    def attend(self, layer: int) -> Routed:
+        """Attention of a layer for every window; what goes into its MLP, good until the next."""
+        for span in self._spans:
+            self._kv_cache.trim(0)
+            routed = Routed(*(part[span] for part in self._routed))
+            self._steps.attend(layer, self.x[span], self._kv_cache, routed)
+        return self._routed
+
+    def finish(self, layer: int, y: Tensor | None) -> None:
+        """Add what the MLP of a layer gives: y `[N, D]` of its experts, None in a dense layer."""
+        for span in self._spans:
+            routed = Routed(*(part[span] for part in self._routed))
+            own = None if y is None else y[span]
+            self._steps.finish(layer, self.x[span], routed, own)
+
+    def close(self) -> None:
+        self._model = self._steps = None
+        self._pool.close()
+
+    def __enter__(self) -> "LayerPass":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def shares(routed: Routed, num_experts: int) -> Iterator[Share]:
+    """The share of every expert, in ascending order of tokens."""
+    ids = routed.expert_ids.reshape(-1).long()
+    order = torch.argsort(ids, stable=True)
+    counts = torch.bincount(ids, minlength=num_experts).tolist()
+    tokens = order // routed.expert_ids.shape[1]
+    weights = routed.routing_weights.reshape(-1)[order]
+    yield from map(Share, range(num_experts), tokens.split(counts), weights.split(counts))
+
+
+def expert_hidden(x: Tensor, gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate x) * (up x): what goes into down, x `[n, D]` -> `[n, F]`."""
+    return torch.nn.functional.silu(x @ gate.T).mul_(x @ up.T)
+
+
+def _trunk_tensor(source: WeightSource, item: TrunkItem) -> Tensor | PackedMatrix:
+    """A trunk tensor as the store will hold it."""
+    if isinstance(source, StoreSource):
+        data = np.concatenate(list(source.trunk_bytes(item.name, 1 << 30)))
+        if item.spec is not None:
+            rows, cols = item.source.shape
+            return PackedMatrix.from_packed(torch.from_numpy(data), rows, cols, item.spec)
+        dtype = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}[item.dtype]
+        return torch.from_numpy(data).view(dtype).reshape(item.source.shape)
+    weight = source.read(item.source)
+    if item.spec is not None:
+        codes, scales, _ = quantize(weight, item.spec)
+        packed = kernels.pack_codes(codes.numpy(), scales.numpy(), None, item.spec)
+        return PackedMatrix.from_packed(torch.from_numpy(packed), *weight.shape, item.spec)
+    if item.dtype != item.source.dtype:
+        return to_16bit(weight, "bf16").view(torch.bfloat16)
+    return weight
