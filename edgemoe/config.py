@@ -1,7 +1,8 @@
 """How an engine is opened: validated once, at the border. Floor 3; imports no torch.
 
 A value that is not given comes from the environment (EDGEMOE_MEMORY, _CONTEXT, _POLICY, _THREADS,
-_BACKEND, _KV_BITS, _IO, _CHAT_TEMPLATE, _SET, _SET_MODE, _SET_THRESHOLD), else from the default.
+_BACKEND, _KV_BITS, _IO, _CHAT_TEMPLATE, _WARM_START, _SET, _SET_MODE, _SET_THRESHOLD), else from
+the default.
 """
 
 import os
@@ -18,6 +19,7 @@ from .runtime.policy import DEFAULT_POLICY, POLICIES
 from .runtime.sets import SET_MODES, check_threshold
 
 DEFAULT_CONTEXT = 4096
+WARM_STARTS = ("auto", "off")
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +29,7 @@ class EngineConfig:
     `memory_bytes` None: as much as keeps every expert resident. `context` None: what the model was
     trained for, 4096 at most. `threads` None: one per core. `cache_bytes`: less expert cache than
     the budget allows, for measurements. `throttle`: emulate a drive of so many bytes per second.
+    `warm_start` "off": read no expert before it is wanted, and keep nothing for the next engine.
     """
 
     memory_bytes: int | None = None
@@ -39,6 +42,7 @@ class EngineConfig:
     cache_bytes: int | None = None
     throttle: int | None = None
     chat_template: str | None = None
+    warm_start: str = "auto"
     set: str | None = None
     set_mode: str = "exact"
     set_threshold: float | None = None
@@ -50,6 +54,7 @@ class EngineConfig:
             object.__setattr__(self, "backend", core.BACKEND)
         _one_of("policy", self.policy, POLICIES)
         _one_of("io", self.io, IO_MODES)
+        _one_of("warm_start", self.warm_start, WARM_STARTS)
         _one_of("kv_bits", self.kv_bits, (8, 16, 32))
         _one_of("backend", self.backend, ("native", "reference"))
         _one_of("set_mode", self.set_mode, SET_MODES)

@@ -16,6 +16,7 @@ from .active_set import ActiveSet, find_set, mask_routers, plan_with_set, warm_u
 from .chat_template import ChatTemplate, TemplateWorker
 from .config import EngineConfig
 from .interrupts import DeferredInterrupt, InterruptibleExperts
+from .last_run import save_last_run
 from .preflight import Preflight, cache_capacity, line_bytes, preflight, release_free_memory
 from .report import engine_report, notes_on
 from .runtime.amounts import format_bytes
@@ -25,6 +26,7 @@ from .sampling import SamplingParams
 from .stats import memory_bytes, peak_memory_bytes
 from .tokenizer import Tokenizer
 from .tokenizer_files import eos_ids, read_json
+from .warm_start import WarmStart, expected_use
 
 if TYPE_CHECKING:
     import torch
@@ -58,6 +60,7 @@ class Engine:
         self._lock = threading.RLock()
         self._sessions: weakref.WeakSet[Session] = weakref.WeakSet()
         self._session: Session | None = None
+        self.warm_start: WarmStart | None = None
         self._resources = ExitStack()
 
     @classmethod
@@ -75,6 +78,7 @@ class Engine:
         cache_bytes: int | None = None,
         throttle: str | int | None = None,
         chat_template: str | Path | None = None,
+        warm_start: str | None = None,
         set: str | None = None,
         set_mode: str | None = None,
         set_threshold: float | None = None,
@@ -96,6 +100,7 @@ class Engine:
             cache_bytes=cache_bytes,
             throttle=throttle,
             chat_template=chat_template,
+            warm_start=warm_start,
             set=set,
             set_mode=set_mode,
             set_threshold=set_threshold,
@@ -158,6 +163,10 @@ class Engine:
         if self.active_set is not None:
             mask_routers(self._model, self.active_set)
             warm_up(self.cache, self.active_set, args.top_k)
+        elif config.warm_start != "off":
+            use, sources, notes = expected_use(self._index, args.top_k)
+            self.notes += notes
+            self.warm_start = WarmStart(self.cache, use, sources, self._lock)
 
     # ---- what it is ----------------------------------------------------------------------------
 
@@ -238,6 +247,8 @@ class Engine:
         """Append tokens to a KV cache; see `CausalLM.forward`. Ctrl-C comes between two layers."""
         if self.closed:
             raise UsageError("this engine is closed")
+        if self.warm_start is not None:
+            self.warm_start.stop()
         with self._lock:
             if self._model.decodes(token_ids, logits):  # the core minds Ctrl-C itself
                 return self._model.forward(token_ids, kv_cache, logits, **options)
@@ -250,6 +261,8 @@ class Engine:
         between two layers' experts."""
         if self.closed:
             raise UsageError("this engine is closed")
+        if self.warm_start is not None:
+            self.warm_start.stop()
         with self._lock, self._interrupt.deferred():
             yield self._model._layers
 
@@ -259,6 +272,14 @@ class Engine:
         from .runtime.observe import ObservingExecutor
 
         self._experts.executor = self._executor = ObservingExecutor(self._executor, observer)
+
+    def warm_up(self) -> int:
+        """Wait until the warm start has read what it knows to be wanted and what fits; returns its
+        bytes. For whoever has time before the first request: without this it goes on meanwhile."""
+        if self.warm_start is None:
+            return 0
+        self.warm_start.finish()
+        return self.warm_start.num_bytes
 
     def take_step_stats(self) -> "StepStats":
         """Demand on the expert cache since the last call."""
@@ -328,6 +349,8 @@ class Engine:
             return
         with self._lock:
             self.closed = True
+            if self.warm_start is not None and self.warm_start.is_over:
+                save_last_run(self._index, self.cache.resident_mask())
             self.template_worker.close()
             self._session = self._model = None
             self._resources.close()

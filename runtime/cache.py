@@ -158,6 +158,10 @@ class ExpertCache:
             return True
         return sum(self._num_bytes_of[key] for key in keys if key not in self._pins) <= room
 
+    def resident_mask(self) -> NDArray[np.bool_]:
+        """Which records are in memory or being read into it, by key."""
+        return np.array(self.addresses(range(len(self.table)))) != 0
+
     def begin_layer(self, layer: int, num_tokens: int = 1, keys: Sequence[int] = ()) -> None:
         """Tell which layer the following hints belong to, and how many tokens go through it.
 

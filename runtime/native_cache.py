@@ -110,6 +110,10 @@ class NativeCache:
         """Where the records are or will be, 0: absent. Good from `hint` to `release`."""
         return self._addresses[keys].tolist()
 
+    def resident_mask(self) -> NDArray[np.bool_]:
+        """Which records are in memory or being read into it, by key."""
+        return self._addresses != 0
+
     def begin_layer(self, layer: int, num_tokens: int = 1, keys: Sequence[int] = ()) -> None:
         """See `ExpertCache.begin_layer`."""
         wanted = np.array(keys, dtype=np.int32)

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from .errors import FormatError, NotFoundError, UsageError
 from .format import encode_header
 from .profile_sums import STATES, TENSORS, LayerSums
-from .transitions import PlaceTables, StateCounts, count_pairs, make_tables, path_keys
+from .transitions import PlaceTables, StateCounts, count_pairs, following_choices, path_keys
 
 FORMAT = "edgemoe-profile"
 VERSION = 1
@@ -73,7 +73,7 @@ class Profile:
         for place, sums in enumerate(self.layers.values()):
             number, keys, after = sums.num_experts, [], []
             for routes in texts:
-                now, following = routes[:, place], _following(routes, place, 1)
+                now, following = routes[:, place], following_choices(routes, place, 1)
                 source = now[: len(following)]
                 sums.hard_count += np.bincount(now.reshape(-1), minlength=number)
                 sums.next_count += count_pairs(source, following, sums.next_count.shape)
@@ -251,16 +251,35 @@ class Profile:
         states = [target.tokens or none, source.paths or none]
         if max_entries is not None:
             states = [each.most_seen(max_entries) for each in states]
-        return make_tables(self.popularity(place), self.top_k, counts, *states)
+        return PlaceTables.of(self.popularity(place), self.top_k, counts, *states)
 
     def _num_experts(self) -> dict[int, int]:
         return {layer: sums.num_experts for layer, sums in self.layers.items()}
 
 
-def _following(routes: NDArray[np.integer], place: int, steps: int) -> NDArray[np.integer]:
-    """Choices `steps` places after `place`, which may be in the next token: [T or T - 1, K]."""
-    wraps, at = divmod(place + steps, routes.shape[1])
-    return routes[wraps:, at]
+def read_popularity(
+    path: str | Path, num_experts: Mapping[int, int], top_k: int
+) -> dict[int, NDArray[np.float64]]:
+    """Share of tokens that choose each expert, [E] by layer: the counts only, not a whole profile.
+    Raises FormatError, UsageError for another model."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="numpy") as file:
+            head = json.loads((file.metadata() or {})["profile"])
+            names = {layer: f"layers.{layer}.hard_count" for layer in num_experts}
+            known = set(file.keys())
+            layers = {
+                layer: LayerSums(file.get_tensor(name))
+                for layer, name in names.items()
+                if name in known
+            }
+        profile = Profile(layers, int(head["top_k"]), int(head["num_tokens"]))
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+        raise FormatError(f"`{path}` is a damaged profile", str(error)) from error
+    profile.validate(str(path))
+    profile.check_model(num_experts, top_k)
+    return {layer: profile.popularity(place) for place, layer in enumerate(layers)}
 
 
 def profile_path(store: str | Path, name: str | None = None) -> Path:

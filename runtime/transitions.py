@@ -49,6 +49,12 @@ def count_pairs(
     return np.bincount(cells.reshape(-1), minlength=shape[0] * shape[1]).reshape(shape)
 
 
+def following_choices(routes: NDArray[np.integer], place: int, steps: int) -> NDArray[np.integer]:
+    """Choices `steps` places after `place`, which may be in the next token: [T or T - 1, K]."""
+    wraps, at = divmod(place + steps, routes.shape[1])
+    return routes[wraps:, at]
+
+
 @dataclass(slots=True)
 class StateCounts:
     """How often a state was followed by an expert: [N] each, sorted by (key, expert), no entry
@@ -203,20 +209,21 @@ class PlaceTables:
                 self.tokens.refine(found[-1], tokens.astype(np.uint64))
         return sum(found) / np.float32(len(found))
 
-
-def make_tables(
-    popularity: NDArray[np.float64],
-    top_k: int,
-    next_count: NDArray[np.int64],
-    tokens: StateCounts,
-    paths: StateCounts,
-) -> PlaceTables:
-    """From `next_count` [E, E'] and `paths` of the layer before, and `tokens` of this one."""
-    seen = next_count.sum(axis=1, keepdims=True) / top_k
-    pairwise = (next_count + BACK_OFF * popularity) / (seen + BACK_OFF)
-    return PlaceTables(
-        popularity.astype(np.float32),
-        pairwise.astype(np.float32),
-        StateTable.of(tokens, top_k),
-        StateTable.of(paths, top_k),
-    )
+    @classmethod
+    def of(
+        cls,
+        popularity: NDArray[np.float64],
+        top_k: int,
+        next_count: NDArray[np.int64],
+        tokens: StateCounts,
+        paths: StateCounts,
+    ) -> "PlaceTables":
+        """From `next_count` [E, E'] and `paths` of the layer before, and `tokens` of this one."""
+        seen = next_count.sum(axis=1, keepdims=True) / top_k
+        pairwise = (next_count + BACK_OFF * popularity) / (seen + BACK_OFF)
+        return cls(
+            popularity.astype(np.float32),
+            pairwise.astype(np.float32),
+            StateTable.of(tokens, top_k),
+            StateTable.of(paths, top_k),
+        )

@@ -16,7 +16,8 @@ FLOORS = {
         observe predictors""",
     2: """edgemoe: kv_cache models""",
     3: """edgemoe: active_set chat_template config control_tokens engine interrupts preflight
-        report sampling session stats stop_strings template_worker tokenizer tokenizer_files""",
+        report sampling session stats stop_strings template_worker tokenizer tokenizer_files
+        last_run warm_start""",
     4: """quant: *""",
     5: """edgemoe: __init__ __main__ cli""",
 }

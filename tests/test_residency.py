@@ -79,4 +79,3 @@ def test_a_prompt_reads_each_expert_at_most_once(store: Path, records: int) -> N
         assert len(chosen) > records or records == 24
         assert num_reads == len(chosen)
         assert engine.take_step_stats().misses == num_reads
-

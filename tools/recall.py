@@ -104,7 +104,8 @@ def main() -> None:
     parser.add_argument("--memory", help="as for `edgemoe run`")
     parser.add_argument("--json", action="store_true", help="print JSON")
     given = parser.parse_args()
-    with Engine.from_pretrained(given.store, memory=given.memory, context=PIECE_TOKENS) as engine:
+    options = {"memory": given.memory, "context": PIECE_TOKENS, "warm_start": "off"}
+    with Engine.from_pretrained(given.store, **options) as engine:
         path = given.profile or engine.path / PROFILE_FILE
         profile = Profile.load(path) if given.profile or path.is_file() else None
         if profile is not None:

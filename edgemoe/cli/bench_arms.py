@@ -211,6 +211,7 @@ def _measure_one(
             backend=args.backend,
             kv_bits=args.kv_bits,
             io=args.io,
+            warm_start="off",
             throttle=args.throttle,
         ) as engine:
             for line in engine.notes:

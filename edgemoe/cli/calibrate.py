@@ -169,7 +169,7 @@ def _open(path: Path, window: int, args: argparse.Namespace) -> "Engine":
     from ..quant.calibrate import sums_bytes
     from ..runtime.index import load_index
 
-    given = options.engine_arguments(args)
+    given = options.engine_arguments(args) | {"warm_start": "off"}
     if args.memory is not None and args.text:
         reserved = sums_bytes(parse_config(load_index(path).config))
         given["memory"] = max(1, args.memory - reserved)

@@ -114,7 +114,7 @@ def _open(
     """
     from ..engine import Engine
 
-    given: dict[str, Any] = options.engine_arguments(args)
+    given: dict[str, Any] = options.engine_arguments(args) | {"warm_start": "off"}
     memory = given.pop("memory", None)
     if first is not None:  # of two, only STORE runs with a set
         for name in ("set", "set_mode", "set_threshold"):

@@ -90,6 +90,11 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--policy", choices=POLICIES, default="cycle", help="expert cache eviction")
     group.add_argument("--threads", type=count, metavar="N", help="compute threads")
     group.add_argument(
+        "--warm-start",
+        choices=("auto", "off"),
+        help="read likely experts while there is nothing else to do (default: auto)",
+    )
+    group.add_argument(
         "--chat-template", metavar="FILE", help="instead of the one that came with the model"
     )
     add_set_options(group)
@@ -135,7 +140,7 @@ def add_numeric_options(group: Any) -> None:
 def engine_arguments(args: argparse.Namespace) -> dict[str, Any]:
     """The keyword arguments of `Engine.from_pretrained` that the options name."""
     names = ("memory", "context", "policy", "threads", "backend", "kv_bits", "io")
-    names += ("chat_template", "set", "set_mode", "set_threshold")
+    names += ("warm_start", "chat_template", "set", "set_mode", "set_threshold")
     return {name: getattr(args, name) for name in names if getattr(args, name, None) is not None}
 
 

@@ -171,6 +171,7 @@ def _run(
         backend=args.backend,
         kv_bits=args.kv_bits,
         io=args.io,
+        warm_start="off",
         cache_bytes=row["cache_bytes"],
     ) as engine:
         if engine.tokenizer is not None:

@@ -27,7 +27,9 @@ class Runner:
         from edgemoe.session import Session
 
         begin = time.perf_counter()
-        self.engine = Engine.from_pretrained(path, memory=memory, context=context, threads=threads)
+        self.engine = Engine.from_pretrained(
+            path, memory=memory, context=context, threads=threads, warm_start="off"
+        )
         if memory is None:
             self.engine.cache.preload()
         self._session = Session(self.engine)
