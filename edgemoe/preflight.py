@@ -11,7 +11,7 @@ from pathlib import Path
 
 from .active_set import ActiveSet, find_set, plan_with_set
 from .config import DEFAULT_CONTEXT, EngineConfig
-from .models import parse_config
+from .models import store_args
 from .models.args import ModelArgs
 from .runtime.amounts import MIB, format_bytes
 from .runtime.budget import RUNTIME_BYTES, MemoryPlan, ModelDims, make_plan
@@ -41,7 +41,7 @@ class Preflight:
 def preflight(path: Path, config: EngineConfig) -> Preflight:
     """Check and plan. Raises BudgetError below the floor, and what a wrong store deserves."""
     index = load_index(path)
-    args = parse_config(index.config)
+    args = store_args(index)
     check_index(index, args)
     context = context_of(args, config)
     dims = dims_of(args)
@@ -150,8 +150,10 @@ def check_index(index: StoreIndex, args: ModelArgs) -> None:
         wrong = f"MoE layers {list(args.moe_layers)} and {list(num_experts)}"
     else:
         for (layer, expert), record in index.records.items():
-            if num_experts[layer] != args.num_experts:
-                wrong = f"{args.num_experts} experts and {num_experts[layer]} in layer {layer}"
+            if num_experts[layer] != args.experts_of(layer):
+                wrong = (
+                    f"{args.experts_of(layer)} experts and {num_experts[layer]} in layer {layer}"
+                )
             elif record.layout.width != args.expert_width:
                 wrong = (
                     f"expert width {args.expert_width} and {record.layout.width} in record "

@@ -53,6 +53,8 @@ class StoreIndex:
     packed_trunk: dict[str, PackedTensor] = field(default_factory=dict)
     sha256: dict[str, str] = field(default_factory=dict)
     plan: dict[str, Any] = field(default_factory=dict)  # how it was made, for people
+    # Of a store of a pruned set, by layer: the ids that its experts have in the checkpoint.
+    kept: dict[int, tuple[int, ...]] = field(default_factory=dict)
 
     @property
     def model_type(self) -> str:
@@ -107,6 +109,8 @@ def save_index(index: StoreIndex) -> None:
         "sha256": index.sha256,
         "plan": index.plan,
     }
+    if index.kept:
+        document["kept"] = {str(layer): list(ids) for layer, ids in sorted(index.kept.items())}
     target = index.path / STORE_FILE
     temporary = target.with_suffix(".json.tmp")
     with open(temporary, "w", encoding="utf-8") as file:
@@ -169,6 +173,12 @@ def _parse(path: Path, document: Mapping[str, Any]) -> StoreIndex:
                 raise ValueError(f"layer {layer}, expert {expert}: {crcs} are no checksums")
             records[int(layer), expert] = ExpertRecord(offset, layout, crcs)
             offset += layout.num_bytes
+    kept = {int(layer): tuple(map(int, ids)) for layer, ids in document.get("kept", {}).items()}
+    for layer, ids in kept.items():
+        if list(ids) != sorted(set(ids)) or len(ids) != len(
+            document["layers"][str(layer)]["experts"]
+        ):
+            raise ValueError(f"layer {layer}: `kept` does not name its experts")
     packed = {
         str(name): PackedTensor(int(rows), int(cols), specs[spec])
         for name, (rows, cols, spec) in document["packed_trunk"].items()
@@ -181,6 +191,7 @@ def _parse(path: Path, document: Mapping[str, Any]) -> StoreIndex:
         packed_trunk=packed,
         sha256=dict(document.get("sha256", {})),
         plan=dict(document.get("plan", {})),
+        kept=kept,
     )
 
 

@@ -3,14 +3,14 @@
 from pathlib import Path
 
 from edgemoe.active_set import owner_of
-from edgemoe.models import parse_config
+from edgemoe.models import store_args
 from edgemoe.runtime.index import load_index
 from edgemoe.runtime.sets import ExpertSet, SetOwner, save_set
 
 
 def owner(path: Path) -> SetOwner:
     index = load_index(path)
-    return owner_of(index, parse_config(index.config))
+    return owner_of(index, store_args(index))
 
 
 def make_set(path: Path, name: str, kept: dict[int, tuple[int, ...]], **changes) -> ExpertSet:

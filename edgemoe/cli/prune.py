@@ -7,6 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..runtime.amounts import format_bytes
 from ..runtime.errors import UsageError
 from . import options, prune_task
 from .render import note, open_output
@@ -79,6 +80,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--threads", type=options.count, metavar="N", help="compute threads")
     group.add_argument("--context", type=options.count, metavar="N", help="tokens, for --fit")
     group.add_argument("--kv-bits", type=int, choices=(8, 16, 32), default=16, help="default: 16")
+    group = parser.add_argument_group("a store of its own")
+    group.add_argument("--set", metavar="NAME", help="a set there is, or A+B, or 'A&B'")
+    group.add_argument(
+        "--compact", metavar="OUT", help="write a smaller store that holds --set, for hard mode"
+    )
     parser.add_argument("--dry-run", action="store_true", help="print the plan, write nothing")
     parser.add_argument("--force", action="store_true", help="replace a set of this name")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of text")
@@ -86,6 +92,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     path = Path(options.model_path(args) or options.bundled_model())
+    if args.set is not None or args.compact is not None:
+        return _compact(path, args)
     amounts = [value for value in (args.keep, args.experts, args.fit) if value is not None]
     if len(amounts) != 1:
         raise UsageError("how much stays?", "expected one of --keep, --experts, --fit")
@@ -122,17 +130,43 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _compact(path: Path, args: argparse.Namespace) -> int:
+    """Write the store of a set."""
+    if args.set is None or args.compact is None:
+        raise UsageError("a store of a set needs both", "", "--set NAME --compact OUT.edgemoe")
+    open_output()
+    from ..quant.compact import compact
+    from ..quant.progress import open_progress
+
+    progress = open_progress()
+    try:
+        made = compact(path, args.set, args.compact, progress)
+    finally:
+        progress.close()
+    document = {
+        "path": str(made.path),
+        "num_experts": len(made.records),
+        "expert_bytes": made.expert_bytes,
+    }
+    if args.json:
+        print(json.dumps(document, indent=1), flush=True)
+    else:
+        count, size = document["num_experts"], format_bytes(document["expert_bytes"])
+        print(f"{args.compact}: {count} experts, {size}", flush=True)
+    return 0
+
+
 def _make(path: Path, args: argparse.Namespace, stack: ExitStack) -> "tuple[ExpertSet, PrunePlan]":
     """The set, and what is expected of it."""
     from ..active_set import owner_of
-    from ..models import parse_config
+    from ..models import store_args
     from ..quant.prune import choose, scores_of
     from ..quant.prune_plan import make_plan
     from ..runtime.index import load_index
     from ..runtime.sets import ExpertSet
 
     index = load_index(path)
-    owner = owner_of(index, parse_config(index.config))
+    owner = owner_of(index, store_args(index))
     amount = _amount(index, args)
     engine, texts = prune_task.open_text(path, args, stack) if args.text else (None, [])
     profile = prune_task.profile(path, args, engine, texts, owner)

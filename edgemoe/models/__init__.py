@@ -4,11 +4,13 @@ Parsing a configuration and naming tensors needs no torch; `causal_lm` and what 
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from importlib import import_module
 from types import ModuleType
 from typing import Any
 
 from ..runtime.errors import UnsupportedModelError
+from ..runtime.index import StoreIndex
 from .args import ModelArgs
 
 MODEL_TYPES = ("olmoe", "qwen2_moe", "qwen3_moe", "mixtral")
@@ -23,6 +25,14 @@ def load_module(model_type: str) -> ModuleType:
             "choose a checkpoint of one of these architectures",
         )
     return import_module(f".{model_type}", __name__)
+
+
+def store_args(index: StoreIndex) -> ModelArgs:
+    """The arguments of a store's model: those of its config.json, with the experts it holds."""
+    args = parse_config(index.config)
+    if not index.kept:
+        return args
+    return replace(args, kept_experts={layer: len(ids) for layer, ids in index.kept.items()})
 
 
 def parse_config(config: Mapping[str, Any]) -> ModelArgs:

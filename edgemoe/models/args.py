@@ -1,6 +1,7 @@
 """What a model is, in numbers: `ModelArgs` and `RopeArgs`. No torch; `config.py` fills them."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from ..runtime.errors import UnsupportedModelError
 
@@ -58,6 +59,8 @@ class ModelArgs:
     window: tuple[int, ...]  # per layer; 0: every earlier token is seen
     tie_embeddings: bool
     hidden_act: str = "silu"
+    # By layer, of a store that was made of a pruned set; empty: `num_experts` each.
+    kept_experts: Mapping[int, int] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
         _require(self.num_heads % self.num_kv_heads == 0, "num_key_value_heads", self.num_kv_heads)
@@ -66,6 +69,10 @@ class ModelArgs:
         _require(bool(self.moe_layers), "mlp_only_layers", "no layer has experts")
         _require(self.qk_norm in QK_NORMS, "qk_norm", self.qk_norm)
         _require(len(self.window) == self.num_layers, "layer_types", len(self.window))
+
+    def experts_of(self, layer: int) -> int:
+        """Experts of a layer: `num_experts`, or fewer in a store that was made of a pruned set."""
+        return self.kept_experts.get(layer, self.num_experts)
 
     @property
     def dense_layers(self) -> tuple[int, ...]:

@@ -97,7 +97,7 @@ def layer_slots(args: ModelArgs, layer: int) -> Iterator[tuple[str, tuple[int, .
     if layer not in args.moe_layers:
         yield from _mlp("layer.", args.dense_width, hidden)
         return
-    yield "layer.router", (args.num_experts, hidden)
+    yield "layer.router", (args.experts_of(layer), hidden)
     if args.shared_width:
         yield from _mlp("layer.shared_", args.shared_width, hidden)
         yield "layer.shared_weight", (1, hidden)
