@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     import torch
 
     from .kv_cache import KVCache
+    from .meter import Meter
     from .models.steps import Steps
     from .runtime.executor import StepStats
     from .runtime.observe import Observation
@@ -58,6 +59,7 @@ class Engine:
         self.template_worker = TemplateWorker()
         self._interrupt = DeferredInterrupt()
         self._lock = threading.RLock()
+        self.charged: Meter | None = None
         self._sessions: weakref.WeakSet[Session] = weakref.WeakSet()
         self._session: Session | None = None
         self.warm_start: WarmStart | None = None
@@ -255,6 +257,15 @@ class Engine:
             with self._interrupt.deferred():
                 return self._model.forward(token_ids, kv_cache, logits, **options)
 
+    def step(self, token_id: int, kv_cache: "KVCache") -> "tuple[torch.Tensor, int | None]":
+        """Append one token; see `CausalLM.step`."""
+        if self.closed:
+            raise UsageError("this engine is closed")
+        if not self._model.is_native:
+            return self.forward([token_id], kv_cache)[0], None
+        with self._lock:
+            return self._model.step(token_id, kv_cache)
+
     @contextmanager
     def steps(self) -> "Iterator[Steps]":
         """The layers, for whoever runs one layer of many texts before the next. Ctrl-C comes
@@ -282,8 +293,19 @@ class Engine:
         return self.warm_start.num_bytes
 
     def take_step_stats(self) -> "StepStats":
-        """Demand on the expert cache since the last call."""
+        """Demand on the expert cache since the last call, without that of answers."""
+        self.charge(None)
         return self._executor.take_stats()
+
+    def charge(self, meter: "Meter | None") -> None:
+        """Let what the expert cache does from now on be this answer's; what it did until now goes
+        to the answer before, None: to nobody."""
+        if self.charged is not meter:
+            with self._lock:
+                stats = self._executor.take_stats()
+                if self.charged is not None:
+                    self.charged.add(stats)
+                self.charged = meter
 
     def lend_kv_cache(self, session: "Session") -> "KVCache":
         """A KV cache for a session. The plan holds one; further ones are taken from what is unused,

@@ -104,6 +104,14 @@ def _bad(name: str, expected: str, got: object) -> UsageError:
     return UsageError(f"bad sampling parameter `{name}`", f"expected {expected}, got {got!r}")
 
 
+def _not_finite() -> EdgeMoeError:
+    return EdgeMoeError(
+        "the model computed logits that are not finite",
+        "a damaged store, or weights that overflow",
+        "check the store with: edgemoe verify STORE",
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class Choice:
     """A chosen token; log probabilities only where they were asked for, most probable first."""
@@ -163,6 +171,7 @@ class Sampler:
     _random: random.Random = field(init=False, repr=False)
     _answer: dict[int, int] = field(init=False, repr=False, default_factory=dict)
     _seen: set[int] = field(init=False, repr=False)
+    _is_greedy: bool = field(init=False, repr=False)  # the largest logit, and nothing else asked
 
     def __post_init__(self) -> None:
         given = self.params.seed
@@ -170,19 +179,27 @@ class Sampler:
         # The stream of random.Random for a seed is the same in every Python and on every machine.
         self._random = random.Random(self.seed)
         self._seen = set(self.prompt) if self.params.repetition_penalty != 1 else set()
+        params = self.params
+        is_penalized = params.repetition_penalty != 1 or (
+            params.presence_penalty or params.frequency_penalty
+        )
+        self._is_greedy = not (is_penalized or params.temperature > 0 or params.logprobs)
 
-    def choose(self, logits: "torch.Tensor") -> Choice:
-        """The next token for `logits` [vocab] of any float type; remembered for the penalties."""
+    def choose(self, logits: "torch.Tensor", best_id: int | None = None) -> Choice:
+        """The next token for `logits` [vocab] of any float type; remembered for the penalties.
+
+        `best_id`: the lowest id of the largest, where that is known; -1 where that is not finite.
+        """
+        if self._is_greedy and best_id is not None:
+            if best_id < 0:
+                raise _not_finite()
+            return Choice(best_id)
         logits = logits.detach().float().reshape(-1)
         penalized = self._penalize(logits)
         values = penalized.numpy()
         token_id = int(values.argmax())  # the lowest of equal ids, unlike torch.argmax
         if not math.isfinite(values[token_id]):
-            raise EdgeMoeError(
-                "the model computed logits that are not finite",
-                "a damaged store, or weights that overflow",
-                "check the store with: edgemoe verify STORE",
-            )
+            raise _not_finite()
         if self.params.temperature > 0:
             token_id = self._draw(penalized)
         self._answer[token_id] = self._answer.get(token_id, 0) + 1

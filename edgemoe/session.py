@@ -12,6 +12,7 @@ from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from .meter import Meter
 from .runtime.errors import UsageError
 from .sampling import Choice, Sampler, SamplingParams
 from .stats import GenerationStats
@@ -147,7 +148,7 @@ class Session:
         self, ids: list[int], params: SamplingParams, encode_s: float
     ) -> Generator[Event, None, None]:
         self._need_open()
-        meter = _Meter(self, len(ids), encode_s)
+        meter = Meter(self.engine, len(ids), encode_s)
         tokenizer = self.engine.tokenizer
         decoder = tokenizer.stream() if tokenizer else None
         ends = tokenizer.eos_ids if tokenizer else self.engine.eos_ids
@@ -156,12 +157,12 @@ class Session:
         meter.seed = sampler.seed if params.temperature > 0 else None
         limit = self.engine.context if params.max_tokens is None else params.max_tokens
         try:
-            logits = self._prefill(ids, meter)
+            logits, best_id = self._prefill(ids, meter)[0], None
             meter.prefilled()
             if not limit:
                 yield Event("", finish_reason="length", stats=meter.finish())
             while limit:
-                choice = sampler.choose(logits[0])
+                choice = sampler.choose(logits, best_id)
                 meter.drew_token()
                 text, reason, stopped = "", None, False
                 if choice.token_id in ends:
@@ -186,13 +187,33 @@ class Session:
                 )
                 if reason:
                     return
-                logits = self._feed([choice.token_id], "last", meter)
+                logits, best_id = self.step(choice.token_id, meter)
         finally:
             self.last_stats = meter.finish()
 
+    def step(
+        self, token_id: int, meter: "Meter | None" = None
+    ) -> "tuple[torch.Tensor, int | None]":
+        """Append one token to the timeline. Returns the fp32 logits [vocab] of the token after it,
+        good until the engine's next step, and the lowest id of the largest: -1 where that is not
+        finite, None where nobody has looked."""
+        engine = self.engine
+        self._need_open()
+        if self._routing != engine.routing:  # switched in the middle of an answer
+            self._routing = _MIXED
+        if engine.charged is not meter:
+            engine.charge(meter)
+        try:
+            result = engine.step(token_id, self._kv_cache)
+            self.tokens.append(token_id)
+        except BaseException:
+            self._keep(len(self.tokens))
+            raise
+        return result
+
     # ---- the KV cache and the tokens in it, kept alike -----------------------------------------
 
-    def _prefill(self, ids: list[int], meter: "_Meter | None" = None) -> "torch.Tensor":
+    def _prefill(self, ids: list[int], meter: "Meter | None" = None) -> "torch.Tensor":
         """Bring the KV cache to `ids`; returns the logits [1, vocab] of the last."""
         kept = 0
         if self._routing != self.engine.routing:
@@ -211,18 +232,16 @@ class Session:
             logits = self._feed(part, "last" if begin + chunk >= len(ids) else "none", meter)
         return logits
 
-    def _feed(self, ids: list[int], logits: str, meter: "_Meter | None") -> "torch.Tensor":
+    def _feed(self, ids: list[int], logits: str, meter: "Meter | None") -> "torch.Tensor":
         if self._routing != self.engine.routing:  # switched in the middle of an answer
             self._routing = _MIXED
+        self.engine.charge(meter)
         try:
             result = self.engine.forward(ids, self._kv_cache, logits)
             self.tokens.extend(ids)
         except BaseException:
             self._keep(len(self.tokens))
             raise
-        finally:
-            if meter:
-                meter.add(self.engine.take_step_stats())
         return result
 
     def _keep(self, length: int) -> None:
@@ -234,57 +253,6 @@ class Session:
     def _need_open(self) -> None:
         if self._kv_cache is None or self.engine.closed:
             raise UsageError("this session is closed", "", "open another with Session(engine)")
-
-
-class _Meter:
-    """Collects the statistics of one answer."""
-
-    def __init__(self, session: Session, prompt_tokens: int, encode_s: float) -> None:
-        self._engine = session.engine
-        self._engine.take_step_stats()  # what others did before is not ours
-        self.prompt_tokens, self.cached_tokens, self.generated_tokens = prompt_tokens, 0, 0
-        self.seed: int | None = None
-        self._start = time.perf_counter() - encode_s
-        self._prefill_s = 0.0
-        self._first = self._last = 0.0
-        self._result: GenerationStats | None = None
-        names = ("hits", "misses", "bytes_read", "stall_s", "compute_s", "native_s")
-        self._sums = dict.fromkeys(names, 0)
-
-    def add(self, step: Any) -> None:
-        for name in self._sums:
-            self._sums[name] += getattr(step, name)
-
-    def prefilled(self) -> None:
-        self._prefill_s = time.perf_counter() - self._start
-        self._sums["native_s"] = 0  # of a prompt of one token
-
-    def drew_token(self) -> None:
-        self._last = time.perf_counter()
-        self._first = self._first or self._last
-        self.generated_tokens += 1
-
-    def finish(self) -> GenerationStats:
-        """The statistics; they do not change after the first call."""
-        if self._result is None:
-            self._result = self._stats()
-        return self._result
-
-    def _stats(self) -> GenerationStats:
-        return GenerationStats(
-            prompt_tokens=self.prompt_tokens,
-            cached_tokens=self.cached_tokens,
-            generated_tokens=self.generated_tokens,
-            ttft_s=max(0.0, self._first - self._start) if self._first else 0.0,
-            prefill_s=self._prefill_s,
-            decode_s=self._last - self._first,
-            memory_bytes=self._engine.memory_bytes(),
-            peak_memory_bytes=self._engine.peak_memory_bytes(),
-            budget_bytes=self._engine.plan.budget_bytes,
-            seed=self.seed,
-            routing=routing.label if (routing := self._engine.routing) else None,
-            **self._sums,
-        )
 
 
 def _token_ids(prompt: Any) -> list[int]:

@@ -15,7 +15,7 @@ FLOORS = {
     1: """runtime: cache executor native_cache policy store
         observe predictors""",
     2: """edgemoe: kv_cache models""",
-    3: """edgemoe: active_set chat_template config control_tokens engine interrupts preflight
+    3: """edgemoe: active_set chat_template config control_tokens engine interrupts meter preflight
         report sampling session stats stop_strings template_worker tokenizer tokenizer_files
         last_run warm_start""",
     4: """quant: *""",

@@ -33,27 +33,23 @@ def greedy(session: Any, prompt: Sequence[int], num_tokens: int) -> Decoded:
     """Decode `num_tokens` tokens after the token ids of `prompt`."""
     import torch
 
-    result, digest = Decoded(), hashlib.sha256()
-    ids = list(prompt)
-    session.engine.take_step_stats()  # what others did before is not ours
+    result, digest, engine = Decoded(), hashlib.sha256(), session.engine
+    engine.take_step_stats()  # what others did before is not ours
+    begin = time.perf_counter()
+    logits = session.logits(prompt)
+    token = int(torch.argmax(logits))
+    result.prefill_s = time.perf_counter() - begin
+    result.prefill = counters(engine.take_step_stats())
     while True:
-        begin = time.perf_counter()
-        logits = session.logits(ids)
-        token = int(torch.argmax(logits))
-        seconds = time.perf_counter() - begin
-        cost = counters(session.engine.take_step_stats())
-        if not result.token_ids:
-            result.prefill_s, result.prefill = seconds, cost
-            result.decode = dict.fromkeys(cost, 0)
-        else:
-            result.step_s.append(seconds)
-            for name, value in cost.items():
-                result.decode[name] += value
         result.token_ids.append(token)
         digest.update(logits.contiguous().numpy())
         if len(result.token_ids) >= num_tokens:
             break
-        ids.append(token)
+        begin = time.perf_counter()
+        logits, best = session.step(token)
+        token = int(torch.argmax(logits)) if best is None else best
+        result.step_s.append(time.perf_counter() - begin)
+    result.decode = counters(engine.take_step_stats())
     result.logits_hash = digest.hexdigest()
     return result
 

@@ -44,9 +44,9 @@ class CausalLM:
         embed = weights.embedding("embed")
         lm_head = embed if args.tie_embeddings else weights.matrix("lm_head")
         layers = [weights.layer(layer) for layer in range(args.num_layers)]
-        self._native = backend == "native"
-        self.decode = "native" if self._native else "torch: the reference backend"
-        kind = NativeLayers if self._native else TorchLayers
+        self.is_native = backend == "native"
+        self.decode = "native" if self.is_native else "torch: the reference backend"
+        kind = NativeLayers if self.is_native else TorchLayers
         self._layers = kind(args, layers, embed, weights.vector("norm"), lm_head, executor, pool)
 
     def set_masks(self, masks: Mapping[int, np.ndarray] | None, threshold: float = 2.0) -> None:
@@ -102,10 +102,22 @@ class CausalLM:
             )
         return ids, weights
 
+    def step(self, token_id: int, kv_cache: KVCache) -> tuple[Tensor, int | None]:
+        """Append one token, as cheaply as that goes. Returns its fp32 logits `[vocab]`, good until
+        the next step, and the lowest id of the largest: -1 where that is not finite, None where
+        nobody has looked. Raises as `forward`."""
+        if not self.is_native:
+            return self.forward([token_id], kv_cache)[0], None
+        if not 0 <= token_id < self.args.vocab:
+            self._check(token_id, token_id)
+        if kv_cache.offset >= kv_cache.capacity:
+            kv_cache.check_room(1)
+        return self._layers.step(token_id, kv_cache)
+
     def decodes(self, token_ids: Sequence[int] | Tensor, logits: str) -> bool:
         """Whether the core runs this call alone, as one token from the first layer to the last."""
         is_token = isinstance(token_ids, list) and len(token_ids) == 1
-        return self._native and is_token and logits != "none"
+        return self.is_native and is_token and logits != "none"
 
     @torch.inference_mode()  # not for one native token, which it would cost a tenth of its Python
     def _forward(

@@ -7,6 +7,7 @@ row has the same bits for every T. A token needs no Python between its first lay
 import ctypes
 import threading
 from collections.abc import Sequence
+from threading import get_ident
 
 import numpy as np
 import torch
@@ -18,13 +19,17 @@ from ..runtime.cache import no_room
 from ..runtime.errors import EdgeMoeError, UsageError
 from ..runtime.kernels import PackedMatrix, ThreadPool
 from . import steps
-from .args import QK_NORMS, ModelArgs
+from .args import ModelArgs
 from .moe import Experts, OnRoute
+from .native_tables import model_table
 from .rope import Rotary
 from .steps import ForcedRoutes, Routed
-from .trunk import Fp32Matrix, LayerWeights, Linear, Rows
+from .trunk import LayerWeights, Linear
 
 _ANGLE_BLOCK = 64  # positions whose angles are computed together
+# First position, end, capacity of the context; addresses of cosines and sines, and what holds them.
+_Angles = tuple[int, int, int, int, int, tuple[Tensor, Tensor] | None]
+_MAIN_THREAD = threading.main_thread().ident
 
 
 class NativeLayers:
@@ -49,7 +54,10 @@ class NativeLayers:
         self._rotary = Rotary(args.rope)
         self._handle: int | None = None
         self._stop = ctypes.c_int32()  # written by a signal while a token is decoded
-        self._angles: tuple[int, int, Tensor, Tensor] | None = None  # of a block of positions
+        self._angles: _Angles = (0, 0, 0, 0, 0, None)
+        self._angle_bytes = args.rope.rotary_dim // 2 * 4  # of one position
+        self._step_logits: Tensor | None = None
+        self._em_decode = core.lib.em_decode
         self._prompt_angles: tuple[tuple[int, int, int], Tensor, Tensor] | None = None
         num_places = len(args.moe_layers)
         self._routes = np.zeros((num_places, args.top_k), dtype=np.int32)
@@ -128,6 +136,19 @@ class NativeLayers:
 
     # ---- one token -----------------------------------------------------------------------------
 
+    def step(self, token_id: int, kv_cache: KVCache) -> tuple[Tensor, int]:
+        """Append one token to the context; returns its fp32 logits `[vocab]`, good until the next
+        step, and the lowest id of the largest, -1 where that is not finite."""
+        call = self._call
+        if self._step_logits is None:
+            self._step_logits = torch.empty(self.args.vocab)
+            self._step_address = self._step_logits.data_ptr()
+        if call.forced_ids:
+            self._force(None)
+        call.logits = self._step_address
+        self._run_token(token_id, kv_cache, self._routes)
+        return self._step_logits, call.best_id
+
     def decode(
         self,
         token_id: int,
@@ -140,31 +161,38 @@ class NativeLayers:
         `forced`: routes in the place of those of the routers. Raises UsageError for routes that do
         not go with the model.
         """
-        handle, call, experts = self._decoder(), self._call, self.experts
         routes, routing_weights = self._routes, self._routing_weights
-        if forced is not None or call.forced_ids:
+        if forced is not None or self._call.forced_ids:
             routes, routing_weights = self._force(forced)
-        position = kv_cache.offset
         logits = torch.empty((1, self.args.vocab))
-        call.token_id = token_id
-        kv_cache.view.position = position
-        call.kv = kv_cache.view
-        call.cos, call.sin = self._angles_at(position, kv_cache.capacity)
-        call.logits = logits.data_ptr()
-        # Only the main thread is interrupted: the handler runs once the core has returned, and if
-        # it raises nothing the token begins anew.
-        call.on_sigint = threading.current_thread() is threading.main_thread()
-        status = core.ERR_STOPPED
-        while status == core.ERR_STOPPED:
-            status = core.lib.em_decode(handle, experts.cache.handle, call)
-        if status:
-            raise self._failure(status, routes)
-        kv_cache.advance(1)
+        self._call.logits = logits.data_ptr()
+        self._run_token(token_id, kv_cache, routes)
         if on_route is not None:
             for place, layer in enumerate(self.args.moe_layers):
                 ids = torch.from_numpy(routes[place : place + 1].astype(np.int64))
                 on_route(layer, ids, torch.from_numpy(routing_weights[place : place + 1].copy()))
         return logits
+
+    def _run_token(self, token_id: int, kv_cache: KVCache, routes: np.ndarray) -> None:
+        """One token through the core. After every token the interpreter finds its own memory out of
+        the processor's caches, so that each line here costs ten times what it does in a loop."""
+        handle, call, position = self._handle or self._decoder(), self._call, kv_cache.offset
+        first, end, capacity, cos, sin, _ = self._angles
+        if not first <= position < end or capacity != kv_cache.capacity:
+            first, end, capacity, cos, sin, _ = self._make_angles(position, kv_cache.capacity)
+        offset = (position - first) * self._angle_bytes
+        call.token_id, call.cos, call.sin = token_id, cos + offset, sin + offset
+        kv_cache.view.position = position
+        call.kv = kv_cache.view
+        # Only the main thread is interrupted: the handler runs once the core has returned, and if
+        # it raises nothing the token begins anew.
+        call.on_sigint = get_ident() == _MAIN_THREAD
+        status = core.ERR_STOPPED
+        while status == core.ERR_STOPPED:
+            status = self._em_decode(handle, self._cache.handle, call)
+        if status:
+            raise self._failure(status, routes)
+        kv_cache.offset = position + 1
 
     def _force(self, forced: ForcedRoutes | None) -> ForcedRoutes:
         """Have the core take these routes, None: the routers'; returns where it puts the routes."""
@@ -208,16 +236,16 @@ class NativeLayers:
         if status == core.ERR_ROOM:
             place = call.num_places - 1
             first_key = table.first_key[self.args.moe_layers[place]]
-            return no_room(self.experts.cache, (routes[place] + first_key).tolist())
+            return no_room(self._cache, (routes[place] + first_key).tolist())
         return EdgeMoeError("the core refused to decode a token", f"status {status}")
 
-    def _angles_at(self, position: int, capacity: int) -> tuple[int, int]:
-        """Addresses of the cosine and sine of one position."""
+    def _make_angles(self, position: int, capacity: int) -> _Angles:
+        """The angles of the block of positions that `position` is in."""
         first = position - position % _ANGLE_BLOCK
-        if self._angles is None or self._angles[:2] != (first, capacity):
-            self._angles = (first, capacity, *self._rotary.angles(first, _ANGLE_BLOCK, capacity))
-        offset = (position - first) * self.args.rope.rotary_dim // 2 * 4
-        return self._angles[2].data_ptr() + offset, self._angles[3].data_ptr() + offset
+        angles = self._rotary.angles(first, _ANGLE_BLOCK, capacity)
+        cos, sin = (part.data_ptr() for part in angles)
+        self._angles = (first, first + _ANGLE_BLOCK, capacity, cos, sin, angles)
+        return self._angles
 
     # ---- the tables ----------------------------------------------------------------------------
 
@@ -227,62 +255,13 @@ class NativeLayers:
         return self._handle
 
     def _make(self) -> int:
-        args, experts = self.args, self.experts
-        layers, embed, norm, lm_head = self._weights
-        tables = (core.Block * args.num_layers)()
-        for number, (table, weights) in enumerate(zip(tables, layers, strict=True)):
-            for name in ("input_norm", "post_norm", "qkv_bias", "q_norm", "k_norm", "output_bias"):
-                setattr(table, name, _address(getattr(weights, name)))
-            for name in ("output", "router", "down", "shared_weight"):
-                setattr(table, name, _matrix(getattr(weights, name)))
-            for name, places in (("qkv", table.qkv), ("gate_up", table.gate_up)):
-                matrix = getattr(weights, name)
-                parts = matrix.parts if isinstance(matrix, Rows) else [matrix]
-                for place, part in enumerate(parts):
-                    places[place] = _matrix(part)
-            table.window = args.window[number]
-            if weights.router is not None:
-                table.first_key = experts.table.first_key[number]
-                table.expert_width = experts.table.width[number]
-        model = core.Model(
-            num_layers=args.num_layers,
-            hidden=args.hidden,
-            num_heads=args.num_heads,
-            num_kv_heads=args.num_kv_heads,
-            head_dim=args.head_dim,
-            rotary_dim=args.rope.rotary_dim,
-            top_k=args.top_k,
-            qk_norm=QK_NORMS.index(args.qk_norm),
-            renormalise=args.norm_topk,
-            rms_eps=args.rms_eps,
-            clip=args.clip_qkv or 0.0,
-            embedding=_matrix(embed),
-            lm_head=_matrix(lm_head),
-            norm=_address(norm),
-            layers=tables,
-        )
+        model = model_table(self.args, *self._weights, self.experts.table)
         pool = self._pool.handle if self._pool is not None else None
         handle = core.lib.em_decoder_create(ctypes.byref(model), pool)
         if not handle:
             raise EdgeMoeError("the core refused the sizes of this model's layers")
+        self._cache = self.experts.cache
         return handle
-
-
-def _address(vector: Tensor | None) -> int | None:
-    return None if vector is None else vector.data_ptr()
-
-
-def _matrix(matrix: Linear | None) -> core.Matrix:
-    if matrix is None:
-        return core.Matrix()
-    parts = matrix.parts if isinstance(matrix, Fp32Matrix) else [matrix]
-    return core.Matrix(
-        rows=matrix.rows,
-        cols=matrix.cols,
-        format=core.Format.of(parts[0].spec),
-        num_parts=len(parts),
-        packed=(ctypes.c_void_p * 3)(*(part.data.data_ptr() for part in parts)),
-    )
 
 
 def _check(status: int) -> None:
