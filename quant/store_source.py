@@ -10,7 +10,7 @@ import numpy as np
 
 from ..models import load_module, parse_config
 from ..runtime.checksum import crc32c
-from ..runtime.errors import EdgeMoeError, RecordError
+from ..runtime.errors import EdgeMoeError, RecordError, UsageError
 from ..runtime.format import RecordLayout, TensorEntry, read_header
 from ..runtime.index import EXPERTS_FILE, STORE_FILE, TRUNK_FILE, ExpertRecord, load_index
 from .checkpoint import Checkpoint
@@ -35,6 +35,10 @@ class StoreSource:
     ) -> None:
         self.path = Path(path)
         self.index = load_index(self.path)
+        if self.index.kept:
+            raise UsageError(
+                f"`{self.path}` was made of a pruned set", "", "convert the full store, then compact"
+            )
         self.config = self.index.config
         self.args = parse_config(self.config)
         self.module = load_module(self.args.model_type)

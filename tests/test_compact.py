@@ -136,6 +136,8 @@ def test_a_failure_leaves_nothing(path, tmp_path, monkeypatch):
 def test_a_small_store_is_not_made_smaller_or_mistaken(path, small, tmp_path):
     with pytest.raises(UsageError, match="made of a set itself"):
         compact(small, "code", tmp_path / "y.edgemoe")
+    with pytest.raises(UsageError, match="made of a pruned set"):
+        convert(small, tmp_path / "y.edgemoe", ConvertOptions(bits=4, group_size=32))
     copy = tmp_path / "copy.edgemoe"
     shutil.copytree(small, copy)
     text = (copy / "store.json").read_text(encoding="utf-8")
