@@ -37,7 +37,9 @@ class StoreSource:
         self.index = load_index(self.path)
         if self.index.kept:
             raise UsageError(
-                f"`{self.path}` was made of a pruned set", "", "convert the full store, then compact"
+                f"`{self.path}` was made of a pruned set",
+                "",
+                "convert the full store, then compact",
             )
         self.config = self.index.config
         self.args = parse_config(self.config)
