@@ -8,14 +8,13 @@ expert cache.
 import threading
 import weakref
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .active_set import ActiveSet, find_set, mask_routers, plan_with_set, warm_up
 from .chat_template import ChatTemplate, TemplateWorker
 from .config import EngineConfig
-from .governed_cache import GovernedCache
 from .interrupts import DeferredInterrupt, InterruptibleExperts
 from .last_run import save_last_run
 from .preflight import Preflight, cache_capacity, line_bytes, preflight, release_free_memory
@@ -34,12 +33,12 @@ if TYPE_CHECKING:
 
     from .kv_cache import KVCache
     from .meter import Meter
+    from .models.moe import OnRoute
     from .models.steps import Steps
     from .runtime.executor import StepStats
     from .runtime.observe import Observation
     from .session import Completion, Event, Prompt, Session
 
-_NOTHING = nullcontext()
 DEMO = Path(__file__).with_name("demo") / "demo.edgemoe"
 
 
@@ -57,6 +56,7 @@ class Engine:
         self.eos_ids = frozenset(eos_ids(checked.path))  # where there is no tokenizer to ask
         self.notes: list[str] = list(self.plan.notes)
         self.closed = False
+        self.on_route: OnRoute | None = None  # told of every router that has spoken
         self._template: ChatTemplate | TemplateError | None = None
         self.template_worker = TemplateWorker()
         self._interrupt = DeferredInterrupt()
@@ -65,7 +65,6 @@ class Engine:
         self._sessions: weakref.WeakSet[Session] = weakref.WeakSet()
         self._session: Session | None = None
         self.warm_start: WarmStart | None = None
-        self.governed: GovernedCache | None = None
         self._resources = ExitStack()
 
     @classmethod
@@ -156,8 +155,6 @@ class Engine:
             store.reader, arena, capacity, self._index.records, config.policy, config.backend
         )
         self._resources.callback(self.cache.close)
-        if config.find_knee:
-            self.governed = GovernedCache(self.cache, self.plan.min_cache_bytes)
         self._experts.executor = self._executor = Executor(
             self.cache,
             pool,
@@ -256,7 +253,8 @@ class Engine:
             raise UsageError("this engine is closed")
         if self.warm_start is not None:
             self.warm_start.stop()
-        with self._lock, self.governed or _NOTHING:
+        options.setdefault("on_route", self.on_route)
+        with self._lock:
             if self._model.decodes(token_ids, logits):  # the core minds Ctrl-C itself
                 return self._model.forward(token_ids, kv_cache, logits, **options)
             with self._interrupt.deferred():
@@ -268,7 +266,7 @@ class Engine:
             raise UsageError("this engine is closed")
         if not self._model.is_native:
             return self.forward([token_id], kv_cache)[0], None
-        with self._lock, self.governed or _NOTHING:
+        with self._lock:
             return self._model.step(token_id, kv_cache)
 
     @contextmanager
@@ -342,9 +340,7 @@ class Engine:
                 f"each has a KV cache of {format_bytes(kv_bytes)}",
                 "close one, or give a larger --memory or a shorter --context",
             )
-        if self.governed is not None:
-            self.governed.set_most(capacity)
-        elif capacity != self.cache.capacity_bytes:
+        if capacity != self.cache.capacity_bytes:
             self.cache.trim(capacity)
 
     def session(self) -> "Session":

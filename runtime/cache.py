@@ -105,6 +105,7 @@ class ExpertCache:
         self._pins: dict[int, int] = {}
         self._pinned_bytes = 0
         self._blocked = np.ones(len(table), dtype=np.bool_)  # not for the policy to take
+        self._set_share(self.capacity_bytes)
         self._unsettled: set[int] = set()  # released while being read
         self._wanted: list[int] = []  # resident, needed later in this layer; first needed first
         self._victims: Iterator[int] = iter(())
@@ -279,6 +280,7 @@ class ExpertCache:
             raise in_use()
         self._settle(wait=True)
         self._unblock_wanted()
+        self._set_share(new)
         while self.resident_bytes > new:
             self._evict(next(self._policy.victims(self._place, self._blocked)))
         for key in self._slots.shrink(new):
@@ -352,6 +354,10 @@ class ExpertCache:
             elif not self._slots.join(num_bytes, fixed):
                 return False
         return True
+
+    def _set_share(self, capacity_bytes: int) -> None:
+        if num_bytes := sum(self._num_bytes_of):
+            self._policy.set_share(capacity_bytes / num_bytes)
 
     def _evict(self, key: int) -> None:
         self._slots.drop(key)

@@ -373,7 +373,7 @@ def test_verify_quick_and_policies(run: Cli, store: Path) -> None:
     code, out, _ = run("verify", store, "--quick")
     assert code == 0 and "logits" not in out and "the store is whole" in out
     code, _, err = run("verify", store, "--policies", "oracle")
-    assert code == 2 and "policies: all, cycle" in err
+    assert code == 2 and "policies: all, forecast, cycle" in err
 
 
 def test_bench_measures_every_arm(store: Path, tmp_path: Path) -> None:

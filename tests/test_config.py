@@ -9,7 +9,7 @@ from edgemoe.runtime.errors import UsageError
 
 def test_defaults():
     config = EngineConfig.make({})
-    assert (config.memory_bytes, config.context, config.policy) == (None, None, "cycle")
+    assert (config.memory_bytes, config.context, config.policy) == (None, None, "forecast")
     assert config.threads == num_cores() >= 1
     assert config.backend == core.BACKEND
     with pytest.raises(AttributeError):

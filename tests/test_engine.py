@@ -73,8 +73,8 @@ def test_logits_are_bit_identical_across_budgets_policies_and_threads(path):
     everything = index.expert_bytes
     expected, tokens = greedy_hash(path, cache_bytes=everything, threads=1)
     assert len(set(tokens)) > 20  # an answer that wanders, so that routing changes
-    cases = [*itertools.product((floor, 2 * floor), ("lru", "fifo", "lfu", "cycle"))]
-    cases += [(everything, "cycle")]  # nothing is evicted, so that one policy is all of them
+    cases = [*itertools.product((floor, 2 * floor), ("lru", "fifo", "lfu", "cycle", "forecast"))]
+    cases += [(everything, "forecast")]  # nothing is evicted, so that one policy is all of them
     for (cache_bytes, policy), threads in zip(cases, itertools.cycle((2, 1, 3)), strict=False):
         got, _ = greedy_hash(path, cache_bytes=cache_bytes, policy=policy, threads=threads)
         assert got == expected, (cache_bytes, policy, threads)

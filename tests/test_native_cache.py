@@ -217,7 +217,7 @@ def test_a_decoded_token_leaves_it_as_a_run_per_layer_does(tmp_path_factory, sha
         routes = []
         for token in tokens:
             engine.forward([token], kv_cache, on_route=lambda *routed: routes.append(routed[:2]))
-        with Rig(engine._index, ExpertCache, capacity) as rig:
+        with Rig(engine._index, ExpertCache, capacity, engine.config.policy) as rig:
             for layer, ids in routes:
                 keys = [rig.cache.table.first_key[layer] + i for i in ids[0].tolist()]
                 rig.cache.begin_layer(layer)

@@ -24,6 +24,9 @@ COMMANDS = {
     "bench": (".bench", "measure speed, reads and memory at several budgets"),
     "bench io": (".bench_io", "measure how fast records come from storage, and what that costs"),
     "bench kernels": (".bench_kernels", "measure the kernels against the memory; needs no model"),
+    "trace record": (".trace_record", "write down which experts a text or a prompt is routed to"),
+    "trace replay": (".trace_replay", "recorded routings through policies, pools, predictors"),
+    "trace compare": (".trace_compare", "two recorded routings, or two policies on one"),
 }
 EXIT_INTERRUPTED = 130
 

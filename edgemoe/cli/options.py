@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 from ..runtime.errors import NotFoundError, UsageError
 from ..runtime.sets import SET_MODES
 
-POLICIES = ("cycle", "lru", "lfu", "fifo")
+POLICIES = ("forecast", "cycle", "lru", "lfu", "fifo")  # the first is the default
 BACKENDS = ("native", "reference")
 _TRUE, _FALSE = ("1", "true", "yes", "on"), ("", "0", "false", "no", "off")
 
@@ -80,15 +80,19 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("engine")
     group.add_argument(
         "--memory",
-        type=size_or_auto,
+        type=size,
         metavar="SIZE",
-        help="bound of the whole process, such as 4GiB, or auto: as much as is free, and less when "
-        "memory gets short (default: what keeps every expert)",
+        help="bound of the whole process, such as 4GiB (default: what keeps every expert)",
     )
     group.add_argument(
         "--context", type=count, metavar="N", help="tokens the KV cache holds (8k is 8192)"
     )
-    group.add_argument("--policy", choices=POLICIES, default="cycle", help="expert cache eviction")
+    group.add_argument(
+        "--policy",
+        choices=POLICIES,
+        default=POLICIES[0],
+        help="which expert leaves the expert cache first (default: forecast)",
+    )
     group.add_argument("--threads", type=count, metavar="N", help="compute threads")
     group.add_argument(
         "--warm-start",
@@ -199,18 +203,10 @@ def rate(text: str) -> int:
 
 
 def size(text: str) -> int:
-    """`4GiB` in bytes, `auto` as what is free; UsageError for what is no amount of memory."""
+    """`4GiB` in bytes; UsageError for what is no amount of memory."""
     from ..runtime.amounts import parse_bytes
-    from ..runtime.pressure import auto_budget
 
-    if text == "auto":
-        return auto_budget()
     return parse_bytes(text)
-
-
-def size_or_auto(text: str) -> int | str:
-    """`size`, or `auto` as it stands: for an engine that looks after itself."""
-    return text if text == "auto" else size(text)
 
 
 def counts(text: str) -> list[int]:

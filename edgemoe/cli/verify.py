@@ -32,9 +32,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--policies",
         type=options.word_list,
-        default=["cycle"],
+        default=[options.POLICIES[0]],
         metavar="LIST",
-        help="evictions to compare, or `all` (default: cycle)",
+        help="evictions to compare, or `all` (default: forecast)",
     )
     parser.add_argument(
         "--threads", type=options.counts, default=[None], metavar="LIST", help="such as 1,2"

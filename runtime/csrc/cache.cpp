@@ -109,6 +109,7 @@ Cache::Cache(em_store *store, const em_cache_config &config)
     max_record_bytes_ = std::max(max_record_bytes_, slots_.num_bytes_of(key));
   }
   unsettled_.reserve(static_cast<size_t>(num_keys()));  // so that a release cannot fail
+  set_share(config.capacity_bytes);
 }
 
 em_cache_stats Cache::stats() const {
@@ -315,6 +316,7 @@ bool Cache::resize(int64_t capacity_bytes) {
   if (pinned_bytes_ > 0) return false;
   settle(true);
   unblock_wanted();
+  set_share(capacity_bytes);
   for (victims_.begin(place_); slots_.extents().used_bytes() > capacity_bytes;) {
     const int32_t victim = victims_.next();
     if (victim < 0) break;  // cannot be: nothing is held
@@ -323,6 +325,14 @@ bool Cache::resize(int64_t capacity_bytes) {
   for (const int32_t key : slots_.shrink(capacity_bytes)) evict(key);
   slots_.resize(capacity_bytes);
   return true;
+}
+
+void Cache::set_share(int64_t capacity_bytes) {
+  int64_t num_bytes = 0;
+  for (int32_t key = 0; key < num_keys(); ++key) num_bytes += slots_.num_bytes_of(key);
+  if (num_bytes > 0) {
+    policy_->set_share(static_cast<double>(capacity_bytes) / static_cast<double>(num_bytes));
+  }
 }
 
 void Cache::evict(int32_t key) {

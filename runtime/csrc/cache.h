@@ -139,6 +139,7 @@ class Cache {
   int32_t read(int64_t n, const int32_t *keys);
   bool place_record(int32_t key);
   int32_t submit(const std::vector<int32_t> &keys);
+  void set_share(int64_t capacity_bytes);
   void evict(int32_t key);
   void forget(int32_t key);
   void drop(int32_t key);

@@ -17,19 +17,6 @@ class Lru : public Policy {
   }
 };
 
-// Scores are values by key that demand or arrival changes.
-class Valued : public Policy {
- public:
-  explicit Valued(const Cycle &cycle)
-      : Policy(cycle), value_(static_cast<size_t>(cycle.num_keys()), 0.0) {}
-  void score(int64_t, int64_t, int32_t first, int32_t end, double *scores) const override {
-    for (int32_t key = first; key < end; ++key) scores[key - first] = value_[key];
-  }
-
- protected:
-  std::vector<double> value_;
-};
-
 class Fifo : public Valued {
  public:
   using Valued::Valued;
@@ -53,9 +40,9 @@ class Lfu : public Valued {
 
 // Decayed frequency / distance to the layer (the reasons are in runtime/policy.py). Frequencies grow
 // instead of decaying: a use at step s weighs 2 ^ (s / half_life).
-class CycleAware : public Valued {
+class CycleAware : public ByDistance {
  public:
-  CycleAware(const Cycle &cycle, double half_life) : Valued(cycle), half_life_(half_life) {}
+  CycleAware(const Cycle &cycle, double half_life) : ByDistance(cycle), half_life_(half_life) {}
 
   void touch(const int32_t *keys, int64_t n, const double *counts, int64_t step,
              int64_t num_tokens) override {
@@ -79,14 +66,6 @@ class CycleAware : public Valued {
     for (int64_t i = 0; i < n; ++i) value_[keys[i]] += weight * counts[i];
   }
 
-  void score(int64_t running, int64_t place, int32_t first, int32_t end,
-             double *scores) const override {
-    const int64_t ahead = place - running;
-    const int64_t distance = ahead > 0 ? ahead : ahead + cycle_.num_places();
-    const double nearness = 1.0 / static_cast<double>(distance);
-    for (int32_t key = first; key < end; ++key) scores[key - first] = value_[key] * nearness;
-  }
-
  private:
   const double base_ = 2.0, half_life_;
   int64_t base_step_ = 0;
@@ -99,7 +78,20 @@ void Policy::touch(const int32_t *keys, int64_t n, const double *, int64_t, int6
   for (int64_t i = 0; i < n; ++i) last_use_[keys[i]] = clock_;
 }
 
+void Valued::score(int64_t, int64_t, int32_t first, int32_t end, double *scores) const {
+  for (int32_t key = first; key < end; ++key) scores[key - first] = value_[key];
+}
+
+void ByDistance::score(int64_t running, int64_t place, int32_t first, int32_t end,
+                       double *scores) const {
+  const int64_t ahead = place - running;
+  const int64_t distance = ahead > 0 ? ahead : ahead + cycle_.num_places();
+  const double nearness = 1.0 / static_cast<double>(distance);
+  for (int32_t key = first; key < end; ++key) scores[key - first] = value_[key] * nearness;
+}
+
 std::unique_ptr<Policy> make_policy(const std::string &name, const Cycle &cycle, double half_life) {
+  if (name == "forecast") return make_forecast(cycle);
   if (name == "lru") return std::make_unique<Lru>(cycle);
   if (name == "lfu") return std::make_unique<Lfu>(cycle);
   if (name == "fifo") return std::make_unique<Fifo>(cycle);

@@ -30,6 +30,7 @@ class Policy {
                      int64_t num_tokens);
   virtual void insert(int32_t) {}  // the key was given memory
   virtual void remove(int32_t) {}  // it lost it; what is known of its demand stays known
+  virtual void set_share(double) {}  // the capacity has become this share of all records
   // Scores of the keys first .. end - 1, all of `place`, while place `running` runs.
   virtual void score(int64_t running, int64_t place, int32_t first, int32_t end,
                      double *scores) const = 0;
@@ -41,7 +42,29 @@ class Policy {
   int64_t clock_ = 0;
 };
 
-// "lru", "lfu", "fifo", "cycle"; null for another name. half_life: in tokens; of "cycle".
+// Scores are values by key that demand or arrival changes.
+class Valued : public Policy {
+ public:
+  explicit Valued(const Cycle &cycle)
+      : Policy(cycle), value_(static_cast<size_t>(cycle.num_keys()), 0.0) {}
+  void score(int64_t running, int64_t place, int32_t first, int32_t end,
+             double *scores) const override;
+
+ protected:
+  std::vector<double> value_;
+};
+
+// Scores are values / distance to the layer.
+class ByDistance : public Valued {
+ public:
+  using Valued::Valued;
+  void score(int64_t running, int64_t place, int32_t first, int32_t end,
+             double *scores) const override;
+};
+
+std::unique_ptr<Policy> make_forecast(const Cycle &cycle);
+
+// "forecast", "cycle", "lru", "lfu", "fifo"; null for another name. half_life: in tokens; of "cycle".
 std::unique_ptr<Policy> make_policy(const std::string &name, const Cycle &cycle, double half_life);
 
 }  // namespace em

@@ -215,7 +215,7 @@ typedef struct em_cache_config {
   const int64_t *first_keys; /* [num_places + 1]: records first_keys[p] .. first_keys[p + 1] - 1 are
                                 those of the p-th layer that has experts; all records, from 0 on */
   int64_t num_places;
-  const char *policy; /* "cycle", "lru", "lfu" or "fifo": what they do is in runtime/policy.py */
+  const char *policy; /* "forecast", "cycle", "lru", "lfu", "fifo": see runtime/policy.py */
   double half_life;   /* of "cycle", in tokens */
   double max_moved_per_byte; /* bytes moved to join free memory, per byte needed, rather than evict */
 } em_cache_config;

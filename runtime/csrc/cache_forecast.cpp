@@ -1,0 +1,413 @@
+// The default eviction policy. Twin of runtime/policy_forecast.py, which gives the reasons: the same
+// float operations in the same order, so that both give the same bits (the core is compiled without
+// contraction).
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <cstring>
+
+#include "cache_policy.h"
+
+namespace em {
+namespace {
+
+constexpr int kNumHalfLives = 4, kMemory = kNumHalfLives, kOne = kMemory + 1, kNumInputs = kOne + 1;
+constexpr double kHalfLives[kNumHalfLives] = {1.0, 4.0, 16.0, 128.0};
+constexpr float kRate = 0.1f, kDoubt = 0.05f, kMaxShare = 0.95f;
+constexpr int64_t kWindow = 1024;  // tokens, a power of two
+constexpr int kMaxMatches = 32, kLevels = 64, kMinLevel = 16, kNumLater = 3, kLanes = 8;
+
+float log2_of(float x) {
+  int32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  return static_cast<float>(bits) * 0x1p-23f - 127.0f;
+}
+
+float exp2_of(float z) {
+  z = (std::min(std::max(z, -30.0f), 30.0f) + 127.0f) * 0x1p23f;
+  const int32_t bits = static_cast<int32_t>(z);
+  float x;
+  std::memcpy(&x, &bits, sizeof x);
+  return x;
+}
+
+float probability(float z) {
+  const float odds = exp2_of(z);
+  return odds / (odds + 1.0f);
+}
+
+// By value of a byte: its bits as eight bytes, so that adding them counts eight tokens at once.
+struct Spread {
+  std::array<uint64_t, 256> of;
+  Spread() {
+    for (int value = 0; value < 256; ++value) {
+      uint8_t bytes[8];
+      for (int bit = 0; bit < 8; ++bit) bytes[bit] = static_cast<uint8_t>(value >> bit & 1);
+      std::memcpy(&of[value], bytes, sizeof bytes);
+    }
+  }
+};
+const Spread kSpread;
+
+struct Match {
+  int64_t token;
+  float weight;
+};
+
+// The routing of the last tokens, and how alike each of them is to the running one.
+class Memory {
+ public:
+  explicit Memory(const Cycle &cycle) : places_(static_cast<size_t>(cycle.num_places())) {
+    for (int64_t place = 0; place < cycle.num_places(); ++place) {
+      Place &each = places_[place];
+      each.num_experts = cycle.first_key[place + 1] - cycle.first_key[place];
+      each.num_words = (each.num_experts + 63) / 64;
+      each.picks.resize(static_cast<size_t>(kWindow * each.num_words));
+      each.tokens.resize(static_cast<size_t>(each.num_experts * kWindow / 8));
+      each.token_of.assign(static_cast<size_t>(kWindow), -1);
+    }
+    likeness_.fill(0.0f);
+  }
+
+  void begin_token(int64_t token) {
+    const float last = likeness_[kWindow - 1];
+    for (int64_t slot = kWindow - 1; slot > 0; --slot) likeness_[slot] = likeness_[slot - 1] * 0.5f;
+    likeness_[0] = last * 0.5f;
+    likeness_[token % kWindow] = 0.0f;
+  }
+
+  void forget_likeness() { likeness_.fill(0.0f); }
+
+  void add(int64_t number, int64_t token, const int32_t *picks, int64_t n) {
+    Place &place = places_[number];
+    const int64_t slot = token % kWindow;
+    uint64_t *row = &place.picks[slot * place.num_words];
+    const uint8_t bit = static_cast<uint8_t>(1 << slot % 8);
+    for (int64_t word = 0; word < place.num_words; ++word) {
+      for (; row[word] != 0; row[word] &= row[word] - 1) {
+        const int64_t expert = word * 64 + __builtin_ctzll(row[word]);
+        place.tokens[expert * (kWindow / 8) + slot / 8] &= static_cast<uint8_t>(~bit);
+      }
+    }
+    for (int64_t i = 0; i < n; ++i) {
+      row[picks[i] / 64] |= uint64_t{1} << picks[i] % 64;
+      place.tokens[picks[i] * (kWindow / 8) + slot / 8] |= bit;
+    }
+    place.token_of[slot] = token;
+    for (int64_t begin = 0; begin < n; begin += 255) {  // a byte counts no further
+      count_shared(place, picks + begin, std::min<int64_t>(n - begin, 255));
+    }
+    likeness_[slot] = 0.0f;
+  }
+
+  // Past tokens most like the running one, the newest first; returns their number.
+  int matches(int64_t token, Match *found) const {
+    const float best = *std::max_element(likeness_.begin(), likeness_.end());
+    if (best <= 0.0f) return 0;
+    const float scale = static_cast<float>(kLevels) / best;
+    std::array<uint8_t, kWindow> levels;
+    for (int64_t slot = 0; slot < kWindow; ++slot) {
+      levels[slot] = static_cast<uint8_t>(static_cast<int32_t>(likeness_[slot] * scale));
+    }
+    // Few are alike enough, and eight that are not are passed over at once.
+    static_assert(kMinLevel == 16 && kLevels < 128, "the levels in question have one of these bits");
+    std::array<int16_t, kWindow> slots;
+    int num_slots = 0, counts[kLevels + 1] = {};
+    for (int64_t first = 0; first < kWindow; first += 8) {
+      uint64_t eight;
+      std::memcpy(&eight, &levels[first], sizeof eight);
+      if ((eight & 0x7070707070707070u) == 0) continue;
+      for (int64_t slot = first; slot < first + 8; ++slot) {
+        if (levels[slot] < kMinLevel) continue;
+        slots[num_slots++] = static_cast<int16_t>(slot);
+        ++counts[levels[slot]];
+      }
+    }
+    int level = kLevels, num_above = 0;
+    while (level > kMinLevel && num_above + counts[level] < kMaxMatches) num_above += counts[level--];
+    int room = kMaxMatches - num_above, n = 0;
+    const float scale_to_1 = 1.0f / best;
+    const int64_t now = token % kWindow;
+    const int num_older = static_cast<int>(
+        std::lower_bound(slots.begin(), slots.begin() + num_slots, now) - slots.begin());
+    for (int i = 0; i < num_slots; ++i) {
+      const int64_t slot = slots[(num_older - 1 - i + num_slots) % num_slots];
+      if (levels[slot] < level || (levels[slot] == level && room-- <= 0)) continue;
+      float weight = likeness_[slot] * scale_to_1;
+      weight *= weight;
+      found[n++] = {token - 1 - (token - 1 - slot + kWindow) % kWindow, weight * weight};
+    }
+    return n;
+  }
+
+  // Weights of the experts that were used from `first` to `last` tokens after those, added to votes
+  // [E]; returns their sum.
+  float followers(int64_t number, int64_t token, const Match *found, int n, int64_t first,
+                  int64_t last, float *votes) const {
+    const Place &place = places_[number];
+    float total = 0.0f;
+    for (int i = 0; i < n; ++i) {
+      for (int64_t past = found[i].token + first; past <= found[i].token + last; ++past) {
+        if (past > token || past < 0) continue;
+        const int64_t slot = past % kWindow;
+        if (place.token_of[slot] != past) continue;
+        const uint64_t *row = &place.picks[slot * place.num_words];
+        for (int64_t word = 0; word < place.num_words; ++word) {
+          for (uint64_t left = row[word]; left != 0; left &= left - 1) {
+            votes[word * 64 + __builtin_ctzll(left)] += found[i].weight;
+          }
+        }
+        total += found[i].weight;
+      }
+    }
+    return total;
+  }
+
+ private:
+  struct Place {
+    int64_t num_experts, num_words;
+    std::vector<uint64_t> picks;    // [kWindow, num_words]: experts of the token in each slot
+    std::vector<uint8_t> tokens;    // [num_experts, kWindow / 8]: slots in which each was used
+    std::vector<int64_t> token_of;  // by slot, -1: none
+  };
+
+  void count_shared(const Place &place, const int32_t *picks, int64_t n) {
+    std::array<uint64_t, kWindow / 8> sums = {};
+    for (int64_t i = 0; i < n; ++i) {
+      const uint8_t *bits = &place.tokens[picks[i] * (kWindow / 8)];
+      for (size_t byte = 0; byte < sums.size(); ++byte) sums[byte] += kSpread.of[bits[byte]];
+    }
+    std::array<uint8_t, kWindow> shared;
+    std::memcpy(shared.data(), sums.data(), sizeof shared);
+    for (size_t slot = 0; slot < shared.size(); ++slot) {
+      likeness_[slot] += static_cast<float>(shared[slot]);
+    }
+  }
+
+  std::vector<Place> places_;
+  std::array<float, kWindow> likeness_;  // by slot: token modulo kWindow
+};
+
+class Forecast : public ByDistance {
+ public:
+  explicit Forecast(const Cycle &cycle)
+      : ByDistance(cycle),
+        memory_(cycle),
+        places_(static_cast<size_t>(cycle.num_places())),
+        now_(value_.size(), 0.0f),
+        later_(value_.size(), 0.0f) {
+    int64_t most = 0;
+    for (int64_t place = 0; place < cycle.num_places(); ++place) {
+      const int64_t n = cycle.first_key[place + 1] - cycle.first_key[place];
+      Place &each = places_[place];
+      each.stride = (n + kLanes - 1) / kLanes * kLanes;
+      each.frequencies.resize(static_cast<size_t>(kNumHalfLives * n));
+      each.inputs.resize(static_cast<size_t>(kNumInputs * each.stride));
+      most = std::max(most, each.stride);
+    }
+    for (std::vector<float> *each : {&uses_, &z_, &errors_, &votes_, &found_}) {
+      each->resize(static_cast<size_t>(most));
+    }
+    for (int i = 0; i < kNumHalfLives; ++i) {
+      weights_[i] = 0.25f;
+      decay_[i] = std::pow(base_, -1.0 / kHalfLives[i]);
+    }
+    weights_[kMemory] = 0.5f;
+    squares_.fill(1.0f);
+  }
+
+  void set_share(double share) override {
+    const float rest = 1.0f - static_cast<float>(share);
+    patience_ = std::min(1.0f - rest * rest, kMaxShare);
+    for (size_t key = 0; key < value_.size(); ++key) value_[key] = worth(now_[key], later_[key]);
+  }
+
+  void touch(const int32_t *keys, int64_t n, const double *counts, int64_t step,
+             int64_t num_tokens) override {
+    Policy::touch(keys, n, counts, step, num_tokens);
+    for (int64_t place = 0, left = n; left > 0; ++place) {
+      if (left == n) place = std::max(place, lowest_place(keys, n));
+      const int64_t first = cycle_.first_key[place], end = cycle_.first_key[place + 1];
+      picks_.clear();
+      for (int64_t i = 0; i < n; ++i) {
+        if (keys[i] < first || keys[i] >= end) continue;
+        if (picks_.empty()) std::fill_n(uses_.begin(), end - first, 0.0f);
+        picks_.push_back(static_cast<int32_t>(keys[i] - first));
+        uses_[picks_.back()] = counts == nullptr ? 1.0f : static_cast<float>(counts[i]);
+      }
+      if (picks_.empty()) continue;
+      demand(place, counts == nullptr, step, num_tokens);
+      left -= static_cast<int64_t>(picks_.size());
+    }
+  }
+
+ private:
+  struct Place {
+    int64_t stride;  // experts, rounded up to kLanes; what is beyond them stays 0
+    bool is_known = false;
+    std::vector<float> frequencies;  // [kNumHalfLives, E]
+    float means[kNumHalfLives] = {};
+    std::vector<float> inputs;  // [kNumInputs, stride]
+  };
+
+  int64_t lowest_place(const int32_t *keys, int64_t n) const {
+    const int32_t lowest = *std::min_element(keys, keys + n);
+    const auto &first = cycle_.first_key;
+    return std::upper_bound(first.begin(), first.end(), lowest) - first.begin() - 1;
+  }
+
+  int64_t num_experts(int64_t place) const {
+    return cycle_.first_key[place + 1] - cycle_.first_key[place];
+  }
+
+  // picks_ and uses_ [E] are wanted.
+  void demand(int64_t place, bool is_token, int64_t step, int64_t num_tokens) {
+    const auto end = uses_.begin() + num_experts(place);
+    if (std::all_of(uses_.begin(), end, [](float uses) { return uses == 0.0f; })) return;
+    if (place <= event_place_ && step != event_step_) memory_.begin_token(++token_);
+    const bool is_new = place != event_place_ || step != event_step_;
+    event_place_ = place;
+    event_step_ = step;
+    token_ = std::max<int64_t>(token_, 0);
+    if (is_token && is_new) {
+      if (places_[place].is_known) learn(place);
+      memory_.add(place, token_, picks_.data(), static_cast<int64_t>(picks_.size()));
+    } else if (!is_token) {
+      memory_.forget_likeness();
+    }
+    const float prior = count(place, num_tokens, is_new);
+    if (!has_bias_ && (is_token || num_tokens > 1)) {
+      has_bias_ = true;
+      weights_[kOne] = log2_of(prior / std::max(1.0f - prior, 0x1p-10f));
+    }
+    predict(place, prior);
+  }
+
+  // Adds uses_ to the frequencies, spread evenly over the tokens; returns the mean use.
+  float count(int64_t place, int64_t num_tokens, bool is_new) {
+    const int64_t n = num_experts(place);
+    Place &each = places_[place];
+    float sum = 0.0f;
+    for (int64_t e = 0; e < n; ++e) sum += uses_[e];
+    const float mean = sum / static_cast<float>(n);
+    for (int i = 0; i < kNumHalfLives; ++i) {
+      float decay = static_cast<float>(decay_[i]), weight = 1.0f;
+      if (num_tokens > 1) {
+        const double num = static_cast<double>(num_tokens);
+        const double left = std::pow(base_, -num / kHalfLives[i]);
+        weight = static_cast<float>((1.0 - left) / (1.0 - decay_[i]) / num);
+        decay = static_cast<float>(left);
+      }
+      if (!is_new) decay = 1.0f;
+      float *frequency = &each.frequencies[i * n];
+      for (int64_t e = 0; e < n; ++e) frequency[e] = frequency[e] * decay + uses_[e] * weight;
+      each.means[i] = each.means[i] * decay + mean * weight;
+    }
+    return mean / static_cast<float>(num_tokens);
+  }
+
+  void predict(int64_t place, float prior) {
+    const int64_t n = num_experts(place), first = cycle_.first_key[place];
+    Place &each = places_[place];
+    float *const inputs = each.inputs.data();
+    if (!each.is_known) std::fill_n(inputs + kOne * each.stride, n, 1.0f);
+    each.is_known = true;
+    for (int i = 0; i < kNumHalfLives; ++i) {
+      const float mean = log2_of(each.means[i] + prior);
+      const float *frequency = &each.frequencies[i * n];
+      float *input = inputs + i * each.stride;
+      for (int64_t e = 0; e < n; ++e) input[e] = log2_of(frequency[e] + prior) - mean;
+    }
+    weigh(inputs, each.stride, n);
+    Match matches[kMaxMatches];
+    const int num_matches = memory_.matches(token_, matches);
+    float *const memory = inputs + kMemory * each.stride;
+    ask(place, prior, matches, num_matches, 1, 1, memory);
+    ask(place, prior, matches, num_matches, 2, 1 + kNumLater, found_.data());
+    const float weight = weights_[kMemory];
+    for (int64_t e = 0; e < n; ++e) {
+      now_[first + e] = probability(z_[e] + weight * memory[e]);
+      later_[first + e] = probability(z_[e] + weight * found_[e]);
+    }
+    for (int64_t e = first; e < first + n; ++e) value_[e] = worth(now_[e], later_[e]);
+  }
+
+  // answer [E]: what the memory says of the turns from `from` to `to` tokens ahead.
+  void ask(int64_t place, float prior, const Match *matches, int num_matches, int64_t from,
+           int64_t to, float *answer) {
+    const int64_t n = num_experts(place);
+    const Place &each = places_[place];
+    std::fill_n(votes_.begin(), n, 0.0f);
+    const float total =
+        memory_.followers(place, token_, matches, num_matches, from, to, votes_.data());
+    if (!(total > 0.0f)) {
+      std::fill_n(answer, n, 0.0f);
+      return;
+    }
+    const float doubt = total * kDoubt, sum = total + doubt;
+    const float *frequency = &each.frequencies[(kNumHalfLives - 1) * n];
+    const float mean = each.means[kNumHalfLives - 1] + prior;
+    for (int64_t e = 0; e < n; ++e) {
+      const float habit = (frequency[e] + prior) / mean * prior;
+      answer[e] = log2_of((votes_[e] + doubt * habit) / sum) - log2_of(habit);
+    }
+  }
+
+  // z_ [E]: the weighted inputs, but for the memory's.
+  void weigh(const float *inputs, int64_t stride, int64_t n) {
+    for (int64_t e = 0; e < n; ++e) z_[e] = weights_[0] * inputs[e];
+    for (int i = 1; i < kNumHalfLives; ++i) {
+      const float *input = inputs + i * stride;
+      for (int64_t e = 0; e < n; ++e) z_[e] = z_[e] + weights_[i] * input[e];
+    }
+    for (int64_t e = 0; e < n; ++e) z_[e] = z_[e] + weights_[kOne];
+  }
+
+  float worth(float now, float later) const {
+    return now + (1.0f - now) * (patience_ * later / (1.0f - patience_ * (1.0f - later)));
+  }
+
+  // One AdaGrad step towards uses_ of what the inputs foretold.
+  void learn(int64_t place) {
+    const int64_t n = num_experts(place), stride = places_[place].stride;
+    const float *inputs = places_[place].inputs.data();
+    weigh(inputs, stride, n);
+    const float *memory = inputs + kMemory * stride;
+    std::fill_n(errors_.begin(), stride, 0.0f);
+    for (int64_t e = 0; e < n; ++e) {
+      errors_[e] = probability(z_[e] + weights_[kMemory] * memory[e]) - uses_[e];
+    }
+    for (int i = 0; i < kNumInputs; ++i) {
+      const float *input = inputs + i * stride;
+      float lanes[kLanes] = {};
+      for (int64_t e = 0; e < stride; e += kLanes) {
+        for (int lane = 0; lane < kLanes; ++lane) lanes[lane] += input[e + lane] * errors_[e + lane];
+      }
+      float gradient = lanes[0];
+      for (int lane = 1; lane < kLanes; ++lane) gradient += lanes[lane];
+      gradient = gradient / static_cast<float>(picks_.size());
+      squares_[i] += gradient * gradient;
+      weights_[i] -= kRate * gradient / std::sqrt(squares_[i]);
+    }
+  }
+
+  const double base_ = 2.0;
+  Memory memory_;
+  std::vector<Place> places_;
+  std::array<double, kNumHalfLives> decay_ = {};  // of one token
+  std::array<float, kNumInputs> weights_ = {}, squares_ = {};
+  bool has_bias_ = false;
+  std::vector<float> now_, later_;  // by key: probability of use in the next turn, in a later one
+  float patience_ = 0.0f;
+  int64_t token_ = -1, event_place_ = -1, event_step_ = -1;  // of the last demand
+  std::vector<int32_t> picks_;
+  std::vector<float> uses_, z_, errors_, votes_, found_;
+};
+
+}  // namespace
+
+std::unique_ptr<Policy> make_forecast(const Cycle &cycle) {
+  return std::make_unique<Forecast>(cycle);
+}
+
+}  // namespace em

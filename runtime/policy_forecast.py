@@ -1,0 +1,274 @@
+"""The default eviction policy: forecasts from what tokens like this one were followed by. Floor 1.
+
+A record's worth is its probability of use when its layer comes next, plus that of its later turns
+as far as the pool is large enough to keep it, over the distance to that turn (as in `cycle`). The
+probability is a logistic regression, learned while it runs: each time a layer has run, its E
+experts are E examples of used or not used. Its inputs, each the logarithm of a ratio to the
+average expert, so that equal knowledge of all experts is 0:
+
+- four frequencies that halve every 1, 4, 16 and 128 tokens: recency, habit, and what is between;
+- what followed the past tokens whose routing was most like that of the last ones (`_Memory`).
+
+Everything is done in float32 and with operations that IEEE 754 defines to the bit, in one fixed
+order: runtime/csrc/cache_forecast.cpp gives the same bits. Logarithm and exponential are
+piecewise linear, read off the bits of the number.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .policy_lowest import ByDistance
+
+F32 = np.float32
+HALF_LIVES = (1.0, 4.0, 16.0, 128.0)  # tokens
+NUM_INPUTS = len(HALF_LIVES) + 2  # frequencies, memory, 1
+_MEMORY, _ONE = len(HALF_LIVES), len(HALF_LIVES) + 1
+_RATE = F32(0.1)  # of learning (AdaGrad)
+WINDOW = 1024  # tokens remembered
+_MAX_MATCHES = 32
+_LEVELS = F32(64.0)
+_MIN_LEVEL = 16  # of the best match's likeness, in 64ths
+_DOUBT = F32(0.05)  # share of the average expert in what the matches say
+_NUM_LATER = 3  # tokens behind the next one that count as later
+_MAX_SHARE = F32(0.95)
+_LANES = 8  # partial sums of a gradient
+
+
+def log2(x: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Base 2, linear between powers of two; x > 0."""
+    return x.view(np.int32).astype(F32) * F32(2.0**-23) - F32(127.0)
+
+
+def exp2(z: NDArray[np.float32]) -> NDArray[np.float32]:
+    """The inverse of `log2`, for |z| up to 30."""
+    bits = (np.clip(z, F32(-30.0), F32(30.0)) + F32(127.0)) * F32(2.0**23)
+    return bits.astype(np.int32).view(F32)
+
+
+def _probability(z: NDArray[np.float32]) -> NDArray[np.float32]:
+    odds = exp2(z)
+    return odds / (odds + F32(1.0))
+
+
+def _sum(values: NDArray[np.float32]) -> np.float32:
+    """One after the other."""
+    return np.cumsum(values, dtype=F32)[-1]
+
+
+class _Memory:
+    """The routing of the last tokens, and how alike each of them is to the running one.
+
+    A past token's likeness is the number of experts that it shares with the running token, plus
+    half of what their predecessors shared, and so on.
+    """
+
+    def __init__(self, num_experts: Sequence[int]) -> None:
+        num_places = len(num_experts)
+        self._used = [np.zeros((WINDOW, n), dtype=np.bool_) for n in num_experts]
+        self._token = np.full((num_places, WINDOW), -1, dtype=np.int64)  # of each slot
+        self._likeness = np.zeros(WINDOW, dtype=F32)  # by slot: token modulo WINDOW
+
+    def begin_token(self, token: int) -> None:
+        self._likeness = np.roll(self._likeness, 1) * F32(0.5)
+        self._likeness[token % WINDOW] = 0.0
+
+    def forget_likeness(self) -> None:
+        """What comes was not seen token by token."""
+        self._likeness[:] = 0.0
+
+    def add(self, place: int, token: int, picks: NDArray[np.int64]) -> None:
+        slot, used = token % WINDOW, self._used[place]
+        used[slot] = False
+        used[slot, picks] = True
+        self._token[place, slot] = token
+        self._likeness += used[:, picks].sum(axis=1, dtype=np.int32).astype(F32)
+        self._likeness[slot] = 0.0
+
+    def matches(self, token: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+        """Past tokens most like the running one, the newest first, and their weights."""
+        best = self._likeness.max()
+        if best <= 0:
+            return np.empty(0, dtype=np.int64), np.empty(0, dtype=F32)
+        levels = (self._likeness * (_LEVELS / best)).astype(np.int32)
+        counts = np.bincount(levels, minlength=int(_LEVELS) + 1).tolist()
+        level, num_above = int(_LEVELS), 0
+        while level > _MIN_LEVEL and num_above + counts[level] < _MAX_MATCHES:
+            num_above += counts[level]
+            level -= 1
+        slots = (levels >= level).nonzero()[0]
+        ages = (token - 1 - slots) % WINDOW
+        newest = ages.argsort()
+        slots, ages = slots[newest], ages[newest]
+        is_least = levels[slots] == level
+        chosen = ~is_least | (np.cumsum(is_least) <= _MAX_MATCHES - num_above)
+        weights = self._likeness[slots[chosen]] * (F32(1.0) / best)
+        weights *= weights
+        return token - 1 - ages[chosen], weights * weights
+
+    def followers(
+        self,
+        place: int,
+        token: int,
+        matches: tuple[NDArray[np.int64], NDArray[np.float32]],
+        ahead: range,
+    ) -> tuple[NDArray[np.float32], np.float32]:
+        """Weights [E] of the experts that were used `ahead` tokens after those, and their sum."""
+        tokens = (matches[0][:, None] + np.arange(ahead.start, ahead.stop)).reshape(-1)
+        weights = np.repeat(matches[1], len(ahead))
+        slots = tokens % WINDOW
+        known = (tokens <= token) & (self._token[place, slots] == tokens)
+        if not known.any():
+            return np.zeros(self._used[place].shape[1], dtype=F32), F32(0.0)
+        votes = self._used[place][slots[known]] * weights[known, None]
+        return np.cumsum(votes, axis=0, dtype=F32)[-1], _sum(weights[known])
+
+
+class Forecast(ByDistance):
+    """Evicts the record with the lowest forecast of use / distance to its layer.
+
+    `share`: of all experts that the pool holds; what is later than the next turn counts for
+    1 - (1 - share) ** 2. On recorded routings 1 - (1 - share) ** n was flat from n = 1 to 3.
+    """
+
+    def __init__(self, layer_of_key: Sequence[int], num_layers: int, share: float = 0.0) -> None:
+        super().__init__(layer_of_key, num_layers)
+        places = np.asarray(layer_of_key, dtype=np.int64)
+        self._first = np.searchsorted(places, np.arange(num_layers + 1))
+        counts = np.diff(self._first)
+        self._frequencies = [np.zeros((len(HALF_LIVES), n), dtype=F32) for n in counts]
+        self._means = np.zeros((num_layers, len(HALF_LIVES)), dtype=F32)
+        self._inputs: list[NDArray[np.float32] | None] = [None] * num_layers  # [NUM_INPUTS, E]
+        self._memory = _Memory(counts.tolist())
+        self._weights = np.array([0.25] * len(HALF_LIVES) + [0.5, 0.0], dtype=F32)
+        self._squares = np.ones(NUM_INPUTS, dtype=F32)
+        self._has_bias = False
+        self._now = np.zeros(len(places), dtype=F32)  # probability of use in the next turn
+        self._later = np.zeros(len(places), dtype=F32)  # in a turn behind it
+        self._token, self._event = -1, (-1, -1)  # (place, step) of the last demand
+        self.set_share(share)
+
+    def set_share(self, share: float) -> None:
+        """The pool has changed its size."""
+        rest = F32(1.0) - F32(share)
+        self._patience = min(F32(1.0) - rest * rest, _MAX_SHARE)
+        self._value[:] = self._worth(self._now, self._later)
+
+    def touch(
+        self,
+        keys: NDArray[np.int64],
+        step: int,
+        num_tokens: int = 1,
+        counts: NDArray[np.int64] | None = None,
+    ) -> None:
+        super().touch(keys, step)
+        for row in keys[None] if keys.ndim == 1 else keys:
+            places = self._layer_of_key[row]
+            for place in np.unique(places).tolist():
+                here = places == place
+                part = None if counts is None else np.asarray(counts, dtype=F32)[here]
+                self._demand(place, row[here] - self._first[place], step, num_tokens, part)
+
+    def probabilities(self, place: int) -> NDArray[np.float32]:
+        """Of use when the layer at `place` runs next, [E]."""
+        return self._now[self._first[place] : self._first[place + 1]]
+
+    # ---- inside ------------------------------------------------------------------------------
+
+    def _demand(
+        self,
+        place: int,
+        picks: NDArray[np.int64],
+        step: int,
+        num_tokens: int,
+        counts: NDArray[np.float32] | None,
+    ) -> None:
+        is_token = counts is None
+        if not is_token and not counts.any():
+            return
+        if place <= self._event[0] and step != self._event[1]:
+            self._token += 1
+            self._memory.begin_token(self._token)
+        # The rest of a demand that came in parts adds to the first part.
+        is_new, self._event = self._event != (place, step), (place, step)
+        self._token = max(self._token, 0)
+        num_uses = np.zeros(self._first[place + 1] - self._first[place], dtype=F32)
+        num_uses[picks] = 1.0 if is_token else counts
+        if is_token and is_new:
+            if self._inputs[place] is not None:
+                self._learn(self._inputs[place], num_uses, len(picks))
+            self._memory.add(place, self._token, picks)
+        elif not is_token:
+            self._memory.forget_likeness()
+        prior = self._count(place, num_uses, num_tokens, is_new)
+        if not self._has_bias and (is_token or num_tokens > 1):
+            self._has_bias = True
+            odds = prior / max(F32(1.0) - prior, F32(2.0**-10))
+            self._weights[_ONE] = log2(np.array([odds], dtype=F32))[0]
+        self._predict(place, prior)
+
+    def _count(
+        self, place: int, num_uses: NDArray[np.float32], num_tokens: int, is_new: bool
+    ) -> np.float32:
+        """Add uses to the frequencies, spread evenly over the tokens; returns the mean use."""
+        mean = _sum(num_uses) / F32(len(num_uses))
+        for i, half_life in enumerate(HALF_LIVES):
+            decay, weight = F32(2.0 ** (-1.0 / half_life)), F32(1.0)
+            if num_tokens > 1:
+                left = 2.0 ** (-num_tokens / half_life)
+                weight = F32((1.0 - left) / (1.0 - 2.0 ** (-1.0 / half_life)) / num_tokens)
+                decay = F32(left)
+            frequency = self._frequencies[place][i]
+            if is_new:
+                frequency *= decay
+                self._means[place, i] *= decay
+            frequency += num_uses * weight
+            self._means[place, i] += mean * weight
+        return mean / F32(num_tokens)
+
+    def _predict(self, place: int, prior: np.float32) -> None:
+        frequencies, means = self._frequencies[place], self._means[place]
+        num_experts = frequencies.shape[1]
+        inputs = self._inputs[place]
+        if inputs is None:
+            inputs = self._inputs[place] = np.zeros((NUM_INPUTS, num_experts), dtype=F32)
+            inputs[_ONE] = 1.0
+        for i in range(len(HALF_LIVES)):
+            inputs[i] = log2(frequencies[i] + prior) - log2(np.array([means[i] + prior]))[0]
+        z = self._weights[0] * inputs[0]
+        for i in range(1, _MEMORY):
+            z = z + self._weights[i] * inputs[i]
+        z = z + self._weights[_ONE]
+        habit = (frequencies[-1] + prior) / (means[-1] + prior) * prior
+        matches = self._memory.matches(self._token)
+        found = []
+        for ahead in (range(1, 2), range(2, 2 + _NUM_LATER)):
+            votes, total = self._memory.followers(place, self._token, matches, ahead)
+            found.append(np.zeros(num_experts, dtype=F32))
+            if total > 0:
+                doubt = total * _DOUBT
+                found[-1] = log2((votes + doubt * habit) / (total + doubt)) - log2(habit)
+        inputs[_MEMORY] = found[0]
+        part = slice(self._first[place], self._first[place + 1])
+        self._now[part] = _probability(z + self._weights[_MEMORY] * found[0])
+        self._later[part] = _probability(z + self._weights[_MEMORY] * found[1])
+        self._value[part] = self._worth(self._now[part], self._later[part])
+
+    def _worth(self, now: NDArray[np.float32], later: NDArray[np.float32]) -> NDArray[np.float32]:
+        one, patience = F32(1.0), self._patience
+        return now + (one - now) * (patience * later / (one - patience * (one - later)))
+
+    def _learn(self, inputs: NDArray[np.float32], uses: NDArray[np.float32], num_uses: int) -> None:
+        """One AdaGrad step towards the uses [E] of what the inputs [NUM_INPUTS, E] foretold."""
+        z = self._weights[0] * inputs[0]
+        for i in range(1, _MEMORY):
+            z = z + self._weights[i] * inputs[i]
+        z = z + self._weights[_ONE]
+        errors = _probability(z + self._weights[_MEMORY] * inputs[_MEMORY]) - uses
+        padding = -len(errors) % _LANES
+        products = np.pad(inputs * errors, ((0, 0), (0, padding))).reshape(NUM_INPUTS, -1, _LANES)
+        lanes = np.cumsum(products, axis=1, dtype=F32)[:, -1]
+        gradient = np.cumsum(lanes, axis=1, dtype=F32)[:, -1] / F32(num_uses)
+        self._squares += gradient * gradient
+        self._weights -= _RATE * gradient / np.sqrt(self._squares)
