@@ -16,10 +16,12 @@ from .runtime.amounts import parse_bytes, parse_rate
 from .runtime.errors import UsageError
 from .runtime.io import IO_MODES
 from .runtime.policy import DEFAULT_POLICY, POLICIES
+from .runtime.pressure import auto_budget
 from .runtime.sets import SET_MODES, check_threshold
 
 DEFAULT_CONTEXT = 4096
 WARM_STARTS = ("auto", "off")
+AUTO = "auto"  # as `memory`
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +31,8 @@ class EngineConfig:
     `memory_bytes` None: as much as keeps every expert resident. `context` None: what the model was
     trained for, 4096 at most. `threads` None: one per core. `cache_bytes`: less expert cache than
     the budget allows, for measurements. `throttle`: emulate a drive of so many bytes per second.
-    `warm_start` "off": read no expert before it is wanted, and keep nothing for the next engine.
+    `find_knee`: stay below the budget where memory gets short (governor.py); memory "auto" asks for
+    it. `warm_start` "off": read no expert before it is wanted, keep nothing for the next engine.
     """
 
     memory_bytes: int | None = None
@@ -43,6 +46,7 @@ class EngineConfig:
     throttle: int | None = None
     chat_template: str | None = None
     warm_start: str = "auto"
+    find_knee: bool = False
     set: str | None = None
     set_mode: str = "exact"
     set_threshold: float | None = None
@@ -97,10 +101,13 @@ class EngineConfig:
                 raise UsageError(
                     f"unknown option `{name}`", f"known are {', '.join(sorted(known))}"
                 )
-        for name in known - {"cache_bytes", "throttle"}:
+        for name in known - {"cache_bytes", "throttle", "find_knee"}:
             text = environment.get(f"EDGEMOE_{name.upper()}")
             if text and name not in values:
                 values[name] = _from_text(name, text)
+        if values.get("memory") == AUTO:
+            values["memory_bytes"], values["find_knee"] = auto_budget(), True
+            del values["memory"]
         if "memory" in values:
             values["memory_bytes"] = parse_bytes(values.pop("memory"))
         if isinstance(values.get("cache_bytes"), str):

@@ -8,13 +8,14 @@ expert cache.
 import threading
 import weakref
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .active_set import ActiveSet, find_set, mask_routers, plan_with_set, warm_up
 from .chat_template import ChatTemplate, TemplateWorker
 from .config import EngineConfig
+from .governed_cache import GovernedCache
 from .interrupts import DeferredInterrupt, InterruptibleExperts
 from .last_run import save_last_run
 from .preflight import Preflight, cache_capacity, line_bytes, preflight, release_free_memory
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from .runtime.observe import Observation
     from .session import Completion, Event, Prompt, Session
 
+_NOTHING = nullcontext()
 DEMO = Path(__file__).with_name("demo") / "demo.edgemoe"
 
 
@@ -65,6 +67,7 @@ class Engine:
         self._sessions: weakref.WeakSet[Session] = weakref.WeakSet()
         self._session: Session | None = None
         self.warm_start: WarmStart | None = None
+        self.governed: GovernedCache | None = None
         self._resources = ExitStack()
 
     @classmethod
@@ -155,6 +158,8 @@ class Engine:
             store.reader, arena, capacity, self._index.records, config.policy, config.backend
         )
         self._resources.callback(self.cache.close)
+        if config.find_knee:
+            self.governed = GovernedCache(self.cache, self.plan.min_cache_bytes)
         self._experts.executor = self._executor = Executor(
             self.cache,
             pool,
@@ -254,7 +259,7 @@ class Engine:
         if self.warm_start is not None:
             self.warm_start.stop()
         options.setdefault("on_route", self.on_route)
-        with self._lock:
+        with self._lock, self.governed or _NOTHING:
             if self._model.decodes(token_ids, logits):  # the core minds Ctrl-C itself
                 return self._model.forward(token_ids, kv_cache, logits, **options)
             with self._interrupt.deferred():
@@ -264,9 +269,9 @@ class Engine:
         """Append one token; see `CausalLM.step`."""
         if self.closed:
             raise UsageError("this engine is closed")
-        if not self._model.is_native:
+        if not self._model.is_native or self.on_route is not None:
             return self.forward([token_id], kv_cache)[0], None
-        with self._lock:
+        with self._lock, self.governed or _NOTHING:
             return self._model.step(token_id, kv_cache)
 
     @contextmanager
@@ -340,7 +345,9 @@ class Engine:
                 f"each has a KV cache of {format_bytes(kv_bytes)}",
                 "close one, or give a larger --memory or a shorter --context",
             )
-        if capacity != self.cache.capacity_bytes:
+        if self.governed is not None:
+            self.governed.set_most(capacity)
+        elif capacity != self.cache.capacity_bytes:
             self.cache.trim(capacity)
 
     def session(self) -> "Session":

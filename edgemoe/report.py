@@ -51,6 +51,7 @@ def engine_report(engine: "Engine") -> dict[str, Any]:
         "floor_bytes": plan.floor_bytes,
         "expert_cache_bytes": engine.cache.capacity_bytes,
         "expert_bytes": plan.max_cache_bytes,
+        "knee": engine.governed.governor.to_dict() if engine.governed is not None else None,
         "warm_start": engine.warm_start.to_dict() if engine.warm_start is not None else None,
         "resident": engine.cache.capacity_bytes >= plan.max_cache_bytes,
         "lossless": engine.routing is None,  # the output is that of the full model, bit for bit

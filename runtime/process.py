@@ -50,6 +50,7 @@ class MemoryLimit:
 
     num_bytes: int
     source: str  # completes "the limit of ..."
+    group_used_bytes: int | None = None  # of a control group that sets the limit
 
 
 def memory_limit(root: Path = Path("/"), physical_bytes: int | None = None) -> MemoryLimit:
@@ -63,15 +64,16 @@ def memory_limit(root: Path = Path("/"), physical_bytes: int | None = None) -> M
         physical_bytes = psutil.virtual_memory().total
     limits = [MemoryLimit(physical_bytes, "this machine")]
     limits += [
-        MemoryLimit(num_bytes, "this container or control group")
-        for num_bytes in _cgroup_limits(root)
+        MemoryLimit(num_bytes, "this container or control group", used_bytes)
+        for num_bytes, used_bytes in _cgroup_limits(root)
         if num_bytes < physical_bytes
     ]
     return min(limits, key=lambda limit: limit.num_bytes)
 
 
-def _cgroup_limits(root: Path) -> list[int]:
-    """Every memory limit between our control group and the top, version 1 and version 2."""
+def _cgroup_limits(root: Path) -> list[tuple[int, int | None]]:
+    """Every memory limit between our control group and the top, version 1 and version 2, and what
+    the group uses; its page cache, which it gives back, does not count."""
     base = root / "sys/fs/cgroup"
     try:
         groups = (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines()
@@ -81,24 +83,42 @@ def _cgroup_limits(root: Path) -> list[int]:
     for line in groups:
         _, controllers, path = line.split(":", 2) if line.count(":") >= 2 else ("", "-", "/")
         if controllers == "":
-            folder, name = base, "memory.max"
+            folder, name, used = base, "memory.max", "memory.current"
         elif "memory" in controllers.split(","):
             folder, name = base / "memory", "memory.limit_in_bytes"
+            used = "memory.usage_in_bytes"
         else:
             continue
         # Inside a container the path is often that of the host, which is not mounted here: what
         # can be found of it from the top down is looked at.
         group = folder / path.lstrip("/")
         for level in (group, *group.parents):
-            limits += _read_limit(level / name)
+            used_bytes = _read_number(level / used)
+            if used_bytes is not None:
+                used_bytes = max(0, used_bytes - _file_bytes(level / "memory.stat"))
+            limit = _read_number(level / name)  # version 2 writes `max` for none
+            limits += [] if limit is None else [(limit, used_bytes)]
             if level == folder:
                 break
     return limits
 
 
-def _read_limit(file: Path) -> list[int]:
+def _read_number(file: Path) -> int | None:
     try:
         text = file.read_text(encoding="ascii").strip()
     except (OSError, ValueError):
-        return []
-    return [int(text)] if text.isdecimal() else []  # version 2 writes `max` for none
+        return None
+    return int(text) if text.isdecimal() else None
+
+
+def _file_bytes(file: Path) -> int:
+    """Page cache of a control group that is not in use now, by its `memory.stat`."""
+    try:
+        lines = file.read_text(encoding="ascii").splitlines()
+    except (OSError, ValueError):
+        return 0
+    values = dict(line.split() for line in lines if len(line.split()) == 2)
+    for name in ("total_inactive_file", "inactive_file"):  # version 1 with subgroups, version 2
+        if values.get(name, "").isdecimal():
+            return int(values[name])
+    return 0

@@ -1,181 +1,161 @@
-"""Replays against the oracles of replay.py; what the default policy promises; what traces say."""
+"""Recorded routing in the place of the routers: what fits, what is filled in, and what is run."""
 
-import os
+import json
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from replay import belady_hits, replay_hits, skewed_trace
+import stores_small
+import torch
 
+from edgemoe.cli import bench_limits, main
+from edgemoe.cli.bench_report import tables
+from edgemoe.cli.replay import fit, replay, token_id
+from edgemoe.engine import Engine
+from edgemoe.kv_cache import KVCache
 from edgemoe.runtime import core
 from edgemoe.runtime.errors import UsageError
-from edgemoe.runtime.policy import POLICIES, make_policy
-from edgemoe.runtime.replay import BELADY, REPLAYED, Demand, recall, replay
+from edgemoe.runtime.index import load_index
 from edgemoe.runtime.trace import Trace
 
-ROOT = Path(__file__).resolve().parent.parent
-TRACES = os.environ.get("EDGEMOE_TRACES")
-L, E, K = 6, 16, 2
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tools"))
+
+from make_store import main as make_store  # noqa: E402
+
+LAYERS, EXPERTS, TOP_K = 3, 8, 2
+native = pytest.mark.skipif(core.lib is None, reason="native core not built")
 
 
-def as_trace(steps: list, num_layers: int = L, num_experts: int = E, **changes) -> Trace:
-    """A `Trace` of the list that replay.py's oracles take; every layer of every token is in it."""
-    width = max(len(keys) for _, keys in steps)
-    experts = np.full((len(steps) // num_layers, num_layers, width), -1, dtype=np.int32)
-    for number, (layer, keys) in enumerate(steps):
-        row = np.array(keys) - layer * num_experts
-        experts[number // num_layers, layer, : len(keys)] = row
-    values = {
-        "experts": experts,
-        "weights": None,
-        "phase": np.ones(len(experts), dtype=np.int8),
-        "num_experts": np.full(num_layers, num_experts),
-        "expert_bytes": np.full(num_layers, 4096),
-    }
-    return Trace(**values | changes)
+@pytest.fixture(scope="module")
+def store(tmp_path_factory) -> Path:
+    return stores_small.make_store(tmp_path_factory.mktemp("replay"), num_experts_per_tok=3)
 
 
-def hit_rates(
-    trace: Trace, shares: list[float], policies: tuple[str, ...] = REPLAYED
-) -> dict[str, list[float]]:
-    demand = Demand(trace)
-    capacities = [int(share * trace.table_bytes) for share in shares]
-    return {name: [each.hit_rate for each in replay(demand, name, capacities)] for name in policies}
-
-
-@pytest.mark.parametrize("name", [*POLICIES, BELADY])
-def test_a_replay_is_that_of_the_oracle(name):
-    steps = skewed_trace(60, L, E, K)
-    places = [layer for layer in range(L) for _ in range(E)]
-    outcomes = replay(Demand(as_trace(steps)), name, [4096 * n for n in (2, 7, 12, 40, L * E)])
-    for outcome in outcomes:
-        records = outcome.capacity_bytes // 4096
-        if name == BELADY:
-            expected = belady_hits(steps, records)
-        else:
-            policy = make_policy(name, places, L)
-            policy.set_share(records / (L * E))
-            expected = replay_hits(steps, records, policy, L * E)
-        assert outcome.hits == expected
-        assert outcome.bytes_read == 4096 * outcome.misses
-        assert outcome.hits + outcome.misses == 60 * L * K
-
-
-@settings(max_examples=30, deadline=None)
-@given(data=st.data())
-def test_nothing_hits_more_than_belady_where_records_are_equal(data):
-    rows = st.lists(st.integers(-1, 4), min_size=3, max_size=3)
-    drawn = data.draw(st.lists(st.lists(rows, min_size=2, max_size=2), min_size=1, max_size=12))
+def write_trace(path: Path, layers=LAYERS, experts=EXPERTS, top_k=TOP_K, prompt=4, steps=10):
+    rng = np.random.default_rng(4)
+    ids = [[rng.permutation(experts)[:top_k] for _ in range(layers)] for _ in range(prompt + steps)]
+    weights = rng.random((prompt + steps, layers, top_k)).astype(np.float32)
     trace = Trace(
-        experts=np.array(drawn, dtype=np.int32),
-        weights=None,
-        phase=np.ones(len(drawn), dtype=np.int8),
-        num_experts=np.array([5, 5]),
-        expert_bytes=np.array([4096, 4096]),
+        experts=np.array(ids, dtype=np.int32),
+        weights=weights / weights.sum(axis=2, keepdims=True),
+        phase=np.array([0] * prompt + [1] * steps, dtype=np.int8),
+        num_experts=np.full(layers, experts),
+        expert_bytes=np.full(layers, 1 << 15),
+        model="Some-MoE",
     )
-    if (trace.experts < 0).all():
-        return
-    rates = hit_rates(trace, [0.3, 0.5, 0.9])  # every pool holds the demand of one layer
-    for name, row in rates.items():
-        assert all(rate <= best for rate, best in zip(row, rates[BELADY], strict=True)), name
+    trace.save(path)
+    return trace
 
 
-@pytest.mark.parametrize("name", REPLAYED)
-def test_records_of_different_sizes_stay_within_the_pool(name):
-    steps = skewed_trace(40, L, E, K)
-    sizes = 4096 * np.random.default_rng(1).integers(1, 6, L * E)
-    trace = as_trace(steps, record_bytes=sizes, expert_bytes=np.full(L, 5 * 4096))
-    demand = Demand(trace)
-    outcomes = replay(demand, name, [1, demand.floor_bytes, trace.table_bytes // 3, 1 << 40])
-    hits = [outcome.hits for outcome in outcomes]
-    assert hits == sorted(hits) and hits[0] == 0
-    distinct = {key for _, keys in steps for key in keys}
-    assert outcomes[-1].misses == len(distinct)
-    assert outcomes[-1].bytes_read == sizes[list(distinct)].sum()
+def test_a_trace_is_cut_into_its_prompt_and_its_steps(store, tmp_path):
+    trace = write_trace(tmp_path / "t.trace")
+    recorded = fit(tmp_path / "t.trace", load_index(store))
+    assert (len(recorded.prompt), len(recorded.decoded)) == (4, 10) and recorded.notes == []
+    assert np.array_equal(recorded.decoded.ids, np.sort(trace.experts[4:], axis=2))
+    for step in range(4):
+        for place in range(LAYERS):
+            found = dict(
+                zip(
+                    recorded.prompt.ids[step, place].tolist(),
+                    recorded.prompt.weights[step, place].tolist(),
+                    strict=True,
+                )
+            )
+            ids, weights = trace.experts[step, place].tolist(), trace.weights[step, place].tolist()
+            assert found == dict(zip(ids, weights, strict=True))
 
 
-def test_a_trace_without_decoded_steps_is_replayed_whole():
-    trace = as_trace(skewed_trace(10, L, E, K), phase=np.zeros(10, dtype=np.int8))
-    demand = Demand(trace)
-    assert demand.is_prefill and demand.num_steps == 10
+def test_what_was_not_recorded_takes_the_next_token(store, tmp_path):
+    trace = write_trace(tmp_path / "t.trace")
+    trace.experts[:3, 2] = -1
+    trace.experts[13, 0, 1] = -1
+    trace.save(tmp_path / "t.trace")
+    recorded = fit(tmp_path / "t.trace", load_index(store))
+    assert np.array_equal(recorded.prompt.ids[0, 2], np.sort(trace.experts[3, 2]))
+    assert np.array_equal(recorded.decoded.ids[9, 0], recorded.decoded.ids[8, 0])
+    assert "4 of 42" in recorded.notes[0]
 
 
-def test_prefill_and_experts_named_twice_are_left_out():
-    trace = as_trace(skewed_trace(10, L, E, K), phase=np.array([0] * 4 + [1] * 6, dtype=np.int8))
-    trace.experts[5, 2] = 3  # twice
-    trace.experts[6, 1] = -1
-    demand = Demand(trace)
-    assert demand.num_steps == 6 and demand.num_demands == 6 * L * K - 1 - K
-    assert len(demand.steps) == 6 * L - 1
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        ({"layers": 4}, "4 layers"),
+        ({"layers": 2}, "2 layers"),
+        ({"experts": 9}, "9 experts"),
+        ({"top_k": 4}, "4 experts a token"),
+        ({"steps": 0}, "no decoded tokens"),
+    ],
+)
+def test_a_store_that_does_not_fit_is_refused(store, tmp_path, shape, message):
+    write_trace(tmp_path / "t.trace", **shape)
+    with pytest.raises(UsageError) as caught:
+        fit(tmp_path / "t.trace", load_index(store))
+    assert message in caught.value.what + caught.value.why
+    if "steps" not in shape:
+        assert "make_store.py --like" in caught.value.next_step
 
 
-def test_an_unknown_policy_is_named():
-    with pytest.raises(UsageError, match="`arc`.*s3-fifo, belady"):
-        replay(Demand(as_trace(skewed_trace(2, L, E, K))), "arc", [1 << 20])
+def test_layers_are_cropped_where_asked(store, tmp_path):
+    write_trace(tmp_path / "t.trace", layers=5)
+    recorded = fit(tmp_path / "t.trace", load_index(store), LAYERS)
+    assert recorded.decoded.ids.shape == (10, LAYERS, TOP_K)
+    assert recorded.notes == ["only the first 3 of 5 layers are replayed"]
 
 
-def test_recall_of_known_predictors():
-    steps = [
-        (layer, [layer * E, layer * E + 1 + token]) for token in range(5) for layer in range(L)
-    ]
-    found = recall(Demand(as_trace(steps)))
-    assert found["oracle"].tolist() == [1.0] * L
-    assert found["previous"] == pytest.approx([4 / 10] * L)  # one of two, but for the first token
-    assert (found["forecast"] >= found["previous"]).all()
+@native
+def test_every_demand_is_that_of_the_trace(store, tmp_path):
+    write_trace(tmp_path / "t.trace")
+    recorded = fit(tmp_path / "t.trace", load_index(store))
+    with Engine.from_pretrained(store, context=64) as engine:
+        kv_cache = KVCache.for_model(engine.args, 64, 16)
+        result = replay(engine, kv_cache, recorded.prompt, recorded.decoded)
+        assert result.prefill["hits"] + result.prefill["misses"] == sum(
+            len(np.unique(recorded.prompt.ids[:, place])) for place in range(LAYERS)
+        )
+        assert result.decode["hits"] + result.decode["misses"] == 10 * LAYERS * TOP_K
+        assert kv_cache.offset == 14 and len(result.step_s) == len(result.token_ids) == 10
+        kv_cache.trim(0)
+        tokens = [token_id(i, engine.args.vocab) for i in range(14)]
+        routes = [
+            np.concatenate([getattr(recorded.prompt, name), getattr(recorded.decoded, name)])
+            for name in ("ids", "weights")
+        ]
+        logits = engine.forward(tokens, kv_cache, "all", forced=tuple(routes))
+        assert torch.argmax(logits[4:], dim=1).tolist() == result.token_ids
 
 
-# ---- what the default policy promises -----------------------------------------------------------
+@native
+def test_bench_replays_a_trace(store, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(bench_limits, "sweep_bytes", lambda: 8 << 20)
+    write_trace(tmp_path / "t.trace")
+    words = ["bench", str(store), "--replay", str(tmp_path / "t.trace"), "-r", "1", "-n", "6"]
+    words += ["--memory", "floor,100%", "--no-control", "--throttle", "500MB/s"]
+    assert main([*words, "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["prompts"]["kind"] == "replay" and document["prompts"]["tokens"] == 4
+    assert document["decoded_tokens"] == 6 and document["throttle_bytes_per_s"] == 500_000_000
+    floor, full = (row["rounds"][0] for row in document["rows"])
+    assert floor["logits_hash"] == full["logits_hash"]
+    assert floor["bytes_read_per_token"] > full["bytes_read_per_token"] == 0
+    assert "replays" in tables(document, markdown=True)
+    assert main([*words, "--text", "a.txt"]) == 2
+    assert main([*words, "--replay-layers", "2"]) == 2
 
 
-@pytest.mark.parametrize("seed", [0, 1])
-def test_on_a_skewed_cyclic_trace_ours_hit_as_much_as_the_plain_ones(seed):
-    trace = as_trace(skewed_trace(300, 8, E, K, seed), num_layers=8)
-    rates = hit_rates(trace, [0.01, 0.0625, 0.1, 0.125, 0.2, 0.35, 0.5, 0.7, 0.9])
-    plain = [max(row) for row in zip(*(rates[n] for n in ("lru", "lfu", "fifo")), strict=True)]
-    for number, best in enumerate(rates[BELADY]):
-        slack = 0.0 if number < 7 else 0.004  # almost all is resident, and some luck decides
-        for name in ("forecast", "cycle"):
-            assert plain[number] - slack <= rates[name][number] <= best
-        assert rates["forecast"][number] >= rates["lru"][number]
-
-
-def check_promise(trace: Trace, closed: float, shares: list[float]) -> None:
-    """At or above LRU everywhere; `closed` of the gap to Belady closed above one token's cycle."""
-    rates = hit_rates(trace, shares, ("forecast", "lru", BELADY))
-    cycle = trace.cycle_bytes / trace.table_bytes
-    for share, ours, lru, best in zip(
-        shares, rates["forecast"], rates["lru"], rates[BELADY], strict=True
-    ):
-        assert lru <= ours <= best
-        if share > cycle:
-            assert ours >= lru + closed * (best - lru), share
-
-
-@pytest.mark.skipif(core.lib is None, reason="native core not built")
-def test_a_third_of_the_gap_on_text_that_the_demo_model_reads_here():
-    from edgemoe import Engine
-    from edgemoe.recorder import Recorder
-
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    text += (ROOT / "docs" / "decisions.md").read_text(encoding="utf-8")
-    with Engine.from_pretrained() as engine:
-        recorder = Recorder(engine)
-        recorder.read(engine.need_tokenizer().encode(text)[:1024])
-        trace = recorder.trace()
-    assert trace.num_steps == 1024 and trace.model == "demo"
-    check_promise(trace, 1 / 3, [0.05, 0.15, 0.2, 0.25, 0.35, 0.5, 0.6])
-
-
-@pytest.mark.skipif(not TRACES, reason="EDGEMOE_TRACES names no folder of recorded routings")
-@pytest.mark.parametrize("name", ["qwen3-30b-a3b", "gpt-oss-120b"])
-def test_the_promise_on_recorded_routings(name):
-    path = Path(TRACES or "") / f"{name}.npz"
-    if not path.is_file():
-        pytest.skip(f"EDGEMOE_TRACES has no {name}")
-    trace = Trace.load(path)
-    check_promise(trace, 0.1, [0.05, 0.08, 0.125])
-    check_promise(trace, 0.0, [0.01, 0.03, 0.2, 0.25, 0.35, 0.5, 0.9])
-    if name == "qwen3-30b-a3b":
-        assert hit_rates(trace, [0.03], ("forecast",))["forecast"][0] >= 0.25
+@native
+def test_a_store_is_made_for_a_trace(tmp_path):
+    """36 layers of 128 experts would do as well; the record is a stated share of the recorded."""
+    trace = write_trace(tmp_path / "t.trace", layers=2, experts=16, top_k=4)
+    trace.expert_bytes[:] = 300_000
+    trace.save(tmp_path / "t.trace")
+    out = tmp_path / "like.edgemoe"
+    words = ["--like", str(tmp_path / "t.trace"), "--fraction", "0.5", "--pool", "4"]
+    assert make_store([*words, "--set", "vocab_size=1024", "--out", str(out)]) == 0
+    index = load_index(out)
+    assert index.layer_to_num_experts == {0: 16, 1: 16} and index.config["vocab_size"] == 1024
+    assert 0.6 < index.max_record_bytes / 150_000 < 1.6
+    recorded = fit(tmp_path / "t.trace", index)
+    with Engine.from_pretrained(out, context=64) as engine:
+        kv_cache = KVCache.for_model(engine.args, 64, 16)
+        assert replay(engine, kv_cache, recorded.prompt, recorded.decoded).decode["misses"] >= 0

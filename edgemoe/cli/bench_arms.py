@@ -213,15 +213,20 @@ def _measure_one(
             io=args.io,
             warm_start="off",
             throttle=args.throttle,
+            set=args.set,
+            set_mode=args.set_mode,
+            set_threshold=args.set_threshold,
         ) as engine:
             for line in engine.notes:
                 note(f"note: {arm.name}: {line}")
             cache_bytes = engine.cache.capacity_bytes
-            if arm.is_resident:
+            routing = engine.routing
+            if arm.is_resident and not (routing and routing.mode == "hard"):
                 engine.cache.preload()
             decoded, cost = _decode(engine, prompt, args.tokens)
     return {
         "expert_cache_bytes": cache_bytes,
+        "routing": routing.label if routing else None,
         **speeds(decoded, args.prompt_tokens),
         **cost,
         "peak_rss_bytes": peak.rss_bytes,

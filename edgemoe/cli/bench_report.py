@@ -39,8 +39,10 @@ def tables(document: dict[str, Any], markdown: bool = False) -> str:
     machine = document["machine"]
     throttle = document["throttle_bytes_per_s"]
     slowed = f" slowed down to {format_rate(throttle)}" if throttle else ""
+    routing = {each["routing"] for row in every for each in row["rounds"]} - {None}
+    with_set = "".join(f", {label}" for label in sorted(routing))
     parts = [
-        f"{document['model']}: {prompts['tokens']} prompt tokens ({prompts['note']}), "
+        f"{document['model']}{with_set}: {prompts['tokens']} prompt tokens ({prompts['note']}), "
         f"{document['decoded_tokens']} decoded, median of {rounds} rounds\n"
         f"{machine['cpu']}, {machine['num_cpus']} CPUs, {format_bytes(machine['memory_bytes'])}; "
         f"{describe_limits(every)}{slowed}",

@@ -80,9 +80,10 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("engine")
     group.add_argument(
         "--memory",
-        type=size,
+        type=size_or_auto,
         metavar="SIZE",
-        help="bound of the whole process, such as 4GiB (default: what keeps every expert)",
+        help="bound of the whole process, such as 4GiB, or auto: as much as is free, and less when "
+        "memory gets short (default: what keeps every expert)",
     )
     group.add_argument(
         "--context", type=count, metavar="N", help="tokens the KV cache holds (8k is 8192)"
@@ -203,10 +204,18 @@ def rate(text: str) -> int:
 
 
 def size(text: str) -> int:
-    """`4GiB` in bytes; UsageError for what is no amount of memory."""
+    """`4GiB` in bytes, `auto` as what is free; UsageError for what is no amount of memory."""
     from ..runtime.amounts import parse_bytes
+    from ..runtime.pressure import auto_budget
 
+    if text == "auto":
+        return auto_budget()
     return parse_bytes(text)
+
+
+def size_or_auto(text: str) -> int | str:
+    """`size`, or `auto` as it stands: for an engine that looks after itself."""
+    return text if text == "auto" else size(text)
 
 
 def counts(text: str) -> list[int]:
