@@ -20,7 +20,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..models.steps import Routed
 from ..runtime import kernels
 from ..runtime.format import RecordLayout
 from .gptq import Curvature, quantize_calibrated
@@ -89,11 +88,7 @@ def calibrated_records(
                     text.finish(layer, None)
                     continue
                 parts = list(shares(routed, text.args.num_experts))
-                y = torch.zeros_like(text.x)
-                outputs = in_order(partial(_output, source, layer, routed), parts, workers)
-                for share, output in zip(parts, outputs, strict=True):
-                    y.index_add_(0, share.tokens, output)
-                text.finish(layer, y)
+                text.add_outputs(source, layer, routed, parts, workers)
                 scale = text.x.norm(dim=1).clamp_(min=1e-6).reciprocal_()
                 jobs: dict[int, _Job] = {}
                 for number in numbers.get(layer, ()):
@@ -112,22 +107,22 @@ def calibrated_records(
         torch.set_num_threads(threads)
 
 
-def _output(source: WeightSource, layer: int, routed: Routed, share: Share) -> Tensor:
-    """What an expert adds to its tokens, `[n, D]`."""
-    if not len(share.tokens):
-        return torch.empty((0, routed.normed.shape[1]))
-    gate, up, down = (part.float() for part in source.expert(layer, share.expert))
-    output = expert_hidden(routed.normed[share.tokens], gate, up) @ down.T
-    return output.mul_(share.weights[:, None])
-
-
 def _records(source: WeightSource, plan: ConversionPlan, normed: Tensor, job: _Job) -> list[Record]:
     """The records of one expert."""
-    gate, up, down = (part.float() for part in source.expert(job.layer, job.share.expert))
-    kinds = [
-        (plan.layouts[job.layer, number], plan.spec_of(job.layer, number)) for number in job.numbers
-    ]
-    return expert_records((gate, up, down), normed, job.share, kinds)
+    layer, expert = job.layer, job.share.expert
+    layouts = {number: plan.layouts[layer, number] for number in job.numbers}
+    found: dict[int, Record] = {}
+    for number, layout in layouts.items():
+        stored = source.record(layer, expert, layout)
+        if stored is not None:
+            found[number] = checked(stored, layout)
+    left = [number for number in job.numbers if number not in found]
+    if left:
+        gate, up, down = (part.float() for part in source.expert(layer, expert))
+        kinds = [(layouts[number], plan.spec_of(layer, number)) for number in left]
+        records = expert_records((gate, up, down), normed, job.share, kinds)
+        found |= zip(left, records, strict=True)
+    return [found[number] for number in job.numbers]
 
 
 def expert_records(

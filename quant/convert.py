@@ -67,10 +67,10 @@ def convert(
     written is kept for the next run).
     """
     target, options = Path(out), options or ConvertOptions()
-    progress, num_threads = progress or Silent(), num_threads or _num_cpus()
+    progress, num_threads = progress or Silent(), num_threads or num_cpus()
     with source if isinstance(source, StoreSource) else open_source(source) as checkpoint:
         if calibration is None:
-            _refuse_calibrated(options)
+            _refuse_calibrated(checkpoint, options)
         elif not any(spec.quantizer in USES_INPUTS for spec in options.all_specs):
             calibration = None  # nothing would be done with it
         plan = make_plan(checkpoint, options, calibration and calibration.to_json())
@@ -100,7 +100,9 @@ def convert(
     return target
 
 
-def _refuse_calibrated(options: ConvertOptions) -> None:
+def _refuse_calibrated(source: WeightSource, options: ConvertOptions) -> None:
+    if isinstance(source, StoreSource) and source.is_choice:
+        return  # its records are done
     if any(spec.quantizer == "calibrated" for spec in options.all_specs):
         raise UsageError(
             "the calibrated quantizer needs a text",
@@ -109,7 +111,8 @@ def _refuse_calibrated(options: ConvertOptions) -> None:
         )
 
 
-def _num_cpus() -> int:
+def num_cpus() -> int:
+    """Cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1

@@ -98,7 +98,7 @@ def evaluate(
     models = [model] if other is None else [model, other]
     size = max(len(window.ids) for window in windows)
     caches = [KVCache.for_model(each.args, size, kv_bits) for each in models]
-    sums = _Sums(len(models) > 1)
+    sums = Sums(len(models) > 1)
     progress.start("tokens", sum(len(window.ids) for window in windows), unit="tok")
     for window in windows:
         for cache in caches:
@@ -121,7 +121,7 @@ def _chunks(
 
 
 @dataclass(slots=True)
-class _Sums:
+class Sums:
     """Collects the losses of chunks."""
 
     compared: bool

@@ -5,6 +5,7 @@ asks, the experts at work. Attention and routers run as in an engine.
 """
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from types import TracebackType
 from typing import NamedTuple
 
@@ -22,6 +23,7 @@ from ..runtime.kernels import PackedMatrix, ThreadPool
 from ..runtime.memory import Pile
 from ..runtime.records import RecordTable
 from .layouts import TrunkItem
+from .pack import in_order
 from .quantize import quantize, to_16bit
 from .store_source import StoreSource, WeightSource
 
@@ -37,12 +39,11 @@ class Share(NamedTuple):
 class _NoExperts:
     """Stands where an engine has its executor; nothing here asks it for an output."""
 
-    reader_handle = None
+    cache = None
 
     def __init__(self, layouts: dict[tuple[int, int], RecordLayout]) -> None:
         records = {key: ExpertRecord(0, layout, (0, 0)) for key, layout in layouts.items()}
         self.table = RecordTable(records)
-        self.addresses = np.zeros(len(records), dtype=np.uint64)
 
 
 class LayerPass:
@@ -94,6 +95,21 @@ class LayerPass:
             own = None if y is None else y[span]
             self._steps.finish(layer, self.x[span], routed, own)
 
+    def add_outputs(
+        self,
+        source: WeightSource,
+        layer: int,
+        routed: Routed,
+        parts: Sequence[Share],
+        workers: int,
+    ) -> None:
+        """Compute the experts of a layer as the source has them, each for its share, and finish."""
+        y = torch.zeros_like(self.x)
+        outputs = in_order(partial(_output, source, layer, routed), parts, workers)
+        for share, output in zip(parts, outputs, strict=True):
+            y.index_add_(0, share.tokens, output)
+        self.finish(layer, y)
+
     def close(self) -> None:
         self._model = self._steps = None
         self._pool.close()
@@ -118,6 +134,15 @@ def shares(routed: Routed, num_experts: int) -> Iterator[Share]:
     tokens = order // routed.expert_ids.shape[1]
     weights = routed.routing_weights.reshape(-1)[order]
     yield from map(Share, range(num_experts), tokens.split(counts), weights.split(counts))
+
+
+def _output(source: WeightSource, layer: int, routed: Routed, share: Share) -> Tensor:
+    """What an expert adds to its tokens, `[n, D]`."""
+    if not len(share.tokens):
+        return torch.empty((0, routed.normed.shape[1]))
+    gate, up, down = (part.float() for part in source.expert(layer, share.expert))
+    output = expert_hidden(routed.normed[share.tokens], gate, up) @ down.T
+    return output.mul_(share.weights[:, None])
 
 
 def expert_hidden(x: Tensor, gate: Tensor, up: Tensor) -> Tensor:

@@ -103,7 +103,8 @@ def trunk_items(
     checkpoint: WeightSource, options: ConvertOptions, notes: list[str]
 ) -> list[TrunkItem]:
     if isinstance(checkpoint, StoreSource):
-        notes.append("the trunk is taken over from the store as it is")
+        if not checkpoint.is_choice:
+            notes.append("the trunk is taken over from the store as it is")
         packed = {name: tensor.spec for name, tensor in checkpoint.index.packed_trunk.items()}
         return [
             TrunkItem(name, source, packed.get(name), source.dtype, is_stored=True)

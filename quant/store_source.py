@@ -51,6 +51,11 @@ class StoreSource:
         self._chosen = chosen
         self._opened = open(self.path / EXPERTS_FILE, "rb", buffering=0)  # noqa: SIM115
 
+    @property
+    def is_choice(self) -> bool:
+        """Whether the experts are chosen records of a store of variants."""
+        return self._chosen is not None
+
     def identity(self) -> str:
         """What must be equal for the same experts to come out, beside the weight files."""
         return (self.path / STORE_FILE).read_text(encoding="utf-8") + json.dumps(
@@ -158,5 +163,10 @@ def open_source(path: str | Path) -> WeightSource:
 
 
 def source_origin(source: WeightSource) -> dict[str, Any]:
-    """For store.json: how the source of a store was itself made."""
-    return {"source_store": source.index.plan} if isinstance(source, StoreSource) else {}
+    """For store.json: how the source of a store was itself made, or its chosen variants were."""
+    if not isinstance(source, StoreSource):
+        return {}
+    if not source.is_choice:
+        return {"source_store": source.index.plan}
+    kept = ("calibration", "source_store")
+    return {name: source.index.plan[name] for name in kept if name in source.index.plan}

@@ -2,16 +2,14 @@
 
 import argparse
 import json
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..runtime.errors import UsageError
-from . import options
+from . import convert_auto, options
 from .render import note, open_output
 
 if TYPE_CHECKING:
     from ..quant.bitplan import BitPlan
-    from ..quant.calibrated import Calibration
     from ..quant.options import ConvertOptions
 
 USAGE = "%(prog)s SOURCE --out NAME.edgemoe [options]"
@@ -21,6 +19,7 @@ more bits, whose trunk is taken over as it is.
 
   edgemoe convert OLMoE-1B-7B --out olmoe.edgemoe --bits 4
   edgemoe convert OLMoE-1B-7B --out olmoe-3.edgemoe --bits 3 --calibration text.txt
+  edgemoe convert OLMoE-1B-7B --out olmoe-m.edgemoe --bits auto --max-loss 2% --calibration text.txt
 """
 CALIBRATION_TOKENS = 65536
 
@@ -52,6 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--plan", metavar="FILE", help="bits of every expert: a file, experts-int8 or moqe"
     )
     group.add_argument("--save-plan", metavar="FILE", help="write the plan that is followed")
+    convert_auto.add_arguments(parser)
     parser.add_argument("--dry-run", action="store_true", help="print the plan, write nothing")
     parser.add_argument("--json", action="store_true", help="the plan as one JSON object")
 
@@ -60,7 +60,10 @@ def add_format_options(parser: argparse.ArgumentParser) -> None:
     """--bits, --mode, --group-size, --trunk-bits: how a store would be stored."""
     group = parser.add_argument_group("format")
     group.add_argument(
-        "--bits", type=int, choices=(2, 3, 4, 8, 16), help="of the experts (default: 4)"
+        "--bits",
+        type=_bits,
+        metavar="2|3|4|8|16|auto",
+        help="of the experts (default: 4); auto finds a plan for --max-loss, --size or --bpw",
     )
     group.add_argument(
         "--mode",
@@ -78,6 +81,14 @@ def add_format_options(parser: argparse.ArgumentParser) -> None:
         choices=(4, 8, 16),
         help="of everything that is not a routed expert (default: 8)",
     )
+
+
+def _bits(text: str) -> int | str:
+    if text == "auto":
+        return text
+    if text not in ("2", "3", "4", "8", "16"):
+        raise argparse.ArgumentTypeError(f"expected 2, 3, 4, 8, 16 or auto, got `{text}`")
+    return int(text)
 
 
 def format_options(args: argparse.Namespace, **more: Any) -> "ConvertOptions":
@@ -107,6 +118,8 @@ def run(args: argparse.Namespace) -> int:
             "its trunk is taken over as it is",
             "leave it out, or convert the checkpoint",
         )
+    if convert_auto.is_wanted(args):
+        return convert_auto.run(args)
     calibrated = "calibrated" if args.calibration else None
     chosen = format_options(
         args, quantizer=args.quantizer or (None if args.plan else calibrated), plan=_plan(args)
@@ -123,7 +136,11 @@ def run(args: argparse.Namespace) -> int:
     from ..quant.convert import convert
     from ..quant.progress import open_progress
 
-    path = convert(args.source, args.out, chosen, open_progress(), calibration=_calibration(args))
+    needs_text = any(spec.quantizer == "calibrated" for spec in chosen.all_specs)
+    calibration = None
+    if args.calibration or needs_text:
+        calibration = convert_auto.read_calibration(args)
+    path = convert(args.source, args.out, chosen, open_progress(), calibration=calibration)
     note(f'wrote {path}; try: edgemoe run {path} "Hello"')
     return 0
 
@@ -146,17 +163,3 @@ def _plan(args: argparse.Namespace) -> "BitPlan | None":
                 "the plan says how every expert is stored",
             )
     return BitPlan.load(args.plan)
-
-
-def _calibration(args: argparse.Namespace) -> "Calibration | None":
-    """The text of --calibration in windows."""
-    if not args.calibration:
-        return None
-    from ..quant.calibrated import Calibration
-    from ..quant.windows import read_windows
-    from ..tokenizer import Tokenizer
-
-    tokenizer = Tokenizer.load(Path(args.source))
-    windows = read_windows(args.calibration, tokenizer, args.calibration_tokens)
-    names = tuple(Path(path).name for path in args.calibration)
-    return Calibration([window.ids for window in windows], names)
