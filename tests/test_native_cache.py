@@ -99,7 +99,8 @@ def test_both_decide_alike(mixed, equal, damaged, data):
         Rig(index, NativeCache, capacity, arena=whole, **options) as native,
     ):
         rigs, held = (reference, native), []
-        actions = ["layer", "hint", "hint", "hint", "release", "release", "preload", "seed", "trim"]
+        actions = ["layer", "hint", "hint", "hint", "drop", "release", "release", "preload"]
+        actions += ["seed", "trim"]
         for _ in range(data.draw(st.integers(1, 40))):
             action = data.draw(st.sampled_from(actions))
             if action == "layer":
@@ -121,6 +122,15 @@ def test_both_decide_alike(mixed, equal, damaged, data):
                 if data.draw(st.booleans()):
                     for rig in rigs:
                         rig.arrive()
+            elif action == "drop":  # released while it is being read
+                keys, results = data.draw(keys_of_a_hint), []
+                for rig in rigs:
+                    rig.reader.throttle(1000)
+                    results.append(rig.cache.try_hint(keys))
+                    if results[-1] is not None:
+                        rig.cache.release(keys)
+                    rig.reader.throttle(0)
+                assert results[0] == results[1]
             elif action == "release" and held:
                 keys = held.pop(data.draw(st.integers(0, len(held) - 1)))
                 for rig in rigs:
@@ -148,19 +158,24 @@ def test_both_decide_alike(mixed, equal, damaged, data):
         native.check_bytes()
 
 
+@pytest.fixture(scope="module")
+def many(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("native") / "many.edgemoe"
+    return make_store(folder, num_experts=200, hidden=32, widths=(32,))
+
+
 @pytest.mark.parametrize("policy", sorted(POLICIES))
 @pytest.mark.parametrize("share", [0.05, 0.2])
-def test_both_decide_alike_among_many_records(tmp_path, policy, share):
+def test_both_decide_alike_among_many_records(many, policy, share):
     """Tokens and chunks of four layers of 200 experts, whose blocks of keys end inside a layer."""
-    index = make_store(tmp_path / "many.edgemoe", num_experts=200, hidden=32, widths=(32,))
     rng = np.random.default_rng(3)
-    capacity = int(share * index.expert_bytes)
+    capacity = int(share * many.expert_bytes)
     with (
-        Rig(index, ExpertCache, capacity, policy) as reference,
-        Rig(index, NativeCache, capacity, policy) as native,
+        Rig(many, ExpertCache, capacity, policy) as reference,
+        Rig(many, NativeCache, capacity, policy) as native,
     ):
-        for step in range(60):
-            num_tokens = 16 if step % 20 == 10 else 1
+        for step in range(30):
+            num_tokens = 16 if step % 10 == 5 else 1
             for layer in range(NUM_LAYERS):
                 count = 40 if num_tokens > 1 else 6
                 chosen = np.minimum(rng.geometric(0.03, 3 * count), 200) - 1
