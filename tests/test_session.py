@@ -262,6 +262,19 @@ def test_statistics(session):
     assert session.last_stats == stats
 
 
+def test_who_listens_to_the_routers_hears_every_token(engine, session):
+    plain, heard = session.generate(PROMPT, SamplingParams(max_tokens=6)), []
+    session.reset()
+    engine.on_route = lambda layer, ids, weights: heard.append((layer, len(ids)))
+    try:
+        again = session.generate(PROMPT, SamplingParams(max_tokens=6))
+    finally:
+        engine.on_route = None
+    assert again.token_ids == plain.token_ids
+    num_prompt = len(session.encode(PROMPT))
+    assert heard == [(n, num_prompt) for n in range(3)] + [(n, 1) for n in range(3)] * 5
+
+
 def test_reset_and_close(engine):
     session = Session(engine)
     session.logits([1, 2, 3])
