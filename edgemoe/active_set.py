@@ -18,7 +18,7 @@ import numpy as np
 from .models.args import ModelArgs
 from .models.fingerprint import checkpoint_fingerprint
 from .runtime.amounts import format_bytes
-from .runtime.budget import MemoryPlan, PlanLine
+from .runtime.budget import MemoryPlan, PlanLine, with_headroom
 from .runtime.errors import UsageError
 from .runtime.index import StoreIndex
 from .runtime.sets import SET_MODES, ExpertSet, SetOwner, check_threshold, resolve
@@ -118,12 +118,14 @@ def plan_with_set(plan: MemoryPlan, index: StoreIndex, active: ActiveSet | None)
     share = f"{100 * num_cached / len(pairs):.0f} %"
     text = f"{num_cached} of {len(pairs)} experts of the set {active.expert_set.name}, {share}"
     last = plan.lines[-1]
+    varying = ("headroom", "unused", last.name)
+    fixed = sum(line.num_bytes for line in plan.lines if line.name not in varying)
     saved = index.expert_bytes - num_bytes
     return replace(
         plan,
         lines=(*plan.lines[:-1], PlanLine(last.name, last.num_bytes, text)),
         max_cache_bytes=num_bytes,
         num_experts=len(pairs),
-        resident_budget_bytes=max(plan.floor_bytes, plan.resident_budget_bytes - saved),
+        resident_budget_bytes=max(plan.floor_bytes, with_headroom(fixed + num_bytes)),
         notes=(*plan.notes, f"the other {format_bytes(saved)} of experts are never read"),
     )

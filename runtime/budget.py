@@ -32,6 +32,7 @@ __all__ = [
     "parse_bytes",
     "process_memory",
     "wave_pairs",
+    "with_headroom",
 ]
 
 RUNTIME_BYTES = 320 * MIB  # interpreter, torch on the CPU, tokenizer, core
@@ -157,8 +158,8 @@ def make_plan(
     loading = PlanLine(
         "loading", max(0, largest_bytes - later), "the largest trunk tensor, while it is read"
     )
-    floor_bytes = _with_headroom(fixed_bytes + min_cache_bytes + loading.num_bytes)
-    resident_bytes = max(floor_bytes, _with_headroom(fixed_bytes + max_cache_bytes))
+    floor_bytes = with_headroom(fixed_bytes + min_cache_bytes + loading.num_bytes)
+    resident_bytes = max(floor_bytes, with_headroom(fixed_bytes + max_cache_bytes))
     least = PlanLine("expert cache", min_cache_bytes, f"{dims.top_k} largest records: one layer")
     floor_headroom = floor_bytes - fixed_bytes - min_cache_bytes - loading.num_bytes
     floor_lines = [*fixed, PlanLine("headroom", floor_headroom, _HEADROOM_TEXT), least]
@@ -270,7 +271,7 @@ def _headroom(budget_bytes: int) -> int:
     return max(MIN_HEADROOM_BYTES, math.ceil(HEADROOM_SHARE * budget_bytes))
 
 
-def _with_headroom(num_bytes: int) -> int:
+def with_headroom(num_bytes: int) -> int:
     """The least budget whose part without headroom is `num_bytes`."""
     budget = max(num_bytes + MIN_HEADROOM_BYTES, math.ceil(num_bytes / (1 - HEADROOM_SHARE)))
     while budget - _headroom(budget) < num_bytes:

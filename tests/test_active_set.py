@@ -284,7 +284,7 @@ def test_commands_label_what_they_print(path, tmp_path, capsys, monkeypatch):
     assert row["rounds"][0]["routing"] == "set code, hard"
 
 
-def test_the_plan_speaks_of_the_set(path):
+def test_the_plan_speaks_of_the_set(path, capsys):
     with Engine.from_pretrained(path, context=64, set="code", set_mode="hard") as engine:
         index, active = engine._index, engine.active_set
         full = engine._full_plan
@@ -296,6 +296,12 @@ def test_the_plan_speaks_of_the_set(path):
         )
         engine.use_set("code", "exact")
         assert engine.plan == full
+    words = ["plan", str(path), "--context", "64", "--json"]
+    assert main([*words, "--set", "code", "--set-mode", "hard"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert (document["num_experts"], document["num_cached_experts"]) == (11, 11)
+    assert main(words) == 0
+    assert json.loads(capsys.readouterr().out)["budget_bytes"] > document["budget_bytes"]
 
 
 @pytest.mark.parametrize(

@@ -27,6 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--context", type=options.count, metavar="N", help="tokens (8k is 8192)")
     parser.add_argument("--kv-bits", type=int, choices=(16, 32), default=16, help="default: 16")
+    options.add_set_options(parser)
     add_format_options(parser)
     parser.add_argument("--json", action="store_true", help="one JSON object instead of a table")
 
@@ -38,6 +39,8 @@ def run(args: argparse.Namespace) -> int:
 
     try:
         plan = plan_of(path, args)
+        if args.set is not None:
+            plan = _with_set(plan, path, args)
     except BelowFloorError as error:
         if args.json:
             print(json.dumps({"fits": False, "floor_bytes": error.floor_bytes}), flush=True)
@@ -83,6 +86,21 @@ def plan_of(path: Path, args: argparse.Namespace) -> Any:
             file.truncate(conversion.trunk_bytes)
         index = StoreIndex(Path(folder), config, conversion.hidden, records, packed)
         return store_plan(index, args.memory, args.context, args.kv_bits)
+
+
+def _with_set(plan: Any, path: Path, args: argparse.Namespace) -> Any:
+    """The plan of a store that runs with a set; a hard one needs no memory for other experts."""
+    from ..active_set import find_set, plan_with_set
+    from ..models import store_args
+    from ..runtime.index import load_index
+
+    index = load_index(path)
+    mode = args.set_mode or "exact"
+    active = find_set(index, store_args(index), args.set, mode, args.set_threshold)
+    if args.memory is None:
+        enough = plan_with_set(plan, index, active).resident_budget_bytes
+        plan = store_plan(index, enough, args.context, args.kv_bits)
+    return plan_with_set(plan, index, active)
 
 
 def store_plan(index: Any, memory: str | int | None, context: int | None, kv_bits: int) -> Any:
