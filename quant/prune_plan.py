@@ -9,9 +9,12 @@ from numpy.typing import NDArray
 
 from ..runtime.amounts import format_bytes
 from ..runtime.index import StoreIndex
+from ..runtime.policy import DEFAULT_POLICY
 from ..runtime.profile import Profile
+from ..runtime.replay import Demand, replay
+from ..runtime.trace import DECODE, Trace
 from .prune import Kept, Scores
-from .prune_replay import pick_share_in_memory, replay
+from .prune_replay import pick_share_in_memory
 
 SAFE_PER_TOP_K = 8  # experts per active one that quality was seen to need (Mesh-LLM/mesh-llm#1236)
 
@@ -135,23 +138,38 @@ def replayed_rows(
     index: StoreIndex,
     cache_sizes: Sequence[int],
 ) -> list[BudgetRow]:
-    """Routings [T, places, K] of the full model and of the set, in caches of these sizes."""
-    num_bytes = [record.num_bytes for _, record in sorted(index.records.items())]
-    num_experts = list(index.layer_to_num_experts.values())
-    rows = []
-    for cache_bytes in cache_sizes:
-        both = [replay(routes, num_experts, num_bytes, cache_bytes) for routes in (full, pruned)]
-        rows.append(
-            BudgetRow(
-                cache_bytes,
-                cache_bytes / index.expert_bytes,
-                both[0].hit_rate,
-                both[1].hit_rate,
-                both[0].bytes_per_token,
-                both[1].bytes_per_token,
-            )
+    """Routings [T, places, K], -1 for none, of the full model and of the set, decoded token by
+    token in caches of these sizes, which are empty at first."""
+    full_runs, set_runs = (
+        replay(Demand(trace_of(routes, index)), DEFAULT_POLICY, cache_sizes)
+        for routes in (full, pruned)
+    )
+    return [
+        BudgetRow(
+            run.capacity_bytes,
+            run.capacity_bytes / index.expert_bytes,
+            run.hit_rate,
+            other.hit_rate,
+            run.bytes_per_token,
+            other.bytes_per_token,
         )
-    return rows
+        for run, other in zip(full_runs, set_runs, strict=True)
+    ]
+
+
+def trace_of(routes: NDArray[np.integer], index: StoreIndex) -> Trace:
+    """Routes [T, places, K] of a store as decoded steps."""
+    sizes = [record.num_bytes for _, record in sorted(index.records.items())]
+    num_experts = np.array(list(index.layer_to_num_experts.values()))
+    first = np.concatenate(([0], np.cumsum(num_experts)[:-1]))
+    return Trace(
+        experts=routes.astype(np.int32),
+        weights=None,
+        phase=np.full(len(routes), DECODE, dtype=np.int8),
+        num_experts=num_experts,
+        expert_bytes=np.maximum.reduceat(sizes, first),
+        record_bytes=np.array(sizes),
+    )
 
 
 def counted_rows(

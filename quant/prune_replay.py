@@ -1,81 +1,15 @@
-"""What a set saves in reads, before it is used: routings replayed through the eviction policy.
+"""What a set saves in reads, before it is used: routings without the picks that go.
 
-Routings come from running a text with and without the set, or from a recorded trace, of which the
-picks that go have to be given to others first: nobody recorded what the router liked next best.
+A recorded routing has to be changed before it is replayed: its picks that go are given to others,
+since nobody recorded what the router liked next best. Counts alone give a simpler bound.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..runtime.policy import DEFAULT_POLICY, make_policy
-
 NOBODY = -1
-
-
-@dataclass(frozen=True, slots=True)
-class Replay:
-    """One routing in one expert cache, from empty; `bytes_per_token` are read."""
-
-    cache_bytes: int
-    num_tokens: int
-    hits: int
-    misses: int
-    bytes_read: int
-
-    @property
-    def hit_rate(self) -> float:
-        return self.hits / max(1, self.hits + self.misses)
-
-    @property
-    def bytes_per_token(self) -> float:
-        return self.bytes_read / max(1, self.num_tokens)
-
-
-def replay(
-    routes: NDArray[np.integer],
-    num_experts: Sequence[int],
-    num_bytes: Sequence[int],
-    cache_bytes: int,
-    policy: str = DEFAULT_POLICY,
-) -> Replay:
-    """Decode `routes` [T, places, K], -1 for none, token by token in a cache of so many bytes.
-
-    `num_experts` by place; `num_bytes` of every record in (place, expert) order. The first half
-    warms the cache up, the second half is counted. A layer's records must fit together.
-    """
-    first = np.concatenate(([0], np.cumsum(num_experts)[:-1]))
-    place_of_key = np.repeat(np.arange(len(num_experts)), num_experts)
-    eviction = make_policy(policy, place_of_key.tolist(), len(num_experts))
-    is_resident = np.zeros(len(place_of_key), dtype=np.bool_)
-    blocked = np.ones(len(place_of_key), dtype=np.bool_)
-    used = hits = misses = bytes_read = 0
-    for token, row in enumerate(routes):
-        counts = token >= len(routes) // 2
-        for place, ids in enumerate(row):
-            keys = (ids[ids != NOBODY] + first[place]).astype(np.int64)
-            missing = keys[~is_resident[keys]].tolist()
-            hits += counts * (len(keys) - len(missing))
-            misses += counts * len(missing)
-            blocked[keys] = True
-            needed = sum(num_bytes[key] for key in missing)
-            bytes_read += counts * needed
-            if used + needed > cache_bytes:
-                for victim in eviction.victims(place, blocked):
-                    is_resident[victim], blocked[victim] = False, True
-                    eviction.remove(victim)
-                    used -= num_bytes[victim]
-                    if used + needed <= cache_bytes:
-                        break
-            used += needed
-            is_resident[missing] = True
-            eviction.touch(keys, token)
-            for key in missing:
-                eviction.insert(key)
-            blocked[keys] = False
-    return Replay(cache_bytes, len(routes) - len(routes) // 2, hits, misses, bytes_read)
 
 
 def redirect(

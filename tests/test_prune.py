@@ -10,8 +10,14 @@ from stores_small import make_store
 from edgemoe.cli import main
 from edgemoe.engine import Engine
 from edgemoe.quant.prune import METHODS, Amount, choose, scores_of
-from edgemoe.quant.prune_plan import LayerPlan, counted_rows, make_plan, warnings_on
-from edgemoe.quant.prune_replay import NOBODY, redirect, replay
+from edgemoe.quant.prune_plan import (
+    LayerPlan,
+    counted_rows,
+    make_plan,
+    replayed_rows,
+    warnings_on,
+)
+from edgemoe.quant.prune_replay import NOBODY, redirect
 from edgemoe.runtime.errors import BudgetError, UsageError
 from edgemoe.runtime.index import load_index
 from edgemoe.runtime.profile import Profile
@@ -157,16 +163,19 @@ def test_warnings_stand_where_others_broke(num_experts, num_kept, top_k, words):
     assert all(word in line for word, line in zip(words, found, strict=True))
 
 
-def test_a_replay_counts_what_a_cache_would_read():
-    """Two places of four experts: room for all, then for one token's picks only."""
-    routes = np.array([[[0, 1], [2, 3]], [[0, 2], [2, NOBODY]]] * 10)
-    sizes = [10] * 8
-    warm = replay(routes, [4, 4], sizes, 80)
-    assert (warm.hits, warm.misses, warm.num_tokens) == (35, 0, 10)
-    cold = replay(routes, [4, 4], sizes, 20)
-    assert cold.hits + cold.misses == 35 and cold.bytes_read == 10 * cold.misses > 0
-    assert cold.bytes_per_token == cold.bytes_read / 10
-    assert replay(routes, [4, 4], sizes, 40).misses <= cold.misses
+def test_a_replay_counts_what_a_cache_would_read(index):
+    """Of the same tokens, half of the experts are wanted twice as often."""
+    rng, size = np.random.default_rng(2), index.max_record_bytes
+    routes = np.sort(rng.random((400, 3, 8)).argsort(axis=-1)[..., :2], axis=-1)
+    few = np.sort(rng.random((400, 3, 4)).argsort(axis=-1)[..., :2], axis=-1)
+    few[:, 1, 1] = NOBODY
+    rows = replayed_rows(routes, few, index, [6 * size, 12 * size, 24 * size])
+    assert [row.share for row in rows] == pytest.approx([1 / 4, 1 / 2, 1])
+    assert rows[0].full_hit_rate < rows[0].set_hit_rate < rows[1].set_hit_rate
+    # The 11 of the set fit into the second cache, all 24 into the third: each is read once.
+    assert rows[1].set_bytes_per_token == rows[2].set_bytes_per_token == 11 * size / 400
+    assert rows[2].full_bytes_per_token == 24 * size / 400
+    assert rows[1].set_hit_rate == pytest.approx(1 - 11 / (400 * 5))
 
 
 def test_lost_picks_go_to_others():
@@ -231,7 +240,7 @@ def test_a_text_is_run_with_and_without_the_set(path, tmp_path, capsys):
     assert main(["prune", str(path), *words, "--caches", "50%"]) == 0
     document = json.loads(capsys.readouterr().out)
     (row,) = document["rows"]
-    assert row["set_hit_rate"] > row["full_hit_rate"] and row["set_bytes_per_token"] == 0
+    assert row["set_hit_rate"] > row["full_hit_rate"] and row["set_bytes_per_token"] > 0
     assert document["rows_from"] == "by replay of 700 tokens of the text"
     made = load_set(path, "texted")
     assert made.parameters["tokens"] == 700 and made.parameters["texts"][0]["name"] == "task.npy"
