@@ -36,9 +36,11 @@ from torch import Tensor
 
 from edgemoe.models.names import spellings
 from edgemoe.quant.checkpoint import SINGLE_FILE, Checkpoint
-from edgemoe.quant.convert import Record, finish_store, pack_expert, write_trunk
-from edgemoe.quant.journal import OutputFile, Partial, check_target, fingerprint, partial_path
-from edgemoe.quant.options import DEFAULT_GROUP_SIZE, ConvertOptions
+from edgemoe.quant.convert import finish_store, write_trunk
+from edgemoe.quant.identity import fingerprint
+from edgemoe.quant.journal import OutputFile, Partial, check_target, partial_path
+from edgemoe.quant.options import DEFAULT_GROUP_SIZE, ConvertOptions, ExpertSpec
+from edgemoe.quant.pack import Record, pack_expert
 from edgemoe.quant.plan import make_plan
 from edgemoe.quant.progress import Progress, Silent
 from edgemoe.quant.sources import Source
@@ -144,7 +146,8 @@ def make_store(
             try:
                 file = partial.open_file(EXPERTS_FILE, plan.experts_header, 0)
                 try:
-                    rates = _layers(maker, made, plan.layouts, partial, file, pool)
+                    spec = options.spec
+                    rates = _layers(maker, made, plan.layouts, spec, partial, file, pool)
                 finally:
                     file.close()
                 write_trunk(checkpoint, plan, partial, progress or Silent())
@@ -163,6 +166,7 @@ def _layers(
     maker: Maker,
     made: dict[str, Tensor],
     layouts: dict[tuple[int, int], RecordLayout],
+    spec: ExpertSpec,
     partial: Partial,
     file: OutputFile,
     pool: int,
@@ -181,8 +185,8 @@ def _layers(
         if not experts:  # the spread of the first layer's routing weights serves all
             down = model.down_std(args, routing.weights)
             experts = list(maker.experts(layer, pool, down))
-            same = repeat(layouts[args.moe_layers[0], 0])
-            records = list(maker.pool.map(pack_expert, experts, same))
+            same = repeat(layouts[args.moe_layers[0], 0]), repeat(spec)
+            records = list(maker.pool.map(pack_expert, experts, *same))
         chosen = [dealt(layer, expert, pool) for expert in range(args.num_experts)]
         for _ in maker.mix(layer, routing, (experts[number] for number in chosen)):
             pass
