@@ -8,6 +8,7 @@ from replay import Trace, belady_hits, replay_hits, skewed_trace
 
 from edgemoe.runtime.errors import UsageError
 from edgemoe.runtime.policy import NO_VICTIM, POLICIES, CycleAware, Fifo, Lfu, Lru, make_policy
+from edgemoe.runtime.policy_forecast import Forecast, exp2, log2
 
 L, E, K = 8, 16, 2  # one token's cycle: 16 of 128 records
 
@@ -156,3 +157,60 @@ def test_belady_is_the_best_of_all_evictions(trace, capacity):
 
     groups = [(0, sorted(keys)) for keys in trace]
     assert belady_hits(groups, capacity) == best(0, frozenset())
+
+
+# ---- forecast -----------------------------------------------------------------------------------
+
+
+def follow(policy, tokens: int, choose, step: int = 0) -> None:
+    for token in range(step, step + tokens):
+        for layer in range(2):
+            policy.touch(np.array(sorted(choose(token, layer))), token)
+
+
+def test_logarithm_and_exponential_are_inverse_and_exact_at_powers_of_two():
+    x = np.array([2.0**-20, 0.5, 1.0, 3.0, 1e6], dtype=np.float32)
+    assert log2(x[[0, 1, 2]]).tolist() == [-20, -1, 0]
+    assert exp2(log2(x)) == pytest.approx(x, rel=1e-5)
+    dense = np.linspace(0.01, 100, 999, dtype=np.float32)
+    assert (np.diff(log2(dense)) > 0).all()
+    assert abs(log2(dense) - np.log2(dense)).max() < 0.09
+
+
+def test_it_learns_whether_recency_or_habit_tells():
+    # Layer 0 uses 0 and 1 in turns; layer 1 uses 8 three times out of four.
+    habit = Forecast(places(2, 8), 2)
+    follow(habit, 80, lambda t, layer: {8 if t % 4 else 9} if layer else {t % 2})
+    likely = habit.probabilities(1)
+    assert likely[0] > 0.5 > likely[2:].max()
+    assert set(np.argsort(-habit.probabilities(0))[:2].tolist()) == {0, 1}
+
+
+def test_it_remembers_what_followed_a_token_like_this_one():
+    # A round of seven tokens: neither recency nor frequency tells what is next, the memory does.
+    policy = Forecast(places(2, 7), 2)
+    follow(policy, 70, lambda t, layer: {7 * layer + (3 * t + layer) % 7})
+    for layer in range(2):
+        assert int(policy.probabilities(layer).argmax()) == (3 * 70 + layer) % 7
+
+
+def test_what_is_later_counts_with_the_share_of_the_pool():
+    policy = Forecast(places(2, 7), 2)
+    follow(policy, 70, lambda t, layer: {7 * layer + (3 * t + layer) % 7})
+    small = policy.scores(1).copy()
+    policy.set_share(0.6)
+    assert (policy.scores(1) >= small).all() and policy.scores(1).sum() > 1.5 * small.sum()
+
+
+def test_a_chunk_a_seed_and_a_long_pause_leave_it_sane():
+    policy = Forecast(places(2, 8), 2, share=0.5)
+    with np.errstate(all="raise", under="ignore"):
+        for layer in range(2):
+            policy.touch(8 * layer + np.arange(8), 511, 512, np.arange(1, 9))
+        policy.touch(np.arange(16), 511, counts=np.full(16, 23.0))
+        policy.touch(np.arange(2), 511, counts=np.zeros(2))
+        follow(policy, 3000, lambda t, layer: {8 * layer + t % 3}, step=100_000)
+        policy.touch(np.array([[0, 1], [8, 9]]), 200_000)
+    scores = policy.scores(1)
+    assert np.isfinite(scores).all() and (scores > 0).all()
+    assert scores[:3].min() > scores[3:8].max()
