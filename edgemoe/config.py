@@ -1,8 +1,8 @@
 """How an engine is opened: validated once, at the border. Floor 3; imports no torch.
 
-A value that is not given comes from the environment (EDGEMOE_MEMORY, _CONTEXT, _POLICY, _THREADS,
-_BACKEND, _KV_BITS, _IO, _CHAT_TEMPLATE, _WARM_START, _SET, _SET_MODE, _SET_THRESHOLD), else from
-the default.
+A value that is not given comes from the environment (EDGEMOE_MEMORY, _CONTEXT, _POLICY, _PREFETCH,
+_THREADS, _BACKEND, _KV_BITS, _IO, _CHAT_TEMPLATE, _WARM_START, _SET, _SET_MODE, _SET_THRESHOLD),
+else from the default.
 """
 
 import os
@@ -16,6 +16,8 @@ from .runtime.amounts import parse_bytes, parse_rate
 from .runtime.errors import UsageError
 from .runtime.io import IO_MODES
 from .runtime.policy import DEFAULT_POLICY, POLICIES
+from .runtime.prefetch import AUTO as AUTO_PREDICTOR
+from .runtime.prefetch import CHOICES
 from .runtime.pressure import auto_budget
 from .runtime.sets import SET_MODES, check_threshold
 
@@ -38,6 +40,7 @@ class EngineConfig:
     memory_bytes: int | None = None
     context: int | None = None
     policy: str = DEFAULT_POLICY
+    prefetch: str = AUTO_PREDICTOR
     threads: int = 0  # after validation at least 1
     backend: str = ""  # after validation "native" or "reference"
     kv_bits: int = 16
@@ -57,6 +60,7 @@ class EngineConfig:
         if not self.backend:
             object.__setattr__(self, "backend", core.BACKEND)
         _one_of("policy", self.policy, POLICIES)
+        _one_of("prefetch", self.prefetch, CHOICES)
         _one_of("io", self.io, IO_MODES)
         _one_of("warm_start", self.warm_start, WARM_STARTS)
         _one_of("kv_bits", self.kv_bits, (8, 16, 32))

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from .models.steps import Steps
     from .runtime.executor import StepStats
     from .runtime.observe import Observation
+    from .runtime.prefetch import Prefetcher
     from .session import Completion, Event, Prompt, Session
 
 _NOTHING = nullcontext()
@@ -78,6 +79,7 @@ class Engine:
         memory: str | int | None = None,
         context: int | None = None,
         policy: str | None = None,
+        prefetch: str | None = None,
         threads: int | None = None,
         backend: str | None = None,
         kv_bits: int | None = None,
@@ -100,6 +102,7 @@ class Engine:
             memory=memory,
             context=context,
             policy=policy,
+            prefetch=prefetch,
             threads=threads,
             backend=backend,
             kv_bits=kv_bits,
@@ -168,6 +171,7 @@ class Engine:
             top_k=args.top_k,
             chunk=self.chunk_tokens,
         )
+        self.prefetch = self._make_prefetch()
         self.notes += notes_on(self)
         if self.active_set is not None:
             mask_routers(self._model, self.active_set)
@@ -176,6 +180,21 @@ class Engine:
             use, sources, notes = expected_use(self._index, args.top_k)
             self.notes += notes
             self.warm_start = WarmStart(self.cache, use, sources, self._lock)
+
+    def _make_prefetch(self) -> "Prefetcher":
+        from .runtime.prefetch import Prefetcher
+        from .runtime.profile import Profile, profile_path
+
+        name, profile = self.config.prefetch, None
+        if self.config.backend != "native":
+            name = "none"
+        elif name == "profile" and profile_path(self.path).is_file():
+            profile = Profile.load(profile_path(self.path))
+            profile.check_model(self._index.layer_to_num_experts, self.args.top_k)
+        prefetch = Prefetcher(name, len(self.args.moe_layers), profile)
+        self._resources.callback(prefetch.close)
+        self._model.guess_with(prefetch)
+        return prefetch
 
     # ---- what it is ----------------------------------------------------------------------------
 

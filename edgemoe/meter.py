@@ -20,7 +20,8 @@ class Meter:
         self._prefill_s = 0.0
         self._first = self._last = 0.0
         self._result: GenerationStats | None = None
-        names = ("hits", "misses", "bytes_read", "stall_s", "compute_s", "native_s")
+        self._guesses_before = engine.prefetch.stats()
+        names = ("hits", "misses", "bytes_read", "stall_s", "compute_s", "native_s", "guessed")
         self._sums = dict.fromkeys(names, 0)
 
     def add(self, step: Any) -> None:
@@ -59,5 +60,6 @@ class Meter:
             budget_bytes=self._engine.plan.budget_bytes,
             seed=self.seed,
             routing=routing.label if (routing := self._engine.routing) else None,
+            prefetch=self._engine.prefetch.report(since=self._guesses_before),
             **self._sums,
         )

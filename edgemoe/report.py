@@ -45,6 +45,7 @@ def engine_report(engine: "Engine") -> dict[str, Any]:
         "io": engine.reader.io_note,
         "direct": engine.reader.is_direct,
         "policy": config.policy,
+        "prefetch": engine.prefetch.report(),
         "context": engine.context,
         "kv_bits": config.kv_bits,
         "budget_bytes": plan.budget_bytes,

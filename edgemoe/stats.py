@@ -2,7 +2,8 @@
 
 Definitions. TTFT: from the request (rendering and encoding included) to the first token. Decode
 speed: (n - 1) / (t_last - t_first), so prefill has no part in it; TPOT is its inverse. Hits and
-misses count demanded expert records only, one per expert, layer and step.
+misses count demanded expert records only, one per expert, layer and step; those that a guess has
+brought are neither.
 """
 
 from dataclasses import asdict, dataclass
@@ -29,6 +30,8 @@ class GenerationStats:
     bytes_read: int = 0
     stall_s: float = 0.0  # nothing could be computed for want of a record
     compute_s: float = 0.0  # in experts
+    guessed: int = 0  # demanded records, neither hits nor misses: a guess had begun to read them
+    prefetch: dict[str, Any] | None = None  # the predictor and its guesses; runtime/prefetch.py
     memory_bytes: int = 0
     peak_memory_bytes: int = 0
     budget_bytes: int | None = None
@@ -61,7 +64,7 @@ class GenerationStats:
     @property
     def hit_rate(self) -> float:
         """Share of demanded records that were in memory; 0 without demand."""
-        return self.hits / max(1, self.hits + self.misses)
+        return self.hits / max(1, self.hits + self.misses + self.guessed)
 
     def footer(self) -> str:
         """`412 tok · 11.3 tok/s · TTFT 0.9 s · hit 81 % · 4.9/6.0 GiB`."""

@@ -37,7 +37,8 @@ MAX_MOVED_PER_BYTE = 4.0
 _MAX_RECORDS_TO_PLAN = 256
 
 
-HITS, MISSES, BYTES, STALL_NS, COMPUTE_NS = range(5)  # columns of `place_stats`
+# Columns of `place_stats`.
+HITS, MISSES, BYTES, STALL_NS, COMPUTE_NS, GUESSED = range(6)
 
 
 class HintResult(NamedTuple):
@@ -111,7 +112,7 @@ class ExpertCache:
         self._victims: Iterator[int] = iter(())
         self._place, self._step, self._num_tokens = 0, 0, 1
         # Sums by place in the cycle of MoE layers; times are added by who runs the layers.
-        self.place_stats = np.zeros((len(table.first_key), 5), dtype=np.int64)
+        self.place_stats = np.zeros((len(table.first_key), 6), dtype=np.int64)
         self.evictions = 0
         self.native_s = 0.0  # in the core's decoding of tokens
 

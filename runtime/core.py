@@ -5,7 +5,6 @@ import sys
 from ctypes import (  # a second line, or it takes eleven
     POINTER,
     c_char_p,
-    c_double,
     c_float,
     c_int32,
     c_int64,
@@ -16,6 +15,14 @@ from ctypes import (  # a second line, or it takes eleven
 from pathlib import Path
 
 from . import format as layout
+from .core_cache import (
+    CacheConfig,
+    CacheDemand,
+    CacheStats,
+    PlaceTables,
+    PrefetchOptions,
+    PrefetchStats,
+)
 
 ABI_VERSION = 3  # em_abi_version() this file was written for
 ERR_ROOM, ERR_STOPPED = -10004, -10005
@@ -73,7 +80,7 @@ class StoreStats(ctypes.Structure):
         ("cancelled_bytes", c_int64),
         ("priority_bytes", c_int64 * 3),
         *((name, c_int64) for name in ("read_ns", "cpu_ns", "crc_ns")),
-        *((name, c_int64) for name in ("throttle_bytes_per_s", "throttle_busy_ns")),
+        *((name, c_int64) for name in ("throttle_bytes_per_s", "throttle_busy_ns", "idle_ns")),
     ]
 
 
@@ -156,35 +163,6 @@ class KvCache(ctypes.Structure):
     ]
 
 
-class CacheConfig(ctypes.Structure):
-    """em_cache_config."""
-
-    _fields_ = [
-        ("arena", c_void_p),
-        *((name, c_int64) for name in ("arena_bytes", "capacity_bytes")),
-        ("first_keys", c_void_p),
-        ("num_places", c_int64),
-        ("policy", c_char_p),
-        *((name, c_double) for name in ("half_life", "max_moved_per_byte")),
-    ]
-
-
-class CacheDemand(ctypes.Structure):
-    """em_cache_demand."""
-
-    _fields_ = [(name, c_int64) for name in ("num_hits", "num_misses", "num_bytes")]
-
-
-class CacheStats(ctypes.Structure):
-    """em_cache_stats."""
-
-    _fields_ = [
-        *((name, c_int64) for name in ("capacity_bytes", "resident_bytes", "pinned_bytes")),
-        *((name, c_int64) for name in ("num_resident", "num_evictions", "moved_bytes")),
-        ("native_ns", c_int64),
-    ]
-
-
 class DecodeArgs(ctypes.Structure):
     """em_decode_args."""
 
@@ -199,6 +177,9 @@ class DecodeArgs(ctypes.Structure):
         ("routing_weights", c_void_p),
         *((name, c_void_p) for name in ("forced_ids", "forced_weights")),
         ("num_forced", c_int64),
+        ("prefetch", c_void_p),
+        ("guesses", c_void_p),
+        ("num_guesses", c_int64),
         ("logits", c_void_p),
         *((name, c_int64) for name in ("best_id", "num_places", "failed_key")),
     ]
@@ -261,6 +242,13 @@ _SIGNATURES: dict[str, tuple[object, list[object]]] = {
     "em_decoder_attend": (_I32, [_P, _I64, POINTER(KvCache), _P, _P, _I64, _P, _P, _P, _P]),
     "em_decoder_finish": (_I32, [_P, _I64, _I64, _P, _P, _P]),
     "em_decoder_logits": (_I32, [_P, _I64, _P, _P]),
+    "em_profile_scores": (
+        None,
+        [POINTER(PlaceTables), c_float, _I64, _P, _I64, _P, *[_I64] * 2, _P],
+    ),
+    "em_prefetch_create": (_P, [POINTER(PrefetchOptions)]),
+    "em_prefetch_destroy": (None, [_P]),
+    "em_prefetch_get_stats": (None, [_P, POINTER(PrefetchStats)]),
     "em_decode": (_I32, [_P, _P, POINTER(DecodeArgs)]),
 }
 _CONSTANTS = {

@@ -38,6 +38,7 @@ class StepStats:
     stall_s: float = 0.0  # nothing could be computed for want of a record
     compute_s: float = 0.0
     native_s: float = 0.0  # of decoded tokens: in the core, stalls, experts, reads included
+    guessed: int = 0  # demanded records that a guess had brought or begun to read
 
 
 class Executor:
@@ -92,9 +93,15 @@ class Executor:
         told, told_native_s = self._told, self._told_native_s
         self._told = sums = self.cache.place_stats.sum(axis=0)
         self._told_native_s = native_s = self.cache.native_s
-        hits, misses, num_bytes, stall_ns, compute_ns = (sums - told).tolist()
+        hits, misses, num_bytes, stall_ns, compute_ns, guessed = (sums - told).tolist()
         return StepStats(
-            hits, misses, num_bytes, stall_ns * 1e-9, compute_ns * 1e-9, native_s - told_native_s
+            hits,
+            misses,
+            num_bytes,
+            stall_ns * 1e-9,
+            compute_ns * 1e-9,
+            native_s - told_native_s,
+            guessed,
         )
 
     def _add_times(self, layer: int, stall_s: float, compute_s: float) -> None:

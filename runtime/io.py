@@ -186,7 +186,8 @@ class RecordReader:
     def stats(self) -> dict[str, Any]:
         """num_reads (records), num_requests, num_bytes, cancelled_bytes (read in vain),
         priority_bytes [3], read_s (sum over requests), cpu_s (reading), crc_s (CPU of checking),
-        throttle_bytes_per_s (0: none) and throttle_busy_s, for which the emulated drive served."""
+        throttle_bytes_per_s (0: none) and throttle_busy_s, for which the emulated drive served;
+        idle_s, in which nothing was queued or being read (the core's reader)."""
         stats = self._reader.stats()
         return {
             "num_reads": stats.num_reads,
@@ -199,6 +200,7 @@ class RecordReader:
             "crc_s": stats.crc_ns * 1e-9,
             "throttle_bytes_per_s": stats.throttle_bytes_per_s,
             "throttle_busy_s": stats.throttle_busy_ns * 1e-9,
+            "idle_s": stats.idle_ns * 1e-9,
         }
 
     def close(self) -> None:

@@ -60,7 +60,7 @@ class NativeCache:
         addresses = core.lib.em_cache_addresses(self.handle)
         self._addresses = np.ctypeslib.as_array(addresses, shape=(len(table),))
         sums = core.lib.em_cache_place_stats(self.handle)
-        self.place_stats = np.ctypeslib.as_array(sums, shape=(places, 5))
+        self.place_stats = np.ctypeslib.as_array(sums, shape=(places, 6))
         self._demand = core.CacheDemand()
         self._stats = core.CacheStats()
 

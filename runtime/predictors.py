@@ -42,15 +42,25 @@ def previous_scores(routes: NDArray[np.integer], num_experts: int) -> NDArray[np
 
 
 def profile_scores(
-    profile: Profile, place: int, routes: NDArray[np.integer]
+    profile: Profile,
+    place: int,
+    routes: NDArray[np.integer],
+    tokens: NDArray[np.integer] | None = None,
 ) -> NDArray[np.float32]:
     """Scores [T - 1, E] of the tokens from the second on, of the MoE layer at `place`, from the
-    choices [T, places, K] of consecutive tokens."""
+    choices [T, places, K] of consecutive tokens and their ids [T], None: not known."""
     tables = profile.tables(place)
     flat = routes.reshape(-1, routes.shape[2])  # in the order of running
     num_places = routes.shape[1]
     at = np.arange(1, len(routes)) * num_places + place
-    rows = [tables.scores(flat[i - 1], flat[i - 2] if i >= 2 else None) for i in at]
+    rows = [
+        tables.scores(
+            flat[i - 1],
+            flat[i - 2] if i >= 2 else None,
+            None if tokens is None else int(tokens[i // num_places]),
+        )
+        for i in at
+    ]
     return np.array(rows, dtype=np.float32).reshape(len(at), len(tables.popularity))
 
 
@@ -99,21 +109,23 @@ def score(
 
 def score_texts(
     texts: Sequence[NDArray[np.integer]],
+    tokens: Sequence[NDArray[np.integer] | None],
     layers: Sequence[int],
     num_experts: Sequence[int],
     ns: Iterable[int],
     profile: Profile | None = None,
 ) -> list[Recall]:
     """Recall of `previous` and, with a profile, `profile` and `popularity`, by layer. `texts`:
-    choices [T, places, K] of consecutive tokens each; the first token of a text is not scored."""
+    choices [T, places, K] of consecutive tokens each, `tokens` their ids or None; the first token
+    of a text is not scored."""
     found = []
     for place, layer in enumerate(layers):
         chosen = np.concatenate([routes[1:, place] for routes in texts])
         every: dict[str, list[NDArray[np.float32]]] = {"previous": []}
-        for routes in texts:
+        for routes, ids in zip(texts, tokens, strict=True):
             every["previous"].append(previous_scores(routes[:, place], num_experts[place]))
             if profile is not None:
-                tables = profile_scores(profile, place, routes)
+                tables = profile_scores(profile, place, routes, ids)
                 row = profile.popularity(place).astype(np.float32)
                 every.setdefault("profile", []).append(tables)
                 every.setdefault("popularity", []).append(np.tile(row, (len(tables), 1)))

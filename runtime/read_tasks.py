@@ -25,6 +25,7 @@ class ReadStats:
     crc_ns: int = 0
     throttle_bytes_per_s: int = 0
     throttle_busy_ns: int = 0
+    idle_ns: int = 0  # the core's alone
 
 
 @dataclass(slots=True)

@@ -450,5 +450,7 @@ def test_options_name_what_the_engine_has() -> None:
     assert set(options.POLICIES) == set(POLICIES)
     for policy in options.POLICIES:
         EngineConfig.make({}, policy=policy)
+    for predictor in options.PREDICTORS:
+        EngineConfig.make({}, prefetch=predictor)
     fields = set(SamplingParams.__dataclass_fields__)
     assert set(options.SAMPLING) == fields - {"stop", "logprobs"}

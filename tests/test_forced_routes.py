@@ -19,7 +19,7 @@ PROMPT = np.random.default_rng(6).integers(0, 400, 12).tolist()
 @pytest.fixture(scope="module")
 def engine(tmp_path_factory):
     path = make_store(tmp_path_factory.mktemp("forced"), num_experts_per_tok=3)
-    with Engine.from_pretrained(path, context=64) as engine:
+    with Engine.from_pretrained(path, context=64, prefetch="none") as engine:
         yield engine
 
 

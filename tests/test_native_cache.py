@@ -221,7 +221,7 @@ def test_a_decoded_token_leaves_it_as_a_run_per_layer_does(tmp_path_factory, sha
     """The routes of tokens that the core decoded, once more through the reference."""
     path = make_model(tmp_path_factory.mktemp("routes"))
     tokens = np.random.default_rng(8).integers(0, 400, 40).tolist()
-    with Engine.from_pretrained(path, context=64) as engine:
+    with Engine.from_pretrained(path, context=64, prefetch="none") as engine:
         capacity = max(
             int(share * engine.cache.capacity_bytes),
             engine.args.top_k * engine._index.max_record_bytes,

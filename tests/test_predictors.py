@@ -69,7 +69,7 @@ def test_the_previous_token_is_its_own_experts():
 def test_tables_learn_what_was_planted_and_lose_it_when_shuffled():
     profile = profile_of(planted(4000, seed=1))
     held = planted(600, seed=2)
-    found = score_texts([held], [0, 1, 2], [NUM_EXPERTS] * PLACES, (TOP_K,), profile)
+    found = score_texts([held], [None], [0, 1, 2], [NUM_EXPERTS] * PLACES, (TOP_K,), profile)
     by_name = {name: [r for r in found if r.predictor == name] for name in ("profile", "previous")}
     for result in by_name["profile"]:
         # A choice follows with .871, or is met by chance.

@@ -52,7 +52,7 @@ def measure(engine: Engine, samples: list[list[int]], profile: Profile | None) -
         scores.append(observed)
     moe_layers = list(args.moe_layers)
     experts = [engine._index.layer_to_num_experts[layer] for layer in moe_layers]
-    found = score_texts(texts, moe_layers, experts, ns, profile)
+    found = score_texts(texts, list(map(np.array, samples)), moe_layers, experts, ns, profile)
     names = {0: "own", **{depth: f"router {depth}" for depth in range(1, DEPTH + 1)}}
     for place, layer in enumerate(moe_layers):
         chosen = np.concatenate([routes[:, place] for routes in texts])

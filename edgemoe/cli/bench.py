@@ -59,6 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--context", type=options.count, metavar="N", help="default: -p plus -n")
     parser.add_argument("--policy", choices=options.POLICIES, default=options.POLICIES[0])
+    options.add_prefetch_option(parser)
     parser.add_argument("--threads", type=options.count, metavar="N", help="compute threads")
     options.add_set_options(parser)
     options.add_numeric_options(parser)

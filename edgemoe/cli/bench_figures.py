@@ -15,7 +15,7 @@ def speeds(decoded: Decoded, prompt_tokens: int) -> dict[str, Any]:
     the core does not run whole tokens."""
     steps = sorted(decoded.step_s)
     count = max(1, len(steps))
-    demand = decoded.decode["hits"] + decoded.decode["misses"]
+    demand = sum(decoded.decode[name] for name in ("hits", "misses", "guessed"))
     native_s = decoded.decode["native_s"]
     return {
         "ttft_s": decoded.prefill_s,
@@ -25,6 +25,7 @@ def speeds(decoded: Decoded, prompt_tokens: int) -> dict[str, Any]:
         "step_p50_s": steps[len(steps) // 2] if steps else None,
         "step_p95_s": steps[len(steps) * 95 // 100] if steps else None,
         "hit_rate": decoded.decode["hits"] / demand if demand else None,
+        "guessed_rate": decoded.decode["guessed"] / demand if demand else None,
         "bytes_read_per_token": decoded.decode["bytes_read"] / count,
         "stall_s_per_token": decoded.decode["stall_s"] / count,
         "stall_share": decoded.decode["stall_s"] / decoded.decode_s if steps else None,

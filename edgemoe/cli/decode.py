@@ -13,8 +13,8 @@ from typing import Any
 class Decoded:
     """Tokens, what they cost, and a hash of the fp32 logits of every step.
 
-    `prefill` and `decode` hold the expert cache's hits, misses, bytes_read, stall_s and compute_s,
-    and native_s: seconds of whole tokens within the core.
+    `prefill` and `decode` hold the expert cache's hits, misses, bytes_read, stall_s, compute_s and
+    guessed, and native_s: seconds of whole tokens within the core.
     """
 
     token_ids: list[int] = field(default_factory=list)
@@ -56,7 +56,7 @@ def greedy(session: Any, prompt: Sequence[int], num_tokens: int) -> Decoded:
 
 def counters(step: Any) -> dict[str, float]:
     """The demand and the times of `Engine.take_step_stats` that a run adds up."""
-    names = ("hits", "misses", "bytes_read", "stall_s", "compute_s", "native_s")
+    names = ("hits", "misses", "bytes_read", "stall_s", "compute_s", "native_s", "guessed")
     return {name: getattr(step, name) for name in names}
 
 

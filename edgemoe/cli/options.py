@@ -10,6 +10,7 @@ from ..runtime.errors import NotFoundError, UsageError
 from ..runtime.sets import SET_MODES
 
 POLICIES = ("forecast", "cycle", "lru", "lfu", "fifo")  # the first is the default
+PREDICTORS = ("auto", "none", "previous", "profile", "router")
 BACKENDS = ("native", "reference")
 _TRUE, _FALSE = ("1", "true", "yes", "on"), ("", "0", "false", "no", "off")
 
@@ -94,6 +95,7 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
         default=POLICIES[0],
         help="which expert leaves the expert cache first (default: forecast)",
     )
+    add_prefetch_option(group)
     group.add_argument("--threads", type=count, metavar="N", help="compute threads")
     group.add_argument(
         "--warm-start",
@@ -105,6 +107,15 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
     )
     add_set_options(group)
     add_numeric_options(group)
+
+
+def add_prefetch_option(group: Any) -> None:
+    """--prefetch."""
+    group.add_argument(
+        "--prefetch",
+        choices=PREDICTORS,
+        help="what predicts the next experts, to read them ahead (default: auto)",
+    )
 
 
 def add_set_options(group: Any) -> None:
@@ -145,7 +156,7 @@ def add_numeric_options(group: Any) -> None:
 
 def engine_arguments(args: argparse.Namespace) -> dict[str, Any]:
     """The keyword arguments of `Engine.from_pretrained` that the options name."""
-    names = ("memory", "context", "policy", "threads", "backend", "kv_bits", "io")
+    names = ("memory", "context", "policy", "prefetch", "threads", "backend", "kv_bits", "io")
     names += ("warm_start", "chat_template", "set", "set_mode", "set_threshold")
     return {name: getattr(args, name) for name in names if getattr(args, name, None) is not None}
 

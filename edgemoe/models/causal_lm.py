@@ -10,6 +10,7 @@ from ..kv_cache import KVCache
 from ..runtime import core, kernels
 from ..runtime.budget import CHUNK
 from ..runtime.errors import UsageError
+from ..runtime.prefetch import Prefetcher
 from . import load_module
 from .args import ModelArgs
 from .moe import Experts, OnRoute
@@ -68,6 +69,7 @@ class CausalLM:
         logits: str = "last",
         on_route: OnRoute | None = None,
         forced: ForcedRoutes | None = None,
+        guesses: np.ndarray | None = None,
     ) -> Tensor:
         """Append T tokens to the cache; returns fp32 logits `[n, vocab]`.
 
@@ -76,6 +78,7 @@ class CausalLM:
         anything is computed where the ids are not of the vocabulary or the context is too short.
         A call that fails leaves the cache as it was. `forced`: recorded routes in the place of the
         routers', of one token as [layers with experts, K'], of several as [T, layers, K'].
+        `guesses`, of one token of the native backend: see NativeLayers.decode.
         """
         if logits not in ("last", "all", "none"):
             raise UsageError(f"`logits` must be last, all or none, got `{logits}`")
@@ -83,7 +86,12 @@ class CausalLM:
             (token_id,) = token_ids
             self._check(token_id, token_id)
             kv_cache.check_room(1)
-            return self._layers.decode(token_id, kv_cache, on_route, forced)
+            return self._layers.decode(token_id, kv_cache, on_route, forced, guesses)
+        if guesses is not None:
+            raise UsageError(
+                "guesses can be given for a single token only",
+                "the native backend decodes it, and its logits must be asked for",
+            )
         if forced is not None:
             forced = self._routes_of(forced, len(token_ids))
         return self._forward(token_ids, kv_cache, logits, on_route, forced)
@@ -113,6 +121,11 @@ class CausalLM:
         if kv_cache.offset >= kv_cache.capacity:
             kv_cache.check_room(1)
         return self._layers.step(token_id, kv_cache)
+
+    def guess_with(self, prefetch: Prefetcher) -> None:
+        """Read ahead by these guesses from now on, where the core decodes."""
+        if self.is_native:
+            self._layers.guess_with(prefetch)
 
     def decodes(self, token_ids: Sequence[int] | Tensor, logits: str) -> bool:
         """Whether the core runs this call alone, as one token from the first layer to the last."""

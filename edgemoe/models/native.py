@@ -16,12 +16,14 @@ from torch import Tensor
 from ..kv_cache import KVCache
 from ..runtime import core
 from ..runtime.cache import no_room
-from ..runtime.errors import EdgeMoeError, UsageError
+from ..runtime.errors import EdgeMoeError
 from ..runtime.kernels import PackedMatrix, ThreadPool
+from ..runtime.prefetch import Prefetcher
 from . import steps
 from .args import ModelArgs
 from .moe import Experts, OnRoute
 from .native_tables import model_table
+from .recorded import check_guesses, check_routes
 from .rope import Rotary
 from .steps import ForcedRoutes, Routed
 from .trunk import LayerWeights, Linear
@@ -134,6 +136,10 @@ class NativeLayers:
         _check(core.lib.em_decoder_logits(self._decoder(), len(x), x.data_ptr(), out.data_ptr()))
         return out
 
+    def guess_with(self, prefetch: Prefetcher) -> None:
+        """Decode with these guesses from now on."""
+        self._prefetch, self._call.prefetch = prefetch, prefetch.handle
+
     # ---- one token -----------------------------------------------------------------------------
 
     def step(self, token_id: int, kv_cache: KVCache) -> tuple[Tensor, int]:
@@ -145,6 +151,8 @@ class NativeLayers:
             self._step_address = self._step_logits.data_ptr()
         if call.forced_ids:
             self._force(None)
+        if call.guesses:
+            self._guess(None)
         call.logits = self._step_address
         self._run_token(token_id, kv_cache, self._routes)
         return self._step_logits, call.best_id
@@ -155,16 +163,20 @@ class NativeLayers:
         kv_cache: KVCache,
         on_route: OnRoute | None,
         forced: ForcedRoutes | None = None,
+        guesses: np.ndarray | None = None,
     ) -> Tensor:
         """Append one token to the context; returns its fp32 logits `[1, vocab]`.
 
         `forced`: routes in the place of those of the routers. Raises UsageError for routes that do
-        not go with the model.
+        not go with the model. `guesses`: for a prefetcher to which they are given, expert ids
+        [layers with experts, n], the likeliest first, -1: none.
         """
         routes, routing_weights = self._routes, self._routing_weights
         if forced is not None or self._call.forced_ids:
             routes, routing_weights = self._force(forced)
         logits = torch.empty((1, self.args.vocab))
+        if guesses is not None or self._call.guesses:
+            self._guess(guesses)
         self._call.logits = logits.data_ptr()
         self._run_token(token_id, kv_cache, routes)
         if on_route is not None:
@@ -202,31 +214,19 @@ class NativeLayers:
         else:
             ids = np.array(forced[0], dtype=np.int32)
             self._forced = (ids, np.array(forced[1], dtype=np.float32))
-            self._check_routes(*self._forced)
+            check_routes(*self._forced, self.args, self.experts.table)
             routes, weights = np.zeros_like(ids), np.zeros_like(self._forced[1])
             call.forced_ids, call.forced_weights = (part.ctypes.data for part in self._forced)
             call.num_forced = ids.shape[1]
         call.routes, call.routing_weights = routes.ctypes.data, weights.ctypes.data
         return routes, weights
 
-    def _check_routes(self, routes: np.ndarray, weights: np.ndarray) -> None:
-        args = self.args
-        places, top_k = len(args.moe_layers), args.top_k
-        is_good = routes.ndim == 2 and routes.shape == weights.shape and len(routes) == places
-        if not is_good or not 1 <= routes.shape[1] <= top_k:
-            raise UsageError(
-                f"forced routes of shape {routes.shape} do not go with this model",
-                f"expected [{places}, 1 to {top_k}] ids and as many weights",
-            )
-        limits = np.array([self.experts.table.num_experts[layer] for layer in args.moe_layers])
-        if (
-            (routes[:, 0] < 0).any()
-            or (routes[:, -1] >= limits).any()
-            or (np.diff(routes, axis=1) <= 0).any()
-        ):
-            raise UsageError(
-                "forced routes must name different experts of each layer, in ascending order"
-            )
+    def _guess(self, guesses: np.ndarray | None) -> None:
+        self._call.guesses = None
+        if guesses is not None:
+            self._guesses = check_guesses(guesses, self.args)
+            self._call.guesses = self._guesses.ctypes.data
+            self._call.num_guesses = self._guesses.shape[1]
 
     def _failure(self, status: int, routes: np.ndarray) -> EdgeMoeError:
         """Why the core ended a token before its end."""

@@ -5,6 +5,7 @@
 
 #include "decoder.h"
 #include "kernels.h"
+#include "prefetch.h"
 #include "thread_pool.h"
 
 namespace em {
@@ -150,6 +151,7 @@ int32_t Decoder::attend(int64_t number, const em_kv_cache &kv, const float *cos,
   int32_t status =
       multiply_all(layer.qkv, 3, rows, normed, num_tokens, layer.qkv_bias, qkv_buffer, qkv);
   if (status != 0) return status;
+  if (between_ != nullptr) between_->step();
   parallel_for(pool_, num_tokens, [&](int64_t t, int) {
     finish_heads(layer, qkv, cos, sin, t);
     store_heads(kv, number, 0, qkv[1].row(t), t);
@@ -180,9 +182,11 @@ int32_t Decoder::attend(int64_t number, const em_kv_cache &kv, const float *cos,
   float *scratch = attention_.floats(attention_scratch_floats(call, num_threads(pool_)));
   if (scratch == nullptr) return -ENOMEM;
   attention(pool_, call, scratch);
+  if (between_ != nullptr) between_->step();
 
   status = multiply(layer.output, mixed, num_tokens, layer.output_bias, projected);
   if (status != 0) return status;
+  if (between_ != nullptr) between_->step();
   parallel_for(pool_, num_tokens, [&](int64_t t, int) {
     float *row = x + t * hidden;
     level.add(projected + t * hidden, hidden, row);
@@ -253,6 +257,21 @@ int32_t Decoder::route(const em_block &layer, const float *normed, int64_t num_t
     pick_largest(row, num, top_k, renormalise, chosen, weights + t * top_k);
     for (int64_t k = 0; k < top_k; ++k) chosen[k] = kept[chosen[k]];
   });
+  return 0;
+}
+
+int32_t Decoder::look_ahead(int64_t number, const float *x, float *scores) {
+  const em_block &layer = layers_[number];
+  float *normed = ahead_.floats(model_.hidden);
+  if (normed == nullptr) return -ENOMEM;
+  row_kernels().rms_norm(x, layer.post_norm, model_.hidden, model_.rms_eps, normed);
+  const int32_t status = multiply(layer.router, normed, 1, nullptr, scores);
+  if (status != 0) return status;
+  row_kernels().softmax(scores, layer.router.rows);
+  const Mask &mask = masks_[number];
+  for (size_t e = 0; e < mask.is_kept.size(); ++e) {
+    if (!mask.is_kept[e] && scores[e] < mask.threshold) scores[e] = 0.0f;
+  }
   return 0;
 }
 

@@ -104,6 +104,7 @@ Cache::Cache(em_store *store, const em_cache_config &config)
       pins_(static_cast<size_t>(num_keys()), 0),
       hint_of_(static_cast<size_t>(num_keys()), 0),
       is_unsettled_(static_cast<size_t>(num_keys()), 0),
+      guess_of_(static_cast<size_t>(num_keys()), Guess::kNone),
       place_stats_(static_cast<size_t>(num_places())) {
   for (int32_t key = 0; key < num_keys(); ++key) {
     max_record_bytes_ = std::max(max_record_bytes_, slots_.num_bytes_of(key));
@@ -141,10 +142,15 @@ int32_t Cache::hint(int64_t n, const int32_t *keys, const double *counts,
   if (!unsettled_.empty()) settle(false);
   ++hint_number_;
   absent_.clear();
+  em_cache_demand found = {};
   for (int64_t i = 0; i < n; ++i) {
     const int32_t key = keys[i];
     if (key < 0 || key >= num_keys() || hint_of_[key] == hint_number_) return EM_ERR_ARG;
     hint_of_[key] = hint_number_;
+    if (guess_of_[key] != Guess::kNone && take_guess(key)) {
+      ++found.num_guessed;
+      found.num_bytes += slots_.num_bytes_of(key);
+    }
     if (is_absent(key)) absent_.push_back(key);
   }
   if (absent_.empty()) {
@@ -155,13 +161,13 @@ int32_t Cache::hint(int64_t n, const int32_t *keys, const double *counts,
     if (status <= 0) return status;
   }
   policy_->touch(keys, n, counts, step_, num_tokens_);
-  em_cache_demand found = {};
   found.num_misses = static_cast<int64_t>(absent_.size());
-  found.num_hits = n - found.num_misses;
+  found.num_hits = n - found.num_misses - found.num_guessed;
   for (const int32_t key : absent_) found.num_bytes += slots_.num_bytes_of(key);
   em_place_stats &stats = place_stats_[place_];
   stats.num_hits += found.num_hits;
   stats.num_misses += found.num_misses;
+  stats.num_guessed += found.num_guessed;
   stats.num_bytes += found.num_bytes;
   if (demand != nullptr) *demand = found;
   return 1;
@@ -244,7 +250,8 @@ bool Cache::place_record(int32_t key) {
     }
     if (victim >= 0) {
       evict(victim);
-    } else if (!unsettled_.empty()) {
+    } else if (!unsettled_.empty() || !guesses_.empty()) {
+      drop_all_guesses();
       settle(true);
       victims_.begin(place_);
     } else if (!slots_.join(num_bytes, kNever, is_fixed)) {
@@ -314,6 +321,7 @@ void Cache::settle(bool wait) {
 
 bool Cache::resize(int64_t capacity_bytes) {
   if (pinned_bytes_ > 0) return false;
+  drop_all_guesses();
   settle(true);
   unblock_wanted();
   set_share(capacity_bytes);
@@ -341,12 +349,15 @@ void Cache::evict(int32_t key) {
 }
 
 void Cache::forget(int32_t key) {
+  if (guess_of_[key] != Guess::kNone) guess_counts_.wasted_bytes += slots_.num_bytes_of(key);
+  guess_of_[key] = Guess::kNone;
   blocked_[key] = 1;
   policy_->remove(key);
   ++evictions_;
 }
 
 void Cache::drop(int32_t key) {
+  if (guess_of_[key] != Guess::kNone) count_lost_guess(key);
   slots_.drop(key);
   blocked_[key] = 1;
 }

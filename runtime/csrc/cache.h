@@ -114,6 +114,15 @@ class Cache {
   int64_t preload(int64_t n, const int32_t *keys, int32_t *placed);
   // Make records evictable whose reads have ended; `wait` for all of them.
   void settle(bool wait);
+  // Guesses (cache_guess.cpp): records that somebody expects to be demanded soon. Read with less
+  // urgency than demand; neither a hit nor a miss. False where it is not absent or there is no room.
+  bool guess(int32_t key);
+  // The router has spoken for the keys first .. end - 1: guesses among them other than `wanted` are
+  // not read any further, and may be evicted.
+  void drop_guesses(int32_t first, int32_t end, const int32_t *wanted, int64_t num_wanted);
+  void drop_all_guesses();
+  int64_t num_reading_guesses() const;  // that still may be wanted
+  const em_prefetch_stats &guess_counts() const { return guess_counts_; }
   // Change the capacity within the arena; what no longer fits is evicted. False while records are
   // pinned.
   bool resize(int64_t capacity_bytes);
@@ -134,6 +143,11 @@ class Cache {
   };
 
  private:
+  enum class Guess : uint8_t { kNone, kHeld, kUnused };
+
+  void let_go(int32_t key);
+  void count_lost_guess(int32_t key);
+  bool take_guess(int32_t key);
   bool fits(int64_t n, const int32_t *keys) const;
   void pin(int64_t n, const int32_t *keys);
   int32_t read(int64_t n, const int32_t *keys);
@@ -161,6 +175,9 @@ class Cache {
   uint64_t hint_number_ = 0;
   std::vector<int32_t> unsettled_;  // released while being read, each once
   std::vector<uint8_t> is_unsettled_;  // by key
+  std::vector<int32_t> guesses_;       // held
+  std::vector<Guess> guess_of_;        // by key
+  em_prefetch_stats guess_counts_ = {};
   std::vector<int32_t> wanted_;     // resident, needed later in this layer; first needed first
   std::vector<int32_t> absent_;     // of this hint
   std::vector<void *> dst_;

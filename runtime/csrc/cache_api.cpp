@@ -42,6 +42,7 @@ int32_t em_cache_begin_layer(em_cache *cache, int64_t place, int64_t num_tokens,
     return EM_ERR_ARG;
   }
   return without_exceptions([&]() -> int32_t {
+    cache->drop_all_guesses();  // they are those of em_decode
     cache->begin_layer(place, num_tokens, n, wanted);
     return 0;
   });
@@ -72,7 +73,10 @@ int64_t em_cache_preload(em_cache *cache, int64_t n, const int32_t *keys, int32_
   return without_exceptions([&]() -> int64_t { return cache->preload(n, keys, placed); });
 }
 
-void em_cache_settle(em_cache *cache) { cache->settle(true); }
+void em_cache_settle(em_cache *cache) {
+  cache->drop_all_guesses();
+  cache->settle(true);
+}
 
 int32_t em_cache_resize(em_cache *cache, int64_t capacity_bytes) {
   if (!cache || capacity_bytes < 0 || capacity_bytes > cache->max_capacity_bytes() ||

@@ -8,7 +8,9 @@
 
 #include "decoder.h"
 #include "kernels.h"
+#include "moe.h"
 #include "platform.h"
+#include "prefetch.h"
 #include "sigint.h"
 #include "thread_pool.h"
 
@@ -202,7 +204,7 @@ int32_t Decoder::run_experts(const em_block &layer, Cache &cache, em_decode_args
   run.workspace = workspace;
   run.failed = -1;
   const int64_t start = monotonic_ns();
-  const int32_t status = em_moe_run(pool_, cache.store(), nullptr, &run);
+  const int32_t status = run_moe(pool_, cache.store(), nullptr, &run, between_);
   em_place_stats &stats = cache.stats_of(place);
   stats.compute_ns += monotonic_ns() - start - run.stall_ns;
   stats.stall_ns += run.stall_ns;
@@ -259,24 +261,40 @@ int32_t Decoder::run_layer(int64_t number, Cache &cache, em_decode_args &args, f
   args.num_places = place + 1;
   const int32_t *ids = args.routes + place * top_k;
   for (int64_t k = 0; k < top_k; ++k) keys_[k] = static_cast<int32_t>(layer.first_key + ids[k]);
-  status = demand(cache, place, top_k);
+  if (between_ != nullptr) between_->spoken(place, ids, args.routing_weights + place * top_k, top_k);
+  int64_t num_misses = 0;
+  status = demand(cache, place, top_k, &num_misses);
   if (status != 0) return status;
   const Cache::Held held(cache, top_k, keys_.data());
-  status = mlp(number, 1, normed);  // the shared expert, while reads fly
+  if (between_ != nullptr) status = between_->predict(this, place, x);
+  if (status == 0) status = mlp(number, 1, normed);  // the shared expert, while reads fly
+  const int64_t stall_ns = cache.stats_of(place).stall_ns;
   if (status == 0) status = run_experts(layer, cache, args, place, normed, y);
+  if (between_ != nullptr) between_->finish(num_misses, cache.stats_of(place).stall_ns - stall_ns);
   if (status == 0) add(number, 1, y, x);
   return status;
 }
 
 // Pins the records of keys_ and starts reading those absent.
-int32_t Decoder::demand(Cache &cache, int64_t place, int64_t num_keys) {
+int32_t Decoder::demand(Cache &cache, int64_t place, int64_t num_keys, int64_t *num_misses) {
   const Cache::Deciding deciding(cache);
   cache.begin_layer(place, 1);
-  const int32_t status = cache.hint(num_keys, keys_.data(), nullptr, nullptr);
+  em_cache_demand found = {};
+  const int32_t status = cache.hint(num_keys, keys_.data(), nullptr, &found);
+  *num_misses = found.num_misses;
   return status > 0 ? 0 : status == 0 ? EM_ERR_ROOM : status;
 }
 
 int32_t Decoder::decode(Cache &cache, em_decode_args &args) {
+  between_ = args.prefetch;
+  if (between_ != nullptr) between_->begin_token(&cache, this, args);
+  const int32_t status = decode_layers(cache, args);
+  if (between_ != nullptr) between_->end_token(status == 0);
+  between_ = nullptr;
+  return status;
+}
+
+int32_t Decoder::decode_layers(Cache &cache, em_decode_args &args) {
   const int64_t hidden = model_.hidden;
   args.num_places = 0;
   args.failed_key = args.best_id = -1;
@@ -380,7 +398,8 @@ int32_t em_decode(em_decoder *decoder, em_cache *cache, em_decode_args *args) {
       !args->routing_weights || args->token_id < 0 ||
       args->token_id >= decoder->model().embedding.rows ||
       (decoder->model().rotary_dim && (args->cos == nullptr || args->sin == nullptr)) ||
-      !decoder->goes_with(*cache) || !decoder->has_good_routes(*args)) {
+      !decoder->goes_with(*cache) || args->num_guesses < 0 ||
+      (args->prefetch != nullptr && !args->prefetch->bind(*decoder)) || !decoder->has_good_routes(*args)) {
     return EM_ERR_ARG;
   }
   const em::Cache::Native native(*cache);

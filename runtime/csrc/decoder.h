@@ -11,6 +11,8 @@
 
 namespace em {
 
+class Prefetcher;
+
 // 64-byte aligned memory that grows and is then kept; its contents do not survive growth.
 class Scratch {
  public:
@@ -60,6 +62,8 @@ class Decoder {
   // x += mlp, or x += y + share * mlp.
   void add(int64_t layer, int64_t num_tokens, float *y, float *x);
   int32_t logits(int64_t num_tokens, const float *x, float *logits);
+  // scores [E]: softmax of a layer's router, if x [D] were its residual before the MoE half.
+  int32_t look_ahead(int64_t layer, const float *x, float *scores);
   bool has_good_routes(const em_decode_args &args) const;
   int32_t decode(Cache &cache, em_decode_args &args);
 
@@ -83,7 +87,8 @@ class Decoder {
                        float *normed);
   int32_t run_layer(int64_t number, Cache &cache, em_decode_args &args, float *x, float *normed,
                     float *y);
-  int32_t demand(Cache &cache, int64_t place, int64_t num_keys);
+  int32_t demand(Cache &cache, int64_t place, int64_t num_keys, int64_t *num_misses);
+  int32_t decode_layers(Cache &cache, em_decode_args &args);
   int32_t run_experts(const em_block &layer, Cache &cache, em_decode_args &args, int64_t place,
                       const float *normed, float *y);
 
@@ -93,12 +98,13 @@ class Decoder {
   em_pool *pool_;
   float attention_scale_;
   Scratch parts_, qkv_, mixed_, projected_, attention_, scores_, masked_, gate_up_, mlp_, shares_;
-  Scratch token_, workspace_;
+  Scratch token_, workspace_, ahead_;
   // One token's em_moe_args.
   std::vector<int32_t> keys_, pair_token_, own_ids_;
   std::vector<float> own_weights_;  // of a router whose routes are not taken, as own_ids_
   std::vector<const uint8_t *> data_;
   std::vector<int64_t> pair_begin_;
+  Prefetcher *between_ = nullptr;  // has its turn between two pieces of work of a token
 };
 
 }  // namespace em

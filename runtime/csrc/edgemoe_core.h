@@ -198,9 +198,70 @@ typedef struct em_store_stats {
   int64_t read_ns;                    /* sum over requests, waiting in the system's queue included */
   int64_t cpu_ns, crc_ns;             /* CPU time of reading, and of checking what was read */
   int64_t throttle_bytes_per_s, throttle_busy_ns; /* its rate now; time for which it was serving */
+  int64_t idle_ns;                    /* in which nothing was queued or being read */
 } em_store_stats;
 /* Sums since the store was opened. */
 EM_API void em_store_get_stats(em_store *store, em_store_stats *stats);
+
+/* ---- guesses ------------------------------------------------------------------------------- */
+/* While em_decode runs, a predictor tells which records the next layers with experts may want. Those
+ * absent are read while storage would idle, as long as a gate finds that they gain more than they
+ * cost: it measures how often guesses of each rank are right (which takes no reading), how fast the
+ * drive is, how long layers take and wait. When the router has spoken, what was right goes on as
+ * demanded, and what was wrong is not read any further. No result depends on it. */
+enum {
+  EM_PREDICT_PREVIOUS = 1, /* the experts of the same layer at the token before */
+  EM_PREDICT_PROFILE = 2,  /* statistical tables */
+  EM_PREDICT_ROUTER = 3,   /* the next layer's router on the residual of this one */
+  EM_PREDICT_GIVEN = 4     /* `guesses` of em_decode_args */
+};
+
+/* What followed states: row r is of the state key[r], which was seen total[r] times and followed
+ * count[j] times by expert[j], for j from begin[r] to begin[r + 1]. */
+typedef struct em_state_table {
+  int64_t num_states;
+  const uint64_t *key; /* [num_states], ascending */
+  const float *total;  /* [num_states] */
+  const int64_t *begin; /* [num_states + 1] */
+  const int32_t *expert;
+  const float *count;
+} em_state_table;
+/* Tables of one layer of E experts behind one of E'; runtime/transitions.py. */
+typedef struct em_place_tables {
+  const float *popularity; /* [E] */
+  const float *pairwise;   /* [E', E] */
+  em_state_table paths, tokens; /* by the choices of the two layers before; by token id */
+} em_place_tables;
+/* scores [num_experts] of a layer after the choices active [num_active] of the layer before and
+ * before [num_before] of the one before that, ascending each, 0 of them: not known; for this token,
+ * -1: not known. */
+EM_API void em_profile_scores(const em_place_tables *tables, float back_off, int64_t num_experts,
+                              const int32_t *before, int64_t num_before, const int32_t *active,
+                              int64_t num_active, int64_t token_id, float *scores);
+
+typedef struct em_prefetch_options {
+  int32_t predictor; /* EM_PREDICT_... */
+  int32_t depth;     /* layers ahead, 1 or 2 */
+  int32_t is_forced; /* 1: every guess is read, whatever it costs */
+  float back_off;    /* of the tables */
+  int64_t num_places;            /* of the tables: layers with experts */
+  const em_place_tables *tables; /* [num_places], the caller's for good, or NULL */
+} em_prefetch_options;
+typedef struct em_prefetch em_prefetch;
+/* One serves one decoder and one cache. NULL for options that cannot be, or where memory is short. */
+EM_API em_prefetch *em_prefetch_create(const em_prefetch_options *options);
+EM_API void em_prefetch_destroy(em_prefetch *prefetch); /* NULL is allowed */
+
+/* Sums since creation. A guess is a record of which reading was begun. */
+typedef struct em_prefetch_stats {
+  int64_t num_layers, num_open; /* layers of which some predicted record was absent; of these, those of
+                                   which a guess was read */
+  int64_t num_guesses, guess_bytes;  /* their records, whole */
+  int64_t num_in_time, num_late; /* demanded afterwards: whole by then; still being read */
+  int64_t num_dropped, num_failed; /* not wanted and not read to the end; not readable */
+  int64_t wasted_bytes; /* read, and dropped or evicted before anybody wanted them */
+} em_prefetch_stats;
+EM_API void em_prefetch_get_stats(const em_prefetch *prefetch, em_prefetch_stats *stats);
 
 /* ---- expert cache -------------------------------------------------------------------------- */
 /* Which records of a store are in memory, and where: one arena for all layers, accounted to the byte
@@ -231,7 +292,8 @@ EM_API void em_cache_destroy(em_cache *cache);
 EM_API int32_t em_cache_begin_layer(em_cache *cache, int64_t place, int64_t num_tokens, int64_t n,
                                     const int32_t *wanted);
 typedef struct em_cache_demand {
-  int64_t num_hits, num_misses, num_bytes; /* records; bytes to read */
+  int64_t num_hits, num_misses, num_bytes; /* records; bytes of misses and of guesses that came true */
+  int64_t num_guessed; /* records that a guess has brought, which are neither */
 } em_cache_demand;
 /* Demand keys [n], each once, most urgent first; counts [n]: how many tokens want each (NULL: one
  * token's demand). Returns 1: pinned, *demand (may be NULL) says what was found; 0: they do not fit
@@ -257,8 +319,10 @@ EM_API const uint64_t *em_cache_addresses(const em_cache *cache);
 /* Sums since the cache was made, by place; memory of the cache, read and written at any time between
  * calls. Times are those of em_decode; who runs layers otherwise may add its own. */
 typedef struct em_place_stats {
-  int64_t num_hits, num_misses, num_bytes; /* records; bytes read */
+  int64_t num_hits, num_misses, num_bytes; /* records; bytes read for demand, guesses that came true
+                                              included */
   int64_t stall_ns, compute_ns; /* waiting when nothing could be computed; in routed experts else */
+  int64_t num_guessed; /* records, neither hits nor misses: a guess has brought them */
 } em_place_stats;
 EM_API em_place_stats *em_cache_place_stats(em_cache *cache); /* [num_places] */
 typedef struct em_cache_stats {
@@ -398,6 +462,10 @@ typedef struct em_decode_args {
   const int32_t *forced_ids;
   const float *forced_weights;
   int64_t num_forced;
+  em_prefetch *prefetch;  /* NULL: only what is demanded is read */
+  const int32_t *guesses; /* EM_PREDICT_GIVEN: [layers with experts, num_guesses] expert ids, the
+                             likeliest first, -1: none; of each layer at most 2 K are looked at */
+  int64_t num_guesses;
   float *logits;          /* out [vocab], or NULL */
   int64_t best_id;        /* out, with logits: the largest of them, of equal ones the lowest id; -1
                              where it is not finite */

@@ -5,17 +5,22 @@
 
 #include "edgemoe_core.h"
 #include "experts.h"
+#include "moe.h"
 #include "platform.h"
+#include "prefetch.h"
 #include "store.h"
 #include "thread_pool.h"
 
 namespace em {
 namespace {
 
+constexpr int64_t kItemsBetween = 16;  // tens of microseconds
+
 class Layer {
  public:
-  Layer(em_pool *pool, em_store *store, const em_record *records, em_moe_args *args)
-      : pool_(pool), store_(store), records_(records), a_(*args) {}
+  Layer(em_pool *pool, em_store *store, const em_record *records, em_moe_args *args,
+        Prefetcher *between)
+      : pool_(pool), store_(store), records_(records), a_(*args), between_(between) {}
 
   int32_t run();
   void drain() const;  // waits for every read of the list
@@ -40,6 +45,7 @@ class Layer {
   em_store *store_;
   const em_record *records_;
   em_moe_args &a_;
+  Prefetcher *between_;
   int64_t num_rows_ = 0;
   std::vector<Part> parts_;           // ascending expert, ascending pair
   std::vector<std::size_t> round_;    // positions in parts_: what is computed next
@@ -153,7 +159,10 @@ void Layer::compute(const Experts &experts) {
                      (is_down ? experts.num_down_items() : experts.num_gate_up_items()));
   }
   parallel_for(pool_, begin_.back(), [&](int64_t item, int thread) {
-    if (thread == 0 && store_ != nullptr) pump(store_);  // so that queued reads are started
+    if (thread == 0 && store_ != nullptr) {  // so that queued reads are started
+      pump(store_);
+      if (between_ != nullptr && item % kItemsBetween == 0) between_->step();
+    }
     const std::size_t i = place_of(item);
     const Part &part = parts_[round_[i]];
     if (part.phase == Phase::kDown) {
@@ -170,6 +179,7 @@ void Layer::compute(const Experts &experts) {
 }
 
 void Layer::wait() {
+  if (between_ != nullptr) between_->step();
   const int64_t start = monotonic_ns();
   wait_any(store_, keys_.data(), seen_.data(), static_cast<int64_t>(keys_.size()));
   a_.stall_ns += monotonic_ns() - start;
@@ -215,9 +225,14 @@ int64_t em_moe_workspace_floats(int64_t num_tokens, int64_t num_pairs, int64_t h
 }
 
 int32_t em_moe_run(em_pool *pool, em_store *store, const em_record *records, em_moe_args *args) {
+  return em::run_moe(pool, store, records, args, nullptr);
+}
+
+int32_t em::run_moe(em_pool *pool, em_store *store, const em_record *records, em_moe_args *args,
+                    Prefetcher *between) {
   if (store != nullptr) records = em::records_of(store);
   const em::Pinned pinned(store == nullptr ? -1 : em::caller_core(pool));
-  em::Layer layer(pool, store, records, args);
+  em::Layer layer(pool, store, records, args, between);
   int32_t status;
   try {
     status = layer.run();

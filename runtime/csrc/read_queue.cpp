@@ -42,6 +42,11 @@ void ReadQueue::add(int64_t num, const int32_t *keys, void *const *dst, int32_t 
     added.insert(task(keys[i], kGateUp));
     added.insert(task(keys[i], kDown));
   }
+  for (int64_t i = 0; i < num; ++i) {
+    const int64_t num_bytes = (*records_)[keys[i]].num_bytes;
+    backlog_bytes_ += num_bytes;
+    if (priority == 0) waiting_bytes_ += num_bytes;
+  }
   turn_ += static_cast<uint64_t>(num);
   tasks_.merge(added);  // moves nodes: cannot fail
 }
@@ -56,12 +61,21 @@ void ReadQueue::promote(int32_t key, int32_t priority) {
   for (int32_t section : {kGateUp, kDown}) {
     if (nodes[section].empty()) continue;
     nodes[section].value() = task(key, section);
+    if (priority == 0) waiting_bytes_ += unissued_bytes(key, section);
     tasks_.insert(std::move(nodes[section]));
   }
 }
 
+int64_t ReadQueue::unissued_bytes(int32_t key, int32_t section) const {
+  return section_bytes(key, section) - reads_[key].issued[section];
+}
+
 void ReadQueue::drop(int32_t key) {
-  for (int32_t section : {kGateUp, kDown}) tasks_.erase(task(key, section));
+  for (int32_t section : {kGateUp, kDown}) {
+    if (tasks_.erase(task(key, section)) == 0) continue;
+    backlog_bytes_ -= unissued_bytes(key, section);
+    if (reads_[key].priority == 0) waiting_bytes_ -= unissued_bytes(key, section);
+  }
 }
 
 bool ReadQueue::cancel(int32_t key) {
@@ -76,11 +90,12 @@ Request ReadQueue::next() {
   const Task first = *tasks_.begin();
   Read &read = reads_[first.key];
   int64_t &issued = read.issued[first.section];
-  const int64_t left = section_bytes(first.key, first.section) - issued;
+  const int64_t left = unissued_bytes(first.key, first.section);
   const int64_t num_bytes = std::min(left, first.priority == 0 ? kDemandBytes : kGuessBytes);
   const int64_t begin =
       issued + (first.section == kDown ? (*records_)[first.key].down_offset : 0);
   issued += num_bytes;
+  if (first.priority == 0) waiting_bytes_ -= num_bytes;
   ++read.num_in_flight;
   if (num_bytes == left) tasks_.erase(tasks_.begin());
   return {first.key, first.section, first.priority, begin, num_bytes, read.dst + begin};
@@ -101,6 +116,7 @@ bool ReadQueue::land(const Request &request, int32_t error) {
 int32_t ReadQueue::settle(const Request &request, int32_t error) {
   Read &read = reads_[request.key];
   --read.num_in_flight;
+  backlog_bytes_ -= request.num_bytes;
   if (error < 0) {
     if (read.error == 0) read.error = error;
     drop(request.key);

@@ -34,6 +34,10 @@ class ReadQueue {
   // memory is free.
   bool cancel(int32_t key);
 
+  // Bytes that are still to land, and those of them that were demanded and no request was made of.
+  int64_t backlog_bytes() const { return backlog_bytes_; }
+  int64_t waiting_bytes() const { return waiting_bytes_; }
+
   bool empty() const { return tasks_.empty(); }
   int32_t top_priority() const { return tasks_.begin()->priority; }
   Request next();  // of a queue that is not empty
@@ -69,12 +73,14 @@ class ReadQueue {
   };
 
   Task task(int32_t key, int32_t section) const;
+  int64_t unissued_bytes(int32_t key, int32_t section) const;
   void drop(int32_t key);
 
   const std::vector<em_record> *records_ = nullptr;
   std::vector<Read> reads_;  // by key; meaningful while the record is being read
   std::set<Task> tasks_;
   uint64_t turn_ = 0;
+  int64_t backlog_bytes_ = 0, waiting_bytes_ = 0;
 };
 
 }  // namespace em

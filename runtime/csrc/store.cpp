@@ -86,6 +86,11 @@ int64_t wait_any(em_store *store, const int32_t *keys, const int32_t *seen, int6
   }
 }
 
+Load load_of(em_store *store) {
+  em_store::Lock lock(store->mutex);
+  return {store->queue.waiting_bytes(), store->queue.backlog_bytes()};
+}
+
 const em_record *records_of(const em_store *store) { return store->records.data(); }
 
 int64_t num_records_of(const em_store *store) {
@@ -207,6 +212,7 @@ int32_t em_store_submit(em_store *store, int64_t num, const int32_t *keys, void 
       status.store(EM_READING, std::memory_order_release);
     }
     try {
+      if (num > 0) store->note_work();
       store->queue.add(num, keys, dst, priority);
     } catch (...) {
       restore();
@@ -269,6 +275,7 @@ int32_t em_store_throttle(em_store *store, int64_t bytes_per_s) {
 void em_store_get_stats(em_store *store, em_store_stats *stats) {
   em_store::Lock lock(store->mutex);
   *stats = store->stats;
+  if (store->is_idle) stats->idle_ns += em::monotonic_ns() - store->idle_since_ns;
   stats->throttle_bytes_per_s = store->throttle.rate();
   stats->throttle_busy_ns = store->throttle.busy_ns();
 }

@@ -19,6 +19,12 @@ void pump(em_store *store);
 // a key out of range.
 int64_t wait_any(em_store *store, const int32_t *keys, const int32_t *seen, int64_t n);
 
+// What is still to land: demanded bytes that nobody asked the system for yet, and all bytes.
+struct Load {
+  int64_t waiting_bytes, backlog_bytes;
+};
+Load load_of(em_store *store);
+
 const em_record *records_of(const em_store *store);  // as given to em_store_open
 int64_t num_records_of(const em_store *store);
 int32_t status_of(const em_store *store, int32_t key);  // acquires the bytes of a READY record

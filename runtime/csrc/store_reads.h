@@ -47,6 +47,8 @@ struct em_store {
   std::vector<uint8_t> verified;  // by key: bit of each section whose checksum was right
   std::vector<int64_t> landed_ns;
   em_store_stats stats = {};
+  bool is_idle = true;  // nothing is queued or being read, since:
+  int64_t idle_since_ns = em::monotonic_ns();
   bool closing = false;
   std::vector<std::thread> readers;
 
@@ -99,6 +101,20 @@ struct em_store {
   void cancel(int32_t key) {
     if (status[key].load(std::memory_order_relaxed) != EM_READING) return;
     if (queue.cancel(key) && queue.is_idle(key)) publish(key, EM_ABSENT);
+    note_idle();
+  }
+
+  // The queue has become shorter.
+  void note_idle() {
+    if (is_idle || queue.backlog_bytes() > 0) return;
+    is_idle = true;
+    idle_since_ns = em::monotonic_ns();
+  }
+
+  // It is about to become longer.
+  void note_work() {
+    if (is_idle) stats.idle_ns += em::monotonic_ns() - idle_since_ns;
+    is_idle = false;
   }
 
   // The record is no longer being read. Waiters are told by the caller.
@@ -145,6 +161,7 @@ struct em_store {
       }
     }
     const int32_t result = queue.settle(request, error);
+    note_idle();
     if (result != EM_READING) {
       publish(key, result);
     } else if (queue.has_section(key, em::kGateUp)) {

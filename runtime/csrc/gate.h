@@ -1,0 +1,62 @@
+// Whether reading a guess is worth it: what a right one gains against what a wrong one costs, all of
+// it measured while decoding. Arithmetic only. Depth: layers ahead, from 1. Rank: 0 is the likeliest.
+#pragma once
+#include <cstdint>
+#include <vector>
+
+namespace em {
+
+constexpr int kMaxDepth = 2;
+
+// A mean that forgets: the last 1 / `weight` samples count most. The first ones count alike.
+class Mean {
+ public:
+  explicit Mean(double start = 0.0) : value_(start) {}
+  void add(double sample);
+  double value() const { return value_; }
+  bool is_known() const { return num_ > 0; }
+
+ private:
+  double value_;
+  int num_ = 0;
+};
+
+class Gate {
+ public:
+  Gate(int64_t num_places, int64_t num_ranks);
+
+  // Of a guess of a record that was absent then: was it demanded? It need not have been read.
+  void score(int depth, int64_t place, int64_t rank, bool was_right);
+  double odds(int depth, int64_t place, int64_t rank) const;
+
+  void saw_reading(int64_t num_bytes, int64_t busy_ns);  // storage was never idle in that time
+  // From one router to the next one, at `place`.
+  void saw_interval(int64_t place, int64_t ns) { intervals_[place].add(static_cast<double>(ns)); }
+  // A layer is done, of which so many records were absent when its router spoke.
+  void saw_layer(int64_t num_misses, int64_t stall_ns);
+
+  double interval_ns(int64_t place) const { return intervals_[place].value(); }
+  double read_ns(double num_bytes) const { return num_bytes * ns_per_byte_.value(); }
+  // A record of `num_bytes` behind `backlog_bytes`, which will be demanded with the probability
+  // `odds`, if so `window_ns` from now.
+  bool is_open(double odds, double num_bytes, double backlog_bytes, double window_ns) const;
+
+ private:
+  struct Count {
+    float right = 0.0f, seen = 0.0f;
+  };
+  static void add(Count *count, bool was_right);
+  Count &at(int depth, int64_t place, int64_t rank) {
+    return counts_[(((depth - 1) * (num_places_ + 1)) + place) * num_ranks_ + rank];
+  }
+  const Count &at(int depth, int64_t place, int64_t rank) const {
+    return const_cast<Gate *>(this)->at(depth, place, rank);
+  }
+
+  int64_t num_places_, num_ranks_;
+  std::vector<Count> counts_;  // [kMaxDepth][num_places + 1: all together][num_ranks]
+  std::vector<Mean> intervals_;
+  Mean ns_per_byte_, stall_ns_, misses_;  // stall: of a layer with misses; misses: share of layers
+};
+
+}  // namespace em

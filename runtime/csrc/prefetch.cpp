@@ -1,0 +1,286 @@
+#include "prefetch.h"
+
+#include <algorithm>
+#include <memory>
+
+#include "cache.h"
+#include "decoder.h"
+#include "platform.h"
+#include "predict.h"
+#include "store.h"
+
+namespace em {
+namespace {
+
+// A gate that nothing has gone through for so many tokens is asked again in one token of kProbe only:
+// until then its predictions cost nothing.
+constexpr int64_t kPatience = 4, kProbe = 16;
+constexpr int64_t kMaxBacklogGuesses = 2;  // records: the one being read and the one behind it
+// Of all bytes read while decoding, those of guesses that nobody wanted: no more than so.
+constexpr double kMaxWastedShare = 0.3;
+constexpr int64_t kEnoughBytes = int64_t{1} << 20;
+constexpr int64_t kFreeWaste = int64_t{16} << 20;  // that a start may cost
+
+}  // namespace
+
+Prefetcher::Prefetcher(const em_prefetch_options &options) : options_(options) {
+  if (options.tables != nullptr) {
+    tables_.assign(options.tables, options.tables + options.num_places);
+  }
+}
+
+bool Prefetcher::bind(const Decoder &decoder) {
+  if (places_.empty()) {
+    for (int64_t number = 0; number < decoder.model().num_layers; ++number) {
+      const em_block &layer = decoder.layer(number);
+      if (layer.router.rows != 0) {
+        places_.push_back({layer.first_key, layer.router.rows, number});
+        scores_.resize(std::max(scores_.size(), static_cast<size_t>(layer.router.rows)));
+      }
+    }
+    top_k_ = decoder.model().top_k;
+    num_ranks_ = 2 * top_k_;
+    ranked_.resize(static_cast<size_t>(num_ranks_));
+    lists_.resize(places_.size() * kMaxDepth);
+    previous_.resize(places_.size() * static_cast<size_t>(top_k_));
+    gate_.assign(1, Gate(static_cast<int64_t>(places_.size()), num_ranks_));
+  }
+  const bool has_tables = options_.predictor != EM_PREDICT_PROFILE ||
+                          tables_.size() == places_.size();
+  return !places_.empty() && has_tables && top_k_ == decoder.model().top_k;
+}
+
+void Prefetcher::begin_token(Cache *cache, Decoder *decoder, const em_decode_args &args) {
+  cache_ = cache;
+  store_ = cache->store();
+  guesses_ = options_.predictor == EM_PREDICT_GIVEN ? args.guesses : nullptr;
+  num_guesses_ = args.num_guesses;
+  token_id_ = args.token_id;
+  ++num_tokens_;
+  em_store_get_stats(store_, &reads_);
+  counts_ = cache->guess_counts();
+  begin_ns_ = monotonic_ns();
+  // Before the first router, of those predictors that need no residual.
+  place_ = -1;
+  spoken_ns_ = begin_ns_;
+  if (!is_router()) predict(decoder, place_, nullptr);
+}
+
+void Prefetcher::end_token(bool is_whole) {
+  if (!is_whole) cache_->drop_all_guesses();
+  em_store_stats reads;
+  em_store_get_stats(store_, &reads);
+  const int64_t num_bytes = reads.num_bytes - reads_.num_bytes;
+  busy_bytes_ += num_bytes;
+  busy_ns_ += monotonic_ns() - begin_ns_ - (reads.idle_ns - reads_.idle_ns);
+  if (busy_bytes_ >= kEnoughBytes) {  // to tell how fast the drive is
+    gate_[0].saw_reading(busy_bytes_, busy_ns_);
+    busy_bytes_ = busy_ns_ = 0;
+  }
+  decoded_bytes_ += num_bytes;
+  const em_prefetch_stats &now = cache_->guess_counts();
+  stats_.num_guesses += now.num_guesses - counts_.num_guesses;
+  stats_.guess_bytes += now.guess_bytes - counts_.guess_bytes;
+  stats_.num_in_time += now.num_in_time - counts_.num_in_time;
+  stats_.num_late += now.num_late - counts_.num_late;
+  stats_.num_dropped += now.num_dropped - counts_.num_dropped;
+  stats_.num_failed += now.num_failed - counts_.num_failed;
+  stats_.wasted_bytes += now.wasted_bytes - counts_.wasted_bytes;
+  stats_.wasted_bytes += reads.cancelled_bytes - reads_.cancelled_bytes;
+  has_candidates_ = false;
+  cache_ = nullptr;
+}
+
+void Prefetcher::spoken(int64_t place, const int32_t *ids, const float *weights, int64_t num_ids) {
+  const int64_t now = monotonic_ns();
+  if (place_ == place - 1) gate_[0].saw_interval(place, now - spoken_ns_);
+  place_ = place;
+  spoken_ns_ = now;
+  const auto is_chosen = [&](int32_t key) {
+    const int32_t id = key - static_cast<int32_t>(places_[place].first_key);
+    return std::find(ids, ids + num_ids, id) != ids + num_ids;
+  };
+  for (int depth = 1; depth <= kMaxDepth; ++depth) {
+    List &made = list(depth, place);
+    if (!made.is_made) continue;
+    for (const Candidate &each : made.candidates) {
+      gate_[0].score(depth, place, each.rank, is_chosen(each.key));
+    }
+    made = List();
+  }
+  const int32_t first = static_cast<int32_t>(places_[place].first_key);
+  wanted_.clear();
+  for (int64_t k = 0; k < num_ids; ++k) wanted_.push_back(first + ids[k]);
+  const int32_t end = first + static_cast<int32_t>(places_[place].num_experts);
+  cache_->drop_guesses(first, end, wanted_.data(), num_ids);
+  chosen_[1].swap(chosen_[0]);
+  chosen_[0].assign(ids, ids + num_ids);
+  // Most weight first.
+  int32_t *row = previous_.data() + place * top_k_;
+  num_previous_ = num_ids;
+  rank_largest(weights, num_ids, num_ids, row);
+  for (int64_t k = 0; k < num_ids; ++k) row[k] = ids[row[k]];
+}
+
+bool Prefetcher::is_worth_predicting(int64_t place) const {
+  const Place &at = places_[place];
+  bool has_absent = false;
+  for (int64_t e = 0; e < at.num_experts && !has_absent; ++e) {
+    has_absent = cache_->is_absent(static_cast<int32_t>(at.first_key + e));
+  }
+  if (!has_absent || options_.is_forced) return has_absent;
+  return num_idle_lists_ < kPatience * num_places() || num_tokens_ % kProbe == 0;
+}
+
+int32_t Prefetcher::predict(Decoder *decoder, int64_t place, const float *x) {
+  has_candidates_ = false;
+  for (int depth = 1; depth <= options_.depth; ++depth) {
+    if (place + depth >= num_places()) break;
+    const int32_t status = predict_place(decoder, place + depth, depth, x);
+    if (status != 0) return status;
+  }
+  step();
+  return 0;
+}
+
+int32_t Prefetcher::predict_place(Decoder *decoder, int64_t place, int depth, const float *x) {
+  List &made = list(depth, place);
+  made = List();
+  if (!is_worth_predicting(place)) return 0;
+  int32_t status = 0;
+  const int64_t num = rank_experts(decoder, place, depth, x, &status);
+  if (status != 0) return status;
+  for (int64_t rank = 0; rank < num; ++rank) {
+    if (ranked_[rank] < 0 || ranked_[rank] >= places_[place].num_experts) continue;  // of those given
+    const int32_t key = static_cast<int32_t>(places_[place].first_key) + ranked_[rank];
+    if (cache_->is_absent(key)) made.candidates.push_back({key, static_cast<int32_t>(rank)});
+  }
+  made.is_made = true;
+  if (made.candidates.empty()) return 0;
+  has_candidates_ = true;
+  ++num_idle_lists_;
+  if (depth == 1) ++stats_.num_layers;
+  return 0;
+}
+
+// Fills ranked_ with expert ids, the likeliest first; returns their number.
+int64_t Prefetcher::rank_experts(Decoder *decoder, int64_t place, int depth, const float *x,
+                                 int32_t *status) {
+  const Place &at = places_[place];
+  const int64_t num = std::min(num_ranks_, at.num_experts);
+  switch (options_.predictor) {
+    case EM_PREDICT_GIVEN:
+      if (guesses_ == nullptr) return 0;
+      std::copy_n(guesses_ + place * num_guesses_, std::min(num, num_guesses_), ranked_.data());
+      return std::min(num, num_guesses_);
+    case EM_PREDICT_PREVIOUS:
+      if (num_tokens_ < 2) return 0;
+      std::copy_n(previous_.data() + place * top_k_, num_previous_, ranked_.data());
+      return num_previous_;
+    case EM_PREDICT_PROFILE:
+      if (depth == 1) {
+        profile_scores(tables_[place], options_.back_off, at.num_experts, chosen_[1].data(),
+                       static_cast<int64_t>(chosen_[1].size()), chosen_[0].data(),
+                       static_cast<int64_t>(chosen_[0].size()), token_id_, scores_.data());
+      } else {  // the layer between has not spoken
+        profile_scores(tables_[place], options_.back_off, at.num_experts, nullptr, 0, nullptr, 0,
+                       token_id_, scores_.data());
+      }
+      break;
+    default:
+      *status = decoder->look_ahead(at.layer, x, scores_.data());
+      if (*status != 0) return 0;
+  }
+  rank_largest(scores_.data(), at.num_experts, num, ranked_.data());
+  int64_t num_likely = num;
+  while (num_likely > 0 && scores_[ranked_[num_likely - 1]] == 0.0f) --num_likely;  // never chosen
+  return num_likely;
+}
+
+void Prefetcher::finish(int64_t num_misses, int64_t stall_ns) {
+  is_full_ = false;  // what the layer held may go now
+  gate_[0].saw_layer(num_misses, stall_ns);
+}
+
+bool Prefetcher::may_waste() const {
+  return stats_.wasted_bytes < kFreeWaste ||
+         static_cast<double>(stats_.wasted_bytes) <
+             kMaxWastedShare * static_cast<double>(decoded_bytes_);
+}
+
+void Prefetcher::read_next() {
+  for (;;) {
+    bool has_read = false, is_left = false;
+    const Load load = load_of(store_);
+    if (load.waiting_bytes > 0 || cache_->num_reading_guesses() >= kMaxBacklogGuesses) return;
+    const int64_t now = monotonic_ns();
+    for (int depth = 1; depth <= options_.depth && !has_read; ++depth) {
+      const int64_t place = place_ + depth;
+      if (place >= num_places()) break;
+      List &made = list(depth, place);
+      if (!made.is_made) continue;
+      has_read = read_one(depth, place, now);
+      is_left = is_left || made.next < made.candidates.size();
+      if (is_full_) return;
+    }
+    if (!has_read) {
+      has_candidates_ = is_left;
+      return;
+    }
+  }
+}
+
+// The next candidate of a list that is worth it; false where there is none now.
+bool Prefetcher::read_one(int depth, int64_t place, int64_t now) {
+  List &made = list(depth, place);
+  const Gate &gate = gate_[0];
+  double window = static_cast<double>(spoken_ns_ - now);
+  for (int ahead = 1; ahead <= depth; ++ahead) {
+    window += gate.interval_ns(place_ + ahead);
+  }
+  for (; made.next < made.candidates.size(); ++made.next) {
+    const Candidate &each = made.candidates[made.next];
+    if (!cache_->is_absent(each.key)) continue;  // guessed meanwhile for another reason
+    if (!options_.is_forced) {
+      const double odds = gate.odds(depth, place, each.rank);
+      const double backlog = static_cast<double>(load_of(store_).backlog_bytes);
+      const double num_bytes = static_cast<double>(records_of(store_)[each.key].num_bytes);
+      if (!may_waste() || !gate.is_open(odds, num_bytes, backlog, window)) {
+        made.next = made.candidates.size();  // the others are less likely, and time runs out
+        return false;
+      }
+    }
+    if (!cache_->guess(each.key)) {
+      is_full_ = true;
+      return false;
+    }
+    ++made.next;
+    if (!made.is_open && depth == 1) ++stats_.num_open;
+    made.is_open = true;
+    num_idle_lists_ = 0;
+    return true;
+  }
+  return false;
+}
+
+}  // namespace em
+
+em_prefetch *em_prefetch_create(const em_prefetch_options *options) {
+  if (options == nullptr || options->predictor < EM_PREDICT_PREVIOUS ||
+      options->predictor > EM_PREDICT_GIVEN || options->depth < 1 ||
+      options->depth > em::kMaxDepth || options->num_places < 0 ||
+      (options->predictor == EM_PREDICT_PROFILE) != (options->tables != nullptr)) {
+    return nullptr;
+  }
+  try {
+    return new em_prefetch(*options);
+  } catch (...) {
+    return nullptr;
+  }
+}
+
+void em_prefetch_destroy(em_prefetch *prefetch) { delete prefetch; }
+
+void em_prefetch_get_stats(const em_prefetch *prefetch, em_prefetch_stats *stats) {
+  *stats = prefetch->stats();
+}

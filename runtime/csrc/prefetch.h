@@ -1,0 +1,95 @@
+// Guesses: lists of the records that the next MoE layers may want, and reading them one by one while
+// storage would idle. Predictions come from a predictor, permission from the gate, memory from the
+// cache. Used by the thread that runs em_decode, between two pieces of work.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+#include <vector>
+
+#include "edgemoe_core.h"
+#include "gate.h"
+
+namespace em {
+
+class Cache;
+class Decoder;
+
+class Prefetcher {
+ public:
+  explicit Prefetcher(const em_prefetch_options &options);
+
+  // Whether the tables and lists go with the layers of the decoder; sizes itself at the first call.
+  bool bind(const Decoder &decoder);
+  // Around every token; `guesses` are those of em_decode_args. The cache stays until end_token.
+  void begin_token(Cache *cache, Decoder *decoder, const em_decode_args &args);
+  void end_token(bool is_whole);
+
+  // The router of the place has spoken, and nothing is demanded yet: scores what was predicted, and
+  // drops what was wrong.
+  void spoken(int64_t place, const int32_t *ids, const float *weights, int64_t num_ids);
+  // Demand is on its way: make the lists of the next layers. x [D] is the residual before the MoE.
+  int32_t predict(Decoder *decoder, int64_t place, const float *x);
+  // The layer is done.
+  void finish(int64_t num_misses, int64_t stall_ns);
+  // Read guesses as long as storage would idle and the gate lets them. Cheap where there is none.
+  void step() {
+    if (has_candidates_ && !is_full_ && cache_ != nullptr) read_next();
+  }
+
+  const em_prefetch_stats &stats() const { return stats_; }
+
+ private:
+  struct Candidate {
+    int32_t key;
+    int32_t rank;
+  };
+  struct List {  // for one place, made `depth` layers before it
+    bool is_made = false, is_open = false;  // open: something of it was read
+    std::size_t next = 0;  // candidates before it were tried
+    std::vector<Candidate> candidates;
+  };
+  struct Place {
+    int64_t first_key, num_experts, layer;
+  };
+
+  int64_t num_places() const { return static_cast<int64_t>(places_.size()); }
+  List &list(int depth, int64_t place) { return lists_[(depth - 1) * places_.size() + place]; }
+  bool is_router() const { return options_.predictor == EM_PREDICT_ROUTER; }
+  bool is_worth_predicting(int64_t place) const;
+  int32_t predict_place(Decoder *decoder, int64_t place, int depth, const float *x);
+  int64_t rank_experts(Decoder *decoder, int64_t place, int depth, const float *x, int32_t *status);
+  void read_next();
+  bool read_one(int depth, int64_t place, int64_t now);
+  bool may_waste() const;
+
+  em_prefetch_options options_;
+  std::vector<em_place_tables> tables_;
+  std::vector<Place> places_;
+  std::vector<Gate> gate_;  // one, once bound
+  std::vector<List> lists_;
+  std::vector<int32_t> previous_;  // [places][num_previous_] of the last token, most weight first
+  std::vector<int32_t> chosen_[2];  // of the last place that has spoken, and of the one before it
+  std::vector<int32_t> wanted_;
+  std::vector<float> scores_;
+  std::vector<int32_t> ranked_;
+  int64_t num_ranks_ = 0, top_k_ = 0, num_previous_ = 0;
+
+  Cache *cache_ = nullptr;  // during a token
+  em_store *store_ = nullptr;
+  const int32_t *guesses_ = nullptr;
+  int64_t num_guesses_ = 0, token_id_ = 0;
+  int64_t place_ = -1, spoken_ns_ = 0;  // of the last router
+  int64_t num_tokens_ = 0, num_idle_lists_ = 0;
+  int64_t busy_bytes_ = 0, busy_ns_ = 0;
+  int64_t begin_ns_ = 0, decoded_bytes_ = 0;  // decoded: read while decoding, since creation
+  em_store_stats reads_ = {};                 // when the token began, as counts_
+  em_prefetch_stats counts_ = {};
+  bool has_candidates_ = false, is_full_ = false;  // full: the cache has no room for a guess
+  em_prefetch_stats stats_ = {};
+};
+
+}  // namespace em
+
+struct em_prefetch : em::Prefetcher {
+  using em::Prefetcher::Prefetcher;
+};
