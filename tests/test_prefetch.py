@@ -297,3 +297,23 @@ def test_prompts_trims_and_closing_may_come_while_guesses_are_read(path, text):
             engine.forward(tokens[6:7], kv_cache, guesses=guesses[6])
         engine.forward(tokens[7:8], kv_cache, guesses=guesses[7])
     assert engine.closed
+
+
+@pytest.mark.parametrize("predictor", ["previous", "profile", "router", "wrong"])
+def test_an_expert_that_no_router_may_choose_is_not_guessed(path, text, predictor):
+    """With a mask (a hard set) that comes in the middle of a text."""
+    _, routes, _ = text
+    options = {"context": CONTEXT, "prefetch": "none", "warm_start": "off"}
+    with Engine.from_pretrained(path, **options) as engine:
+        prefetch, guesses = use(engine, predictor, routes)
+        greedy(engine, 3, guesses)
+        resize(engine, 3)
+        before = np.array(engine.reader.landed_ns)
+        mask = np.array([1, 1, 0, 1, 0, 0, 1, 0], dtype=np.uint8)
+        engine._model.set_masks(dict.fromkeys(range(PLACES), mask))
+        counts = prefetch.stats()
+        greedy(engine, 64, guesses)
+        has_landed = (np.array(engine.reader.landed_ns) != before).reshape(PLACES, NUM_EXPERTS)
+        assert has_landed[:, mask != 0].all() and not has_landed[:, mask == 0].any()
+        if predictor != "previous":
+            assert (prefetch.stats() - counts).num_guesses > 0

@@ -53,6 +53,11 @@ class Decoder {
   bool is_valid() const;
   // mask u8 [E], 0: out; null: every expert stays.
   int32_t set_mask(int64_t layer, const uint8_t *mask, float threshold);
+  // Whether the mask leaves a token that could choose the expert.
+  bool may_choose(int64_t layer, int64_t expert) const {
+    const Mask &mask = masks_[layer];
+    return mask.is_kept.empty() || mask.is_kept[expert] || mask.threshold <= 1.0f;
+  }
 
   int32_t embed(int64_t num_tokens, const int32_t *ids, float *x);
   int32_t attend(int64_t layer, const em_kv_cache &kv, const float *cos, const float *sin,

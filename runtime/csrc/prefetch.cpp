@@ -122,11 +122,12 @@ void Prefetcher::spoken(int64_t place, const int32_t *ids, const float *weights,
   for (int64_t k = 0; k < num_ids; ++k) row[k] = ids[row[k]];
 }
 
-bool Prefetcher::is_worth_predicting(int64_t place) const {
+bool Prefetcher::is_worth_predicting(const Decoder &decoder, int64_t place) const {
   const Place &at = places_[place];
   bool has_absent = false;
   for (int64_t e = 0; e < at.num_experts && !has_absent; ++e) {
-    has_absent = cache_->is_absent(static_cast<int32_t>(at.first_key + e));
+    has_absent = cache_->is_absent(static_cast<int32_t>(at.first_key + e)) &&
+                 decoder.may_choose(at.layer, e);
   }
   if (!has_absent || options_.is_forced) return has_absent;
   return num_idle_lists_ < kPatience * num_places() || num_tokens_ % kProbe == 0;
@@ -146,12 +147,13 @@ int32_t Prefetcher::predict(Decoder *decoder, int64_t place, const float *x) {
 int32_t Prefetcher::predict_place(Decoder *decoder, int64_t place, int depth, const float *x) {
   List &made = list(depth, place);
   made = List();
-  if (!is_worth_predicting(place)) return 0;
+  if (!is_worth_predicting(*decoder, place)) return 0;
   int32_t status = 0;
   const int64_t num = rank_experts(decoder, place, depth, x, &status);
   if (status != 0) return status;
   for (int64_t rank = 0; rank < num; ++rank) {
     if (ranked_[rank] < 0 || ranked_[rank] >= places_[place].num_experts) continue;  // of those given
+    if (!decoder->may_choose(places_[place].layer, ranked_[rank])) continue;
     const int32_t key = static_cast<int32_t>(places_[place].first_key) + ranked_[rank];
     if (cache_->is_absent(key)) made.candidates.push_back({key, static_cast<int32_t>(rank)});
   }
@@ -190,6 +192,9 @@ int64_t Prefetcher::rank_experts(Decoder *decoder, int64_t place, int depth, con
     default:
       *status = decoder->look_ahead(at.layer, x, scores_.data());
       if (*status != 0) return 0;
+  }
+  for (int64_t e = 0; e < at.num_experts; ++e) {
+    if (!decoder->may_choose(at.layer, e)) scores_[e] = 0.0f;
   }
   rank_largest(scores_.data(), at.num_experts, num, ranked_.data());
   int64_t num_likely = num;

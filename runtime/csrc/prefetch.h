@@ -55,7 +55,7 @@ class Prefetcher {
   int64_t num_places() const { return static_cast<int64_t>(places_.size()); }
   List &list(int depth, int64_t place) { return lists_[(depth - 1) * places_.size() + place]; }
   bool is_router() const { return options_.predictor == EM_PREDICT_ROUTER; }
-  bool is_worth_predicting(int64_t place) const;
+  bool is_worth_predicting(const Decoder &decoder, int64_t place) const;
   int32_t predict_place(Decoder *decoder, int64_t place, int depth, const float *x);
   int64_t rank_experts(Decoder *decoder, int64_t place, int depth, const float *x, int32_t *status);
   void read_next();
