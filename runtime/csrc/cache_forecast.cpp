@@ -5,6 +5,7 @@
 #include <array>
 #include <cmath>
 #include <cstring>
+#include <utility>
 
 #include "cache_policy.h"
 
@@ -15,6 +16,7 @@ constexpr int kNumHalfLives = 4, kMemory = kNumHalfLives, kOne = kMemory + 1, kN
 constexpr double kHalfLives[kNumHalfLives] = {1.0, 4.0, 16.0, 128.0};
 constexpr float kRate = 0.1f, kDoubt = 0.05f, kMaxShare = 0.95f;
 constexpr int64_t kWindow = 1024;  // tokens, a power of two
+constexpr int64_t kBlock = 16, kNumBlocks = kWindow / kBlock;
 constexpr int kMaxMatches = 32, kLevels = 64, kMinLevel = 16, kNumLater = 3, kLanes = 8;
 
 float log2_of(float x) {
@@ -60,19 +62,17 @@ class Memory {
   explicit Memory(const Cycle &cycle) : places_(static_cast<size_t>(cycle.num_places())) {
     for (int64_t place = 0; place < cycle.num_places(); ++place) {
       Place &each = places_[place];
-      each.num_experts = cycle.first_key[place + 1] - cycle.first_key[place];
-      each.num_words = (each.num_experts + 63) / 64;
-      each.picks.resize(static_cast<size_t>(kWindow * each.num_words));
-      each.tokens.resize(static_cast<size_t>(each.num_experts * kWindow / 8));
+      const int64_t num_experts = cycle.first_key[place + 1] - cycle.first_key[place];
+      each.num_picks.resize(static_cast<size_t>(kWindow));
+      each.tokens.resize(static_cast<size_t>(num_experts * kWindow / 8));
       each.token_of.assign(static_cast<size_t>(kWindow), -1);
     }
     likeness_.fill(0.0f);
   }
 
   void begin_token(int64_t token) {
-    const float last = likeness_[kWindow - 1];
-    for (int64_t slot = kWindow - 1; slot > 0; --slot) likeness_[slot] = likeness_[slot - 1] * 0.5f;
-    likeness_[0] = last * 0.5f;
+    std::rotate(likeness_.begin(), likeness_.end() - 1, likeness_.end());
+    for (float &likeness : likeness_) likeness *= 0.5f;
     likeness_[token % kWindow] = 0.0f;
   }
 
@@ -81,46 +81,50 @@ class Memory {
   void add(int64_t number, int64_t token, const int32_t *picks, int64_t n) {
     Place &place = places_[number];
     const int64_t slot = token % kWindow;
-    uint64_t *row = &place.picks[slot * place.num_words];
     const uint8_t bit = static_cast<uint8_t>(1 << slot % 8);
-    for (int64_t word = 0; word < place.num_words; ++word) {
-      for (; row[word] != 0; row[word] &= row[word] - 1) {
-        const int64_t expert = word * 64 + __builtin_ctzll(row[word]);
-        place.tokens[expert * (kWindow / 8) + slot / 8] &= static_cast<uint8_t>(~bit);
-      }
+    for (int32_t i = 0; i < place.num_picks[slot]; ++i) {
+      const int64_t expert = place.picks[slot * place.width + i];
+      place.tokens[expert * (kWindow / 8) + slot / 8] &= static_cast<uint8_t>(~bit);
     }
-    for (int64_t i = 0; i < n; ++i) {
-      row[picks[i] / 64] |= uint64_t{1} << picks[i] % 64;
-      place.tokens[picks[i] * (kWindow / 8) + slot / 8] |= bit;
-    }
-    place.token_of[slot] = token;
     for (int64_t begin = 0; begin < n; begin += 255) {  // a byte counts no further
       count_shared(place, picks + begin, std::min<int64_t>(n - begin, 255));
     }
-    likeness_[slot] = 0.0f;
+    if (n > place.width) widen(place, n);
+    for (int64_t i = 0; i < n; ++i) {
+      place.picks[slot * place.width + i] = picks[i];
+      place.tokens[picks[i] * (kWindow / 8) + slot / 8] |= bit;
+    }
+    place.num_picks[slot] = static_cast<int32_t>(n);
+    place.token_of[slot] = token;
   }
 
   // Past tokens most like the running one, the newest first; returns their number.
   int matches(int64_t token, Match *found) const {
-    const float best = *std::max_element(likeness_.begin(), likeness_.end());
+    std::array<float, kNumBlocks> highest;
+    for (int64_t block = 0; block < kNumBlocks; ++block) {
+      const float *likeness = &likeness_[block * kBlock];
+      float lanes[4] = {likeness[0], likeness[1], likeness[2], likeness[3]};
+      for (int64_t i = 4; i < kBlock; i += 4) {
+        for (int lane = 0; lane < 4; ++lane) {
+          lanes[lane] = likeness[i + lane] > lanes[lane] ? likeness[i + lane] : lanes[lane];
+        }
+      }
+      highest[block] = std::max(std::max(lanes[0], lanes[1]), std::max(lanes[2], lanes[3]));
+    }
+    const float best = *std::max_element(highest.begin(), highest.end());
     if (best <= 0.0f) return 0;
     const float scale = static_cast<float>(kLevels) / best;
-    std::array<uint8_t, kWindow> levels;
-    for (int64_t slot = 0; slot < kWindow; ++slot) {
-      levels[slot] = static_cast<uint8_t>(static_cast<int32_t>(likeness_[slot] * scale));
-    }
-    // Few are alike enough, and eight that are not are passed over at once.
-    static_assert(kMinLevel == 16 && kLevels < 128, "the levels in question have one of these bits");
     std::array<int16_t, kWindow> slots;
+    std::array<int8_t, kWindow> levels;  // of those slots
     int num_slots = 0, counts[kLevels + 1] = {};
-    for (int64_t first = 0; first < kWindow; first += 8) {
-      uint64_t eight;
-      std::memcpy(&eight, &levels[first], sizeof eight);
-      if ((eight & 0x7070707070707070u) == 0) continue;
-      for (int64_t slot = first; slot < first + 8; ++slot) {
-        if (levels[slot] < kMinLevel) continue;
-        slots[num_slots++] = static_cast<int16_t>(slot);
-        ++counts[levels[slot]];
+    for (int64_t block = 0; block < kNumBlocks; ++block) {  // few have one that is alike enough
+      if (!(highest[block] * scale >= static_cast<float>(kMinLevel))) continue;
+      for (int64_t slot = block * kBlock; slot < (block + 1) * kBlock; ++slot) {
+        const int32_t level = static_cast<int32_t>(likeness_[slot] * scale);
+        slots[num_slots] = static_cast<int16_t>(slot);
+        levels[num_slots] = static_cast<int8_t>(level);
+        ++counts[level];
+        num_slots += level >= kMinLevel;
       }
     }
     int level = kLevels, num_above = 0;
@@ -131,8 +135,9 @@ class Memory {
     const int num_older = static_cast<int>(
         std::lower_bound(slots.begin(), slots.begin() + num_slots, now) - slots.begin());
     for (int i = 0; i < num_slots; ++i) {
-      const int64_t slot = slots[(num_older - 1 - i + num_slots) % num_slots];
-      if (levels[slot] < level || (levels[slot] == level && room-- <= 0)) continue;
+      const int number = i < num_older ? num_older - 1 - i : num_older - 1 - i + num_slots;
+      const int64_t slot = slots[number];
+      if (levels[number] < level || (levels[number] == level && room-- <= 0)) continue;
       float weight = likeness_[slot] * scale_to_1;
       weight *= weight;
       found[n++] = {token - 1 - (token - 1 - slot + kWindow) % kWindow, weight * weight};
@@ -140,36 +145,46 @@ class Memory {
     return n;
   }
 
-  // Weights of the experts that were used from `first` to `last` tokens after those, added to votes
-  // [E]; returns their sum.
-  float followers(int64_t number, int64_t token, const Match *found, int n, int64_t first,
-                  int64_t last, float *votes) const {
+  // Weights of the experts that were used one token after those, and up to kNumLater tokens behind
+  // it, added to next [E] and later [E]; their sums.
+  std::pair<float, float> followers(int64_t number, int64_t token, const Match *found, int n,
+                                    float *next, float *later) const {
     const Place &place = places_[number];
-    float total = 0.0f;
+    float sums[2] = {0.0f, 0.0f};
     for (int i = 0; i < n; ++i) {
-      for (int64_t past = found[i].token + first; past <= found[i].token + last; ++past) {
-        if (past > token || past < 0) continue;
-        const int64_t slot = past % kWindow;
-        if (place.token_of[slot] != past) continue;
-        const uint64_t *row = &place.picks[slot * place.num_words];
-        for (int64_t word = 0; word < place.num_words; ++word) {
-          for (uint64_t left = row[word]; left != 0; left &= left - 1) {
-            votes[word * 64 + __builtin_ctzll(left)] += found[i].weight;
-          }
-        }
-        total += found[i].weight;
+      const float weight = found[i].weight;
+      const int64_t last = std::min(found[i].token + 1 + kNumLater, token);
+      for (int64_t past = found[i].token + 1; past <= last; ++past) {
+        const int64_t slot = past & (kWindow - 1);  // as past % kWindow: none is below 0
+        if (past < 0 || place.token_of[slot] != past) continue;
+        const bool is_later = past != found[i].token + 1;
+        float *const votes = is_later ? later : next;
+        sums[is_later] += weight;
+        const int32_t *row = &place.picks[slot * place.width];
+        for (int32_t pick = 0; pick < place.num_picks[slot]; ++pick) votes[row[pick]] += weight;
       }
     }
-    return total;
+    return {sums[0], sums[1]};
   }
 
  private:
   struct Place {
-    int64_t num_experts, num_words;
-    std::vector<uint64_t> picks;    // [kWindow, num_words]: experts of the token in each slot
-    std::vector<uint8_t> tokens;    // [num_experts, kWindow / 8]: slots in which each was used
-    std::vector<int64_t> token_of;  // by slot, -1: none
+    int64_t width = 0;               // the most picks of a row so far
+    std::vector<int32_t> picks;      // [kWindow, width]: experts of the token in each slot
+    std::vector<int32_t> num_picks;  // by slot
+    std::vector<uint8_t> tokens;     // [num_experts, kWindow / 8]: slots in which each was used
+    std::vector<int64_t> token_of;   // by slot, -1: none
   };
+
+  static void widen(Place &place, int64_t width) {
+    std::vector<int32_t> picks(static_cast<size_t>(kWindow * width));
+    for (int64_t slot = 0; slot < kWindow; ++slot) {
+      std::copy_n(place.picks.begin() + slot * place.width, place.num_picks[slot],
+                  picks.begin() + slot * width);
+    }
+    place.picks = std::move(picks);
+    place.width = width;
+  }
 
   void count_shared(const Place &place, const int32_t *picks, int64_t n) {
     std::array<uint64_t, kWindow / 8> sums = {};
@@ -205,7 +220,7 @@ class Forecast : public ByDistance {
       each.inputs.resize(static_cast<size_t>(kNumInputs * each.stride));
       most = std::max(most, each.stride);
     }
-    for (std::vector<float> *each : {&uses_, &z_, &errors_, &votes_, &found_}) {
+    for (std::vector<float> *each : {&uses_, &z_, &errors_, &votes_, &found_, &habits_}) {
       each->resize(static_cast<size_t>(most));
     }
     for (int i = 0; i < kNumHalfLives; ++i) {
@@ -322,8 +337,15 @@ class Forecast : public ByDistance {
     Match matches[kMaxMatches];
     const int num_matches = memory_.matches(token_, matches);
     float *const memory = inputs + kMemory * each.stride;
-    ask(place, prior, matches, num_matches, 1, 1, memory);
-    ask(place, prior, matches, num_matches, 2, 1 + kNumLater, found_.data());
+    std::fill_n(votes_.begin(), n, 0.0f);
+    std::fill_n(found_.begin(), n, 0.0f);
+    const auto [next, later] = memory_.followers(place, token_, matches, num_matches,
+                                                 votes_.data(), found_.data());
+    const float *frequency = &each.frequencies[(kNumHalfLives - 1) * n];
+    const float mean = each.means[kNumHalfLives - 1] + prior;
+    for (int64_t e = 0; e < n; ++e) habits_[e] = (frequency[e] + prior) / mean * prior;
+    answer(votes_.data(), next, n, memory);
+    answer(found_.data(), later, n, found_.data());
     const float weight = weights_[kMemory];
     for (int64_t e = 0; e < n; ++e) {
       now_[first + e] = probability(z_[e] + weight * memory[e]);
@@ -332,24 +354,15 @@ class Forecast : public ByDistance {
     for (int64_t e = first; e < first + n; ++e) value_[e] = worth(now_[e], later_[e]);
   }
 
-  // answer [E]: what the memory says of the turns from `from` to `to` tokens ahead.
-  void ask(int64_t place, float prior, const Match *matches, int num_matches, int64_t from,
-           int64_t to, float *answer) {
-    const int64_t n = num_experts(place);
-    const Place &each = places_[place];
-    std::fill_n(votes_.begin(), n, 0.0f);
-    const float total =
-        memory_.followers(place, token_, matches, num_matches, from, to, votes_.data());
+  // What votes [E], which sum up to `total`, say beyond habits_.
+  void answer(const float *votes, float total, int64_t n, float *found) const {
     if (!(total > 0.0f)) {
-      std::fill_n(answer, n, 0.0f);
+      std::fill_n(found, n, 0.0f);
       return;
     }
     const float doubt = total * kDoubt, sum = total + doubt;
-    const float *frequency = &each.frequencies[(kNumHalfLives - 1) * n];
-    const float mean = each.means[kNumHalfLives - 1] + prior;
     for (int64_t e = 0; e < n; ++e) {
-      const float habit = (frequency[e] + prior) / mean * prior;
-      answer[e] = log2_of((votes_[e] + doubt * habit) / sum) - log2_of(habit);
+      found[e] = log2_of((votes[e] + doubt * habits_[e]) / sum) - log2_of(habits_[e]);
     }
   }
 
@@ -401,7 +414,7 @@ class Forecast : public ByDistance {
   float patience_ = 0.0f;
   int64_t token_ = -1, event_place_ = -1, event_step_ = -1;  // of the last demand
   std::vector<int32_t> picks_;
-  std::vector<float> uses_, z_, errors_, votes_, found_;
+  std::vector<float> uses_, z_, errors_, votes_, found_, habits_;
 };
 
 }  // namespace
