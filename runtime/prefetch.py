@@ -23,7 +23,7 @@ AUTO = "auto"
 CHOICES = (AUTO, *PREDICTORS)
 GIVEN = "given"  # guesses come with every token: replay, tests
 _NUMBERS = {"previous": 1, "profile": 2, "router": 3, GIVEN: 4}  # em_prefetch_options.predictor
-DEPTH = 2
+DEPTH = 1  # two layers ahead, fewer guesses are right and more are read in vain
 _COLUMNS = {
     "key": np.uint64,
     "total": np.float32,

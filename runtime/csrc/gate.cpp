@@ -13,6 +13,7 @@ constexpr float kPrior = 8.0f;       // guesses that all places together count f
 // What reading costs the arithmetic beside it: .03 CPU s/GB, and a byte through memory that has 20
 // GB/s for both.
 constexpr double kReadingNsPerByte = 0.08;
+constexpr double kHandlingNs = 30e3;  // of a guess: deciding, asking the system, taking note
 constexpr double kMargin = 1.25;  // of gain over cost, since both are estimates
 
 }  // namespace
@@ -68,7 +69,7 @@ bool Gate::is_open(double odds, double num_bytes, double backlog_bytes, double w
   const double gain = odds * std::min(done, stall_ns_.value());
   // A wrong guess is dropped then, but a request of it that is under way keeps demands waiting.
   const double delay = done < read ? misses_.value() * read_ns(kGuessBytes) : 0.0;
-  const double beside = kReadingNsPerByte * num_bytes * done / read;
+  const double beside = kHandlingNs + kReadingNsPerByte * num_bytes * done / read;
   return gain > kMargin * (1.0 - odds) * (delay + beside);
 }
 

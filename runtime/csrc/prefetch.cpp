@@ -60,6 +60,7 @@ void Prefetcher::begin_token(Cache *cache, Decoder *decoder, const em_decode_arg
   em_store_get_stats(store_, &reads_);
   counts_ = cache->guess_counts();
   begin_ns_ = monotonic_ns();
+  has_guesses_ = trial_.begin() || options_.is_forced;
   // Before the first router, of those predictors that need no residual.
   place_ = -1;
   spoken_ns_ = begin_ns_;
@@ -78,6 +79,8 @@ void Prefetcher::end_token(bool is_whole) {
     busy_bytes_ = busy_ns_ = 0;
   }
   decoded_bytes_ += num_bytes;
+  const int64_t num_guesses = cache_->guess_counts().num_guesses - counts_.num_guesses;
+  if (is_whole) trial_.end(monotonic_ns() - begin_ns_, num_guesses);
   const em_prefetch_stats &now = cache_->guess_counts();
   stats_.num_guesses += now.num_guesses - counts_.num_guesses;
   stats_.guess_bytes += now.guess_bytes - counts_.guess_bytes;
@@ -135,6 +138,7 @@ bool Prefetcher::is_worth_predicting(const Decoder &decoder, int64_t place) cons
 
 int32_t Prefetcher::predict(Decoder *decoder, int64_t place, const float *x) {
   has_candidates_ = false;
+  if (!has_guesses_) return 0;
   for (int depth = 1; depth <= options_.depth; ++depth) {
     if (place + depth >= num_places()) break;
     const int32_t status = predict_place(decoder, place + depth, depth, x);

@@ -8,6 +8,7 @@
 
 #include "edgemoe_core.h"
 #include "gate.h"
+#include "trial.h"
 
 namespace em {
 
@@ -84,6 +85,8 @@ class Prefetcher {
   int64_t begin_ns_ = 0, decoded_bytes_ = 0;  // decoded: read while decoding, since creation
   em_store_stats reads_ = {};                 // when the token began, as counts_
   em_prefetch_stats counts_ = {};
+  Trial trial_;
+  bool has_guesses_ = false;  // this token
   bool has_candidates_ = false, is_full_ = false;  // full: the cache has no room for a guess
   em_prefetch_stats stats_ = {};
 };
