@@ -10,6 +10,7 @@ In soft and hard mode the softmax runs over those that may be chosen. Threshold 
 model; above 1, soft is hard.
 """
 
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +20,7 @@ from .models.args import ModelArgs
 from .models.fingerprint import checkpoint_fingerprint
 from .runtime.amounts import format_bytes
 from .runtime.budget import MemoryPlan, PlanLine, with_headroom
-from .runtime.errors import UsageError
+from .runtime.errors import RecordError, UsageError
 from .runtime.index import StoreIndex
 from .runtime.sets import SET_MODES, ExpertSet, SetOwner, check_threshold, resolve
 
@@ -105,7 +106,8 @@ def warm_up(cache: "ExpertCache", active: ActiveSet, top_k: int) -> None:
     uses = top_k * _HALF_LIFE / np.log(2.0)
     counts = [uses * share[layer][expert] for layer, expert in expert_set.by_use()]
     cache.seed(keys, np.array(counts))
-    cache.preload(keys)
+    with suppress(RecordError):  # whoever wants the record is told
+        cache.preload(keys)
 
 
 def plan_with_set(plan: MemoryPlan, index: StoreIndex, active: ActiveSet | None) -> MemoryPlan:

@@ -257,6 +257,8 @@ class Engine:
         experts. Raises UsageError, NotFoundError, FormatError; then nothing has changed."""
         if self.closed:
             raise UsageError("this engine is closed")
+        if self.warm_start is not None:
+            self.warm_start.stop()
         with self._lock, self._interrupt.deferred():
             active = None
             if name is not None:

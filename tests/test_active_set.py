@@ -2,11 +2,13 @@
 
 import hashlib
 import json
+import shutil
 
 import numpy as np
 import pytest
 import torch
 from sets_small import make_set
+from stores import damage_record
 from stores_small import make_store
 
 from edgemoe.active_set import plan_with_set
@@ -16,7 +18,7 @@ from edgemoe.cli.conversation import Conversation
 from edgemoe.engine import Engine
 from edgemoe.models.moe import Router
 from edgemoe.runtime import core
-from edgemoe.runtime.errors import UsageError
+from edgemoe.runtime.errors import RecordError, UsageError
 from edgemoe.runtime.index import load_index
 from edgemoe.sampling import SamplingParams
 from edgemoe.session import Session
@@ -213,6 +215,20 @@ def test_a_session_does_not_keep_what_another_set_computed(path):
         assert not torch.equal(session.logits(PROMPT), full)  # computed anew, by prose alone
         engine.use_set(None)
         assert torch.equal(session.logits(PROMPT), full)
+
+
+def test_a_damaged_record_is_told_when_it_is_wanted(path, tmp_path):
+    """Not while a set is warmed up: the other experts can be used."""
+    copy = tmp_path / "copy.edgemoe"
+    shutil.copytree(path, copy)
+    damage_record(load_index(copy), 1, 5)
+    make_set(copy, "bad", {0: (0, 1), 1: (1, 5), 2: (0, 1)})
+    make_set(copy, "good", {0: (0, 1), 1: (1, 2), 2: (0, 1)})
+    with Engine.from_pretrained(copy, set="bad", set_mode="hard", context=64) as engine:
+        with pytest.raises(RecordError, match="layers.1.experts.5"):
+            answer_hash(engine, 1)
+        engine.use_set("good", "hard")
+        assert answer_hash(engine, 1)
 
 
 def test_soft_lies_between_hard_and_the_full_model(path):
