@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from .meter import Meter
     from .models.moe import OnRoute
     from .models.steps import Steps
-    from .runtime.executor import StepStats
+    from .runtime.executor import Executor, StepStats
     from .runtime.observe import Observation
     from .runtime.prefetch import Prefetcher
     from .session import Completion, Event, Prompt, Session
@@ -311,7 +311,12 @@ class Engine:
         cannot be taken back. Outputs stay the same, bit for bit."""
         from .runtime.observe import ObservingExecutor
 
-        self._experts.executor = self._executor = ObservingExecutor(self._executor, observer)
+        self.use_executor(lambda executor: ObservingExecutor(executor, observer))
+
+    def use_executor(self, make: "Callable[[Executor], Executor]") -> None:
+        """Put the executor that `make` makes of the present one in its place, for good: it runs
+        the experts of prompts, and of tokens that are not given as a list of one."""
+        self._experts.executor = self._executor = make(self._executor)
 
     def warm_up(self) -> int:
         """Wait until the warm start has read what it knows to be wanted and what fits; returns its
@@ -320,6 +325,11 @@ class Engine:
             return 0
         self.warm_start.finish()
         return self.warm_start.num_bytes
+
+    def use_prefetch(self, prefetch: "Prefetcher") -> None:
+        """Guess by this one from the next token on. The one before stays its owner's to close."""
+        self.prefetch = prefetch
+        self._model.guess_with(prefetch)
 
     def take_step_stats(self) -> "StepStats":
         """Demand on the expert cache since the last call, without that of answers."""
