@@ -169,7 +169,7 @@ def make_plan(
         origin=source_origin(checkpoint),
         experts_header=experts_header,
         trunk_header=trunk_header,
-        copied=_copied_files(checkpoint.path),
+        copied=copied_files(checkpoint.path),
     )
 
 
@@ -210,7 +210,8 @@ _COPIED += ("special_tokens_map.json", "added_tokens.json", "vocab.json", "merge
 _COPIED += ("tokenizer.model", "chat_template.jinja", "chat_template.json")
 
 
-def _copied_files(path: Path) -> list[Path]:
+def copied_files(path: Path) -> list[Path]:
+    """What a store takes over from a checkpoint as it is, relative to the folder."""
     found = [Path(name) for name in _COPIED if (path / name).is_file()]
     more = sorted((path / "additional_chat_templates").glob("*.jinja"))
     return found + [file.relative_to(path) for file in more]

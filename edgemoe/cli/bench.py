@@ -69,9 +69,57 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="RATE",
         help="read as from a drive of this rate, such as 50MB/s",
     )
+    _add_ablation(parser)
     parser.add_argument("--markdown", action="store_true", help="Markdown tables")
     parser.add_argument(
         "--json", nargs="?", const="-", metavar="FILE", help="JSON into FILE, or instead of tables"
+    )
+
+
+def _add_ablation(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("ablation", "MODEL may be a checkpoint folder here")
+    group.add_argument(
+        "--ablation",
+        action="store_true",
+        help="the schemes of the EdgeMoE paper side by side instead of budgets: docs/ablation.md",
+    )
+    group.add_argument("--work", metavar="DIR", help="keep the derived stores here (reused)")
+    group.add_argument(
+        "--rates", type=options.rates, metavar="LIST", help="default: 50MB/s,550MB/s,1500MB/s"
+    )
+    group.add_argument("--arms", type=options.word_list, metavar="LIST", help="only these arms")
+    group.add_argument(
+        "--share",
+        type=float,
+        default=0.25,
+        metavar="X",
+        help="our expert cache, as a share of all experts at 4 bits (default: 0.25)",
+    )
+    group.add_argument(
+        "--seconds",
+        type=float,
+        default=2.0,
+        metavar="S",
+        help="to measure for, roughly (default: 2)",
+    )
+    group.add_argument(
+        "--warm-up", type=int, default=32, metavar="N", help="tokens before those (default: 32)"
+    )
+    group.add_argument(
+        "--mixed", metavar="STORE", help="of the same model, instead of one by --bits auto"
+    )
+    group.add_argument(
+        "--max-loss", default="2%", metavar="P", help="of the mixed widths (default: 2%%)"
+    )
+    group.add_argument(
+        "--recall",
+        type=float,
+        default=0.8,
+        metavar="X",
+        help="with --replay: share of the next layers' experts that guesses name (default: 0.8)",
+    )
+    group.add_argument(
+        "--eval-tokens", type=options.count, default=4096, metavar="N", help="for the loss (4096)"
     )
 
 
@@ -81,8 +129,12 @@ def run(args: argparse.Namespace) -> int:
     if target is not None and target.is_dir():
         raise UsageError(f"--json would write to the folder `{target}`", "", "--json=FILE")
     open_output()
-    from .bench_arms import measure
-    from .bench_report import tables
+    if args.ablation:
+        from .ablation_report import tables
+        from .bench_ablation import measure
+    else:
+        from .bench_arms import measure
+        from .bench_report import tables
 
     document = measure(path, args)
     if args.json == "-":

@@ -214,6 +214,11 @@ def rate(text: str) -> int:
     return parse_rate(text)
 
 
+def rates(text: str) -> list[int]:
+    """`50MB/s,550MB/s` in bytes per second."""
+    return [rate(word) for word in word_list(text)]
+
+
 def size(text: str) -> int:
     """`4GiB` in bytes, `auto` as what is free; UsageError for what is no amount of memory."""
     from ..runtime.amounts import parse_bytes

@@ -37,6 +37,10 @@ class Routing:
     def __getitem__(self, steps: slice) -> "Routing":
         return Routing(self.ids[steps], self.weights[steps])
 
+    def __add__(self, other: "Routing") -> "Routing":
+        ids, weights = (self.ids, other.ids), (self.weights, other.weights)
+        return Routing(np.concatenate(ids), np.concatenate(weights))
+
 
 @dataclass(frozen=True, slots=True)
 class Recorded:

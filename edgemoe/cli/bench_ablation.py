@@ -1,0 +1,212 @@
+"""`bench --ablation`: the schemes of the EdgeMoE paper by name, side by side on emulated drives.
+
+Every round opens each arm once, measures it at every rate, and closes it, so that the arms are
+interleaved. Decoded tokens are the same for all arms at a rate, as far as they are many enough.
+"""
+
+import argparse
+import gc
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..runtime.amounts import format_bytes, format_rate
+from ..runtime.errors import UsageError
+from ..runtime.index import EXPERTS_FILE, TRUNK_FILE, StoreIndex
+from .ablation_arms import (
+    ARMS,
+    BASELINE,
+    RATES,
+    REFERENCE,
+    Arm,
+    bytes_per_token,
+    capacity,
+    num_tokens,
+)
+from .ablation_stores import derive, work_folder
+from .ablation_workload import Workload
+from .bench_limits import machine
+from .bench_memory import PeakMemory
+from .render import note
+
+if TYPE_CHECKING:
+    from ..engine import Engine
+
+SCHEMA = 1
+CHECKED_TOKENS = 8  # of the output hash
+TTFT_SECONDS = 4  # so many times --seconds may the slowest prompt take
+
+
+def measure(source: Path, args: argparse.Namespace) -> dict[str, Any]:
+    """Run every arm in every round; returns the JSON document."""
+    from .ablation_mixed import mixed_store
+
+    if args.replay_layers and not args.replay:
+        raise UsageError("--replay-layers goes with --replay", "", "name the trace")
+    folder = work_folder(args, source)
+    given = None if args.mixed is None else Path(args.mixed)
+    stores = derive(source, folder, args.replay_layers, mixed_store(args), given)
+    work = Workload(stores["mixed"], args)
+    arms = [arm for arm in ARMS if not args.arms or arm.name in args.arms]
+    if unknown := set(args.arms or ()) - {arm.name for arm in ARMS}:
+        raise UsageError(
+            f"no arm is called `{sorted(unknown)[0]}`",
+            f"known are {', '.join(arm.name for arm in ARMS)}",
+        )
+    share_bytes = int(args.share * stores["4"].expert_bytes)
+    rates = args.rates or list(RATES)
+    rows = [_row(arm, stores[arm.store], work, share_bytes, rates, args) for arm in arms]
+    work.cut_prompt(_affordable_prompt(stores, work, rates, args.seconds))
+    for turn in range(args.repeats):
+        for arm, row in zip(arms, rows, strict=True):
+            note(f"round {turn + 1} of {args.repeats}: {arm.name}")
+            _measure_arm(arm, row, stores[arm.store], work, turn == 0, args)
+    return {
+        "schema": SCHEMA,
+        "machine": machine(),
+        "model": source.name.removesuffix(".edgemoe"),
+        "layers": args.replay_layers,
+        "routing": work.about,
+        "prompt_tokens": work.prompt_tokens,
+        "warm_up_tokens": args.warm_up,
+        "rates": rates,
+        "share": args.share,
+        "share_bytes": share_bytes,
+        "seconds": args.seconds,
+        "rounds": args.repeats,
+        "stores": {kind: _describe(index) for kind, index in stores.items()},
+        "loss": work.losses(stores, REFERENCE),
+        "rows": rows,
+    }
+
+
+def _row(
+    arm: Arm, index: StoreIndex, work: Workload, share: int, rates: list[int], args: Any
+) -> dict[str, Any]:
+    expected = bytes_per_token(arm, index, work.top_k)
+    available = work.available - (args.warm_up if arm.is_warm else 0)
+    least = capacity(arm, index, max(work.top_k, work.model_top_k), share)
+    return {
+        "arm": arm.name,
+        "store": arm.store,
+        "prefetch": arm.prefetch,
+        "expert_cache_bytes": min(least, index.expert_bytes),
+        "rates": {
+            str(rate): {
+                "tokens": num_tokens(expected, rate, args.seconds, available),
+                "rounds": [],
+            }
+            for rate in rates
+        },
+        "peak_rss_bytes": [],
+    }
+
+
+def _affordable_prompt(
+    stores: dict[str, StoreIndex], work: Workload, rates: list[int], seconds: float
+) -> int:
+    """Prompt tokens that the slowest arm can read the experts of in some seconds, one at least."""
+    index = stores["16"]
+    (slowest,) = (arm for arm in ARMS if arm.name == BASELINE)
+    per_token = bytes_per_token(slowest, index, work.top_k)
+    if index.expert_bytes <= min(rates) * seconds * TTFT_SECONDS:
+        return work.prompt_tokens
+    return max(1, int(TTFT_SECONDS * seconds * min(rates) / per_token))
+
+
+def _measure_arm(
+    arm: Arm, row: dict[str, Any], index: StoreIndex, work: Workload, is_first: bool, args: Any
+) -> None:
+    from ..engine import Engine
+    from ..preflight import release_free_memory
+    from .layer_stream import LayerStream
+
+    gc.collect()
+    release_free_memory()
+    with (
+        PeakMemory([index.path / EXPERTS_FILE, index.path / TRUNK_FILE]) as peak,
+        Engine.from_pretrained(
+            index.path,
+            context=work.context,
+            cache_bytes=row["expert_cache_bytes"],
+            policy=arm.policy,
+            threads=args.threads,
+            prefetch=arm.prefetch,
+            warm_start="off",
+        ) as engine,
+    ):
+        if arm.is_resident:
+            engine.cache.preload()
+        if arm.streams:
+            engine.use_executor(LayerStream)
+        work.open(engine, layerwise=arm.streams, guesses=arm.prefetch != "none")
+        if is_first:
+            row["logits_hash"] = work.checked(CHECKED_TOKENS)
+        for rate, cell in row["rates"].items():
+            cell["rounds"].append(
+                _measure_rate(arm, engine, work, int(rate), cell["tokens"], is_first, args)
+            )
+    row["peak_rss_bytes"].append(peak.rss_bytes)
+
+
+def _measure_rate(
+    arm: Arm,
+    engine: "Engine",
+    work: Workload,
+    rate: int,
+    count: int,
+    with_prompt: bool,
+    args: Any,
+) -> dict[str, Any]:
+    """TTFT with nothing in memory (in the first round), then a warm-up at full speed where what is
+    read may serve later, then the tokens that count."""
+    if not arm.is_resident and not arm.streams:
+        held = engine.cache.capacity_bytes
+        engine.cache.trim(0)
+        engine.cache.trim(held)
+    result: dict[str, Any] = {"ttft_s": None, "prefill_bytes_read": None}
+    engine.reader.throttle(rate)
+    if not with_prompt:
+        engine.reader.throttle(0)
+    prompt = work.begin()
+    if with_prompt:
+        result |= {"ttft_s": prompt.prefill_s, "prefill_bytes_read": prompt.prefill["bytes_read"]}
+    engine.reader.throttle(0)
+    if arm.is_warm or arm.is_resident:
+        work.go_on(args.warm_up)
+    engine.reader.throttle(rate)
+    before = engine.reader.stats()
+    decoded = work.go_on(count)
+    busy_s = engine.reader.stats()["throttle_busy_s"] - before["throttle_busy_s"]
+    engine.reader.throttle(0)
+    demand = sum(decoded.decode[name] for name in ("hits", "misses", "guessed"))
+    has_hits = demand and not arm.streams
+    num_bytes = engine.reader.stats()["num_bytes"] - before["num_bytes"]
+    return result | {
+        "tpot_s": decoded.decode_s / count,
+        "bytes_per_token": num_bytes / count,
+        "hit_rate": decoded.decode["hits"] / demand if has_hits else None,
+        "guessed_rate": decoded.decode["guessed"] / demand if has_hits else None,
+        "stall_share": decoded.decode["stall_s"] / decoded.decode_s,
+        "drive_busy_share": busy_s / decoded.decode_s,
+    }
+
+
+def _describe(index: StoreIndex) -> dict[str, Any]:
+    files = (index.path / EXPERTS_FILE, index.path / TRUNK_FILE)
+    widths: dict[int, int] = {}
+    for record in index.records.values():
+        bits = record.layout.gate_up.bits
+        widths[bits] = widths.get(bits, 0) + 1
+    return {
+        "path": str(index.path),
+        "stored_bytes": sum(file.stat().st_size for file in files),
+        "expert_bytes": index.expert_bytes,
+        "max_record_bytes": index.max_record_bytes,
+        "experts_by_bits": dict(sorted(widths.items())),
+    }
+
+
+def summary(document: dict[str, Any]) -> str:
+    """One line for standard error."""
+    rates = ", ".join(format_rate(rate) for rate in document["rates"])
+    return f"{document['model']}: {rates}; our expert cache {format_bytes(document['share_bytes'])}"
