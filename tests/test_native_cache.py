@@ -17,6 +17,7 @@ from edgemoe.runtime.index import EXPERTS_FILE
 from edgemoe.runtime.io import READY, Arena, RecordReader
 from edgemoe.runtime.native_cache import NativeCache
 from edgemoe.runtime.policy import POLICIES
+from edgemoe.runtime.policy_forecast import WINDOW
 
 pytestmark = pytest.mark.skipif(core.lib is None, reason="native core not built")
 
@@ -249,3 +250,25 @@ def test_a_decoded_token_leaves_it_as_a_run_per_layer_does(tmp_path_factory, sha
             assert np.array_equal(cache.place_stats[:, :3], twin.place_stats[:, :3])
             assert cache.misses and (share == 1.0) == (cache.evictions == 0)
             assert cache.native_s > 0 and cache.pinned_bytes == 0
+
+
+def test_a_forecast_is_the_same_when_its_memory_has_gone_round(equal):
+    """More tokens than it remembers, with routes that come back."""
+    rng = np.random.default_rng(5)
+    words = [np.sort(rng.permutation(NUM_EXPERTS)[:2]) for _ in range(12)]
+    capacity = equal.expert_bytes // 3 // 4096 * 4096
+    with (
+        Rig(equal, ExpertCache, capacity, "forecast") as reference,
+        Rig(equal, NativeCache, capacity, "forecast") as native,
+    ):
+        for _ in range(WINDOW + 100):
+            word = int(12 * rng.random() ** 2)
+            for layer in range(2):
+                keys = (words[(word + layer) % 12] + layer * NUM_EXPERTS).tolist()
+                for rig in (reference, native):
+                    rig.cache.begin_layer(layer)
+                    rig.cache.hint(keys)
+                    for key in keys:
+                        rig.cache.wait(key)
+                    rig.cache.release(keys)
+        assert reference.state() == native.state() and native.cache.evictions > 100
