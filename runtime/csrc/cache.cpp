@@ -142,6 +142,7 @@ int32_t Cache::hint(int64_t n, const int32_t *keys, const double *counts,
   if (!unsettled_.empty()) settle(false);
   ++hint_number_;
   absent_.clear();
+  taken_.clear();
   em_cache_demand found = {};
   for (int64_t i = 0; i < n; ++i) {
     const int32_t key = keys[i];
@@ -255,7 +256,9 @@ bool Cache::place_record(int32_t key) {
       settle(true);
       victims_.begin(place_);
     } else if (!slots_.join(num_bytes, kNever, is_fixed)) {
-      return false;
+      if (taken_.empty()) return false;
+      for (const int32_t guess : taken_) em_store_wait(store_, guess);  // then they can be moved
+      taken_.clear();
     }
   }
   return true;

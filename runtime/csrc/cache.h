@@ -176,6 +176,7 @@ class Cache {
   std::vector<int32_t> unsettled_;  // released while being read, each once
   std::vector<uint8_t> is_unsettled_;  // by key
   std::vector<int32_t> guesses_;       // held
+  std::vector<int32_t> taken_;         // guesses that this hint demands, still being read
   std::vector<Guess> guess_of_;        // by key
   em_prefetch_stats guess_counts_ = {};
   std::vector<int32_t> wanted_;     // resident, needed later in this layer; first needed first
