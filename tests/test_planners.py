@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,9 @@ from tiny_checkpoint import make_checkpoint
 
 from edgemoe import Engine
 from edgemoe.cli import main
+from edgemoe.cli.convert_auto import read_calibration
+from edgemoe.engine import DEMO
+from edgemoe.quant import auto
 from edgemoe.quant.bitplan import BitPlan
 from edgemoe.quant.calibrated import Calibration
 from edgemoe.quant.convert import convert
@@ -210,6 +214,40 @@ def test_the_command_finds_a_plan(
         assert found.found["bpw"] <= 16
     else:
         assert found.found["loss_percent"] <= 1
+
+
+def test_an_interrupted_search_goes_on_with_its_variants(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    np.save(tmp_path / "text.npy", np.array(tokens(5, 9 * 512)))
+    words = ["convert", str(checkpoint), "--out", str(tmp_path / "out"), "--bits", "auto"]
+    words += ["--bpw", "16", "--widths", "2,4", "--calibration", str(tmp_path / "text.npy")]
+    with monkeypatch.context() as patch:
+        patch.setattr(auto, "find_plan", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert main(words) == 130
+    made = (tmp_path / "out.variants" / "experts.safetensors").stat().st_mtime_ns
+    assert main([*words, "--trunk-bits", "4"]) == 2  # variants of another conversion
+    assert "another conversion" in capsys.readouterr().err
+    seen = []
+    find = auto.find_plan
+
+    def finding(source: Path, path: Path, *rest: Any) -> Any:
+        seen.append((path / "experts.safetensors").stat().st_mtime_ns)
+        return find(source, path, *rest)
+
+    monkeypatch.setattr(auto, "find_plan", finding)
+    assert main(words) == 0 and seen == [made]
+    assert not (tmp_path / "out.variants").exists()
+    assert main(["inspect", str(tmp_path / "out")]) == 0
+    assert "plan `auto fast`" in capsys.readouterr().out
+
+
+def test_text_where_none_is_given(capsys: Any) -> None:
+    args = Namespace(source=str(DEMO), calibration=None, calibration_tokens=3000)
+    calibration = read_calibration(args)
+    assert "note: no --calibration" in capsys.readouterr().err
+    assert calibration.num_tokens == 3000 and len(calibration.windows) == 6
+    assert read_calibration(args).digest == calibration.digest
 
 
 def test_targets_that_cannot_be(checkpoint: Path, tmp_path: Path) -> None:

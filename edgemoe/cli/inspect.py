@@ -201,6 +201,10 @@ def _file_table(files: list[dict[str, Any]]) -> str:
 
 def _provenance(plan: dict[str, Any]) -> list[str]:
     lines = []
+    if "bit_plan" in plan:
+        from ..quant.bitplan import BitPlan
+
+        lines += BitPlan.from_json(plan["bit_plan"]).lines()
     for name, value in plan.items():
         if isinstance(value, (str, int, float)):
             lines.append(f"{name:<11} {value}")
