@@ -14,6 +14,9 @@ constexpr float kPrior = 8.0f;       // guesses that all places together count f
 // GB/s for both.
 constexpr double kReadingNsPerByte = 0.08;
 constexpr double kHandlingNs = 30e3;  // of a guess: deciding, asking the system, taking note
+// OLMoE with 75 % of its experts in memory, on cores that others kept busy: without this, 42 % of the
+// guesses were right, 1.7 times as much was read, and a token took 5 % longer.
+constexpr double kLeastOdds = 0.5;
 constexpr double kMargin = 1.25;  // of gain over cost, since both are estimates
 
 }  // namespace
@@ -61,6 +64,7 @@ void Gate::saw_layer(int64_t num_misses, int64_t stall_ns) {
 }
 
 bool Gate::is_open(double odds, double num_bytes, double backlog_bytes, double window_ns) const {
+  if (odds < kLeastOdds) return false;
   // Nothing was read or waited for yet: nothing to gain is known of.
   if (!ns_per_byte_.is_known() || !stall_ns_.is_known()) return false;
   const double read = read_ns(num_bytes), ahead = read_ns(backlog_bytes);
