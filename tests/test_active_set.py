@@ -294,7 +294,7 @@ def test_commands_label_what_they_print(path, tmp_path, capsys, monkeypatch):
     document = json.loads(capsys.readouterr().out)
     assert document["routing"] is None and document["kl"] == 0
     monkeypatch.setattr(bench_limits, "sweep_bytes", lambda: 8 << 20)
-    words = ["-p", "16", "-n", "4", "-r", "1", "--memory", "100%", "--no-control", "--json"]
+    words = ["-p", "16", "-n", "4", "-r", "1", "--memory", "1GiB", "--no-control", "--json"]
     assert main(["bench", str(path), *words, *options]) == 0
     (row,) = json.loads(capsys.readouterr().out)["rows"]
     assert row["rounds"][0]["routing"] == "set code, hard"

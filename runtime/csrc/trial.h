@@ -32,7 +32,7 @@ class Trial {
     const double saved = (is_on_ ? time - usual_ns_ : usual_ns_ - time) / usual_ns_;
     gain_.add(std::clamp(saved, -kMostSaved, kMostSaved));
     if (++num_compared_ < kFirst) return;
-    is_on_ = gain_.value() > (is_on_ ? 0.0 : kLeastGain);
+    is_on_ = gain_.value() > (is_on_ ? -kLeastGain : kLeastGain);  // between: noise
   }
 
   double gain() const { return gain_.value(); }  // share of a token's time
