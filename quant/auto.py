@@ -34,7 +34,8 @@ from .variants import Choice, VariantModel
 from .windows import Window
 
 PLANNERS = ("fast", "edgemoe")
-WIDTHS = (2, 3, 4, 8)
+# By planner; "2g32" is 2 bits in groups of 32, which where records are small often costs nothing.
+WIDTHS = {"fast": ("2", "2g32", "3", "3g32", "4", "8"), "edgemoe": ("2", "3", "4", "8")}
 HELD_OUT_EVERY = 8  # windows of the calibration text
 
 
@@ -48,7 +49,7 @@ class Target:
     size_bytes: int | None = None
     bpw: float | None = None
     planner: str = "fast"
-    widths: tuple[int, ...] = WIDTHS
+    widths: tuple[str, ...] = ()  # such as "3" and "2g32"; none: those of the planner
 
     def __post_init__(self) -> None:
         given = [value for value in (self.max_loss, self.size_bytes, self.bpw) if value is not None]
@@ -66,15 +67,20 @@ class Target:
                 "it fills up to a measured loss",
                 "use --max-loss, or the fast planner",
             )
-        if len(set(self.widths)) < 2:
+        if len(self.variants(None)) < 2:
             raise UsageError("`--widths` needs two widths or more", f"got {list(self.widths)}")
 
     def variants(self, group_size: int | str | None) -> tuple[ExpertSpec, ...]:
-        """The specs to choose from, narrowest first; at 8 bits rounding to nearest is enough."""
-        return tuple(
-            ExpertSpec(bits, group_size, quantizer="calibrated" if bits < 8 else "nearest")
-            for bits in sorted(set(self.widths))
-        )
+        """The specs to choose from, narrowest first, in groups of `group_size` where it is given
+        and a width says nothing else. At 8 bits rounding to nearest is enough.
+
+        Raises UsageError for a width that cannot be.
+        """
+        given = self.widths or WIDTHS["fast" if group_size is None else "edgemoe"]
+        if not self.widths and self.planner == "edgemoe":
+            given = WIDTHS["edgemoe"]
+        found = {_spec(width, group_size) for width in given}
+        return tuple(sorted(found, key=lambda spec: (spec.bits, -int(spec.group_size or 64))))
 
     def max_bytes(self, plan: ConversionPlan) -> int | None:
         """Bytes that the records may take; raises UsageError where not even the narrowest fit."""
@@ -96,11 +102,20 @@ class Target:
             least = 8 * narrowest / num_experts / _num_weights(first)
             raise UsageError(
                 "no plan is that small",
-                f"{num_experts} experts at {min(self.widths)} bits take {format_bytes(narrowest)} "
+                f"{num_experts} experts at the narrowest width take {format_bytes(narrowest)} "
                 f"({least:.2f} bits a weight), the trunk {format_bytes(plan.trunk_bytes)}",
                 "give a larger --size or --bpw, or fewer --trunk-bits",
             )
         return most
+
+
+def _spec(width: str, group_size: int | str | None) -> ExpertSpec:
+    """`3` or `2g32` as a spec."""
+    bits, _, group = width.partition("g")
+    if not (bits.isdecimal() and int(bits) in (2, 3, 4, 8)) or (group and not group.isdecimal()):
+        raise UsageError(f"no width `{width}`", "expected 2, 3, 4 or 8, or such as 2g32")
+    size = int(group) if group else group_size
+    return ExpertSpec(int(bits), size, quantizer="calibrated" if int(bits) < 8 else "nearest")
 
 
 def _num_weights(layout: RecordLayout) -> int:

@@ -37,7 +37,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "(default: fast)",
     )
     group.add_argument(
-        "--widths", type=_widths, metavar="LIST", help="to choose from (default: 2,3,4,8)"
+        "--widths",
+        type=options.word_list,
+        metavar="LIST",
+        help="to choose from; 2g32 is 2 bits in groups of 32 (default: 2,2g32,3,3g32,4,8)",
     )
     group.add_argument(
         "--validation",
@@ -70,7 +73,7 @@ def is_wanted(args: argparse.Namespace) -> bool:
 
 def run(args: argparse.Namespace) -> int:
     """Find a plan, print it, and convert by it."""
-    from ..quant.auto import HELD_OUT_EVERY, WIDTHS, Target, convert_auto
+    from ..quant.auto import HELD_OUT_EVERY, Target, convert_auto
     from ..quant.calibrated import Calibration
     from ..quant.options import ConvertOptions
     from ..quant.progress import open_progress
@@ -87,7 +90,7 @@ def run(args: argparse.Namespace) -> int:
         args.size,
         args.bpw,
         args.planner or "fast",
-        tuple(args.widths or WIDTHS),
+        tuple(args.widths or ()),
     )
     group_size = args.group_size
     if group_size not in (None, "channel"):
@@ -177,10 +180,3 @@ def _share(text: str) -> float:
     if not 0 <= value < 10:
         raise argparse.ArgumentTypeError(f"expected a share such as 2% or 0.02, got `{text}`")
     return value
-
-
-def _widths(text: str) -> list[int]:
-    widths = options.counts(text)
-    if not set(widths) <= {2, 3, 4, 8}:
-        raise argparse.ArgumentTypeError(f"expected some of 2,3,4,8, got `{text}`")
-    return widths
