@@ -15,6 +15,7 @@ class Mean {
   void add(double sample);
   double value() const { return value_; }
   bool is_known() const { return num_ > 0; }
+  int num() const { return num_; }  // samples that count
 
  private:
   double value_;

@@ -14,7 +14,7 @@ namespace {
 
 // A gate that nothing has gone through for so many tokens is asked again in one token of kProbe only:
 // until then its predictions cost nothing.
-constexpr int64_t kPatience = 4, kProbe = 16;
+constexpr int64_t kPatience = 24, kProbe = 8;
 constexpr int64_t kMaxBacklogGuesses = 2;  // records: the one being read and the one behind it
 // Of all bytes read while decoding, those of guesses that nobody wanted: no more than so.
 constexpr double kMaxWastedShare = 0.3;

@@ -3,6 +3,7 @@
 // estimate knows of is in it.
 #pragma once
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 
 #include "gate.h"
@@ -30,18 +31,23 @@ class Trial {
     // Where none were read in either, the two do not differ.
     if (usual_ns_ <= 0.0 || num_guesses + num_usual_guesses_ == 0) return;
     const double saved = (is_on_ ? time - usual_ns_ : usual_ns_ - time) / usual_ns_;
-    gain_.add(std::clamp(saved, -kMostSaved, kMostSaved));
+    const double gain = std::clamp(saved, -kMostSaved, kMostSaved);
+    gain_.add(gain);
+    square_.add(gain * gain);
     if (++num_compared_ < kFirst) return;
-    is_on_ = gain_.value() > (is_on_ ? -kLeastGain : kLeastGain);  // between: noise
+    // Tokens differ by more than guesses save: what stays within the error of the mean decides nothing.
+    const double variance = std::max(0.0, square_.value() - gain_.value() * gain_.value());
+    const double error = std::sqrt(variance / static_cast<double>(gain_.num()));
+    if (std::fabs(gain_.value()) > error) is_on_ = gain_.value() > 0.0;
   }
 
   double gain() const { return gain_.value(); }  // share of a token's time
 
  private:
-  static constexpr int64_t kFirst = 8, kWithout = 8, kWith = 16;
-  static constexpr double kMostSaved = 0.5, kLeastGain = 0.01;
+  static constexpr int64_t kFirst = 16, kWithout = 8, kWith = 16;
+  static constexpr double kMostSaved = 0.5;
 
-  Mean gain_;
+  Mean gain_, square_;
   int64_t num_tokens_ = 0, num_compared_ = 0, num_usual_guesses_ = 0;
   double usual_ns_ = 0.0;
   bool is_on_ = true, is_trial_ = false;
