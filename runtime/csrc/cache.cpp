@@ -9,72 +9,68 @@
 namespace em {
 namespace {
 
-constexpr int32_t kBlockKeys = 64;
 constexpr double kNever = std::numeric_limits<double>::infinity();
 // Of records of different sizes; runtime/cache.py has the figures behind it.
 constexpr int64_t kMaxRecordsToPlan = 256;
 
 }  // namespace
 
-Victims::Victims(const Cycle &cycle, const Policy &policy, const std::vector<uint8_t> &blocked)
-    : policy_(policy), blocked_(blocked) {
-  for (int64_t place = 0; place < cycle.num_places(); ++place) {
-    const int32_t end = static_cast<int32_t>(cycle.first_key[place + 1]);
-    for (int32_t key = static_cast<int32_t>(cycle.first_key[place]); key < end; key += kBlockKeys) {
-      blocks_.push_back({key, std::min(key + kBlockKeys, end), place, kNever, -1});
-    }
+Victims::Victims(const Cycle &cycle, Policy &policy, const std::vector<uint8_t> &blocked)
+    : policy_(policy),
+      blocks_(policy.blocks()),
+      blocked_(blocked),
+      lowest_(static_cast<size_t>(blocks_.num()), kNever),
+      num_places_(cycle.num_places()) {
+  for (int64_t ahead = 0; ahead <= num_places_; ++ahead) {
+    nearness_.push_back(ahead == 0 ? 0.0 : policy.nearness(ahead));
   }
 }
 
-void Victims::begin(int64_t running) {
-  running_ = running;
-  is_measured_ = false;
-}
-
-// The block's scores, those of blocked keys infinite, and the lowest of them.
-void Victims::measure(Block &block, double *scores) const {
-  policy_.score(running_, block.place, block.first, block.end, scores);
-  const uint8_t *blocked = blocked_.data() + block.first;
+double Victims::measure(int64_t block) const {
+  const double *values = policy_.values();
   double lowest = kNever;
-  for (int32_t i = 0; i < block.end - block.first; ++i) {
-    scores[i] = blocked[i] ? kNever : scores[i];
-    lowest = scores[i] < lowest ? scores[i] : lowest;
+  for (int32_t key = blocks_.first(block); key < blocks_.end(block); ++key) {
+    const double value = blocked_[key] ? kNever : values[key];
+    lowest = value < lowest ? value : lowest;
   }
-  block.lowest = lowest;
-  block.key = -1;
+  return lowest;
 }
 
-void Victims::find(Block &block) const {
-  double scores[kBlockKeys];
-  measure(block, scores);
-  for (int32_t key = block.first; key < block.end; ++key) {
-    if (scores[key - block.first] == block.lowest &&
-        (block.key < 0 || policy_.last_use(key) < policy_.last_use(block.key))) {
-      block.key = key;
+// Of the keys with that score the one not used for longest, then the lowest.
+int32_t Victims::oldest(int64_t block, double score, double nearness) const {
+  int32_t found = -1;
+  for (int32_t key = blocks_.first(block); key < blocks_.end(block); ++key) {
+    if (!blocked_[key] && policy_.values()[key] * nearness == score &&
+        (found < 0 || policy_.last_use(key) < policy_.last_use(found))) {
+      found = key;
     }
   }
+  return found;
 }
 
-int32_t Victims::next() {
-  double scores[kBlockKeys];
-  if (!is_measured_) {
-    for (Block &block : blocks_) measure(block, scores);
-    is_measured_ = true;
-  } else if (last_ != nullptr) {
-    measure(*last_, scores);
-  }
-  last_ = nullptr;
-  double lowest = kNever;
-  for (const Block &block : blocks_) lowest = block.lowest < lowest ? block.lowest : lowest;
-  if (lowest == kNever) return -1;
-  for (Block &block : blocks_) {
-    if (block.lowest != lowest) continue;
-    if (block.key < 0) find(block);
-    if (last_ == nullptr || policy_.last_use(block.key) < policy_.last_use(last_->key)) {
-      last_ = &block;
+// Rounding keeps the order of products, so that the lowest value has the lowest score of its block.
+int32_t Victims::next(int64_t running) {
+  const auto nearness = [&](int64_t block) {
+    const int64_t ahead = blocks_.place(block) - running;
+    return nearness_[ahead > 0 ? ahead : ahead + num_places_];
+  };
+  double best = kNever;
+  for (int64_t block = 0; block < blocks_.num(); ++block) {
+    if (blocks_.has_changed(block)) {
+      blocks_.clear(block);
+      lowest_[block] = measure(block);
     }
+    const double score = lowest_[block] * nearness(block);
+    best = score < best ? score : best;
   }
-  return last_->key;
+  if (best == kNever) return -1;
+  int32_t found = -1;
+  for (int64_t block = 0; block < blocks_.num(); ++block) {
+    if (lowest_[block] * nearness(block) != best) continue;
+    const int32_t key = oldest(block, best, nearness(block));
+    if (found < 0 || policy_.last_use(key) < policy_.last_use(found)) found = key;
+  }
+  return found;
 }
 
 bool Cache::is_valid(em_store *store, const em_cache_config &config) {
@@ -132,7 +128,7 @@ void Cache::begin_layer(int64_t place, int64_t num_tokens, int64_t n, const int3
   unblock_wanted();
   for (int64_t i = 0; i < n; ++i) {
     if (blocked_[wanted[i]]) continue;
-    blocked_[wanted[i]] = 1;
+    block(wanted[i]);
     wanted_.push_back(wanted[i]);
   }
 }
@@ -187,7 +183,7 @@ bool Cache::fits(int64_t n, const int32_t *keys) const {
 void Cache::pin(int64_t n, const int32_t *keys) {
   for (int64_t i = 0; i < n; ++i) {
     if (pins_[keys[i]]++ == 0) pinned_bytes_ += slots_.num_bytes_of(keys[i]);
-    blocked_[keys[i]] = 1;
+    block(keys[i]);
   }
   if (wanted_.empty()) return;
   const auto is_gone = [this](int32_t key) { return is_pinned(key); };
@@ -201,7 +197,6 @@ bool Cache::is_ours(int32_t key) const {
 // Pin the keys, give the absent ones memory and submit their reads.
 int32_t Cache::read(int64_t n, const int32_t *keys) {
   pin(n, keys);
-  victims_.begin(place_);
   size_t num_placed = 0;
   while (num_placed < absent_.size() && place_record(absent_[num_placed])) ++num_placed;
   int32_t status = 0;
@@ -239,7 +234,7 @@ bool Cache::place_record(int32_t key) {
       limit = 0;  // tried once
       if (is_joined) continue;
     }
-    int32_t victim = victims_.next();
+    int32_t victim = victims_.next(place_);
     if (victim < 0 && !wanted_.empty()) {
       victim = wanted_.back();  // the last of them is needed last
       wanted_.pop_back();
@@ -254,7 +249,6 @@ bool Cache::place_record(int32_t key) {
     } else if (!unsettled_.empty() || !guesses_.empty()) {
       drop_all_guesses();
       settle(true);
-      victims_.begin(place_);
     } else if (!slots_.join(num_bytes, kNever, is_fixed)) {
       if (taken_.empty()) return false;
       for (const int32_t guess : taken_) em_store_wait(store_, guess);  // then they can be moved
@@ -272,7 +266,7 @@ void Cache::release(int64_t n, const int32_t *keys) {
     pinned_bytes_ -= slots_.num_bytes_of(key);
     if (is_absent(key)) continue;
     if (status_of(store_, key) == EM_READY) {
-      blocked_[key] = 0;
+      unblock(key);
     } else {
       add_unsettled(key);
       is_all_ready = false;
@@ -313,7 +307,7 @@ void Cache::settle(bool wait) {
       is_unsettled_[key] = 1;
       unsettled_[num_left++] = key;
     } else if (status == EM_READY) {
-      blocked_[key] = 0;
+      unblock(key);
     } else {
       drop(key);
       policy_->remove(key);
@@ -328,8 +322,8 @@ bool Cache::resize(int64_t capacity_bytes) {
   settle(true);
   unblock_wanted();
   set_share(capacity_bytes);
-  for (victims_.begin(place_); slots_.extents().used_bytes() > capacity_bytes;) {
-    const int32_t victim = victims_.next();
+  while (slots_.extents().used_bytes() > capacity_bytes) {
+    const int32_t victim = victims_.next(place_);
     if (victim < 0) break;  // cannot be: nothing is held
     evict(victim);
   }
@@ -354,7 +348,7 @@ void Cache::evict(int32_t key) {
 void Cache::forget(int32_t key) {
   if (guess_of_[key] != Guess::kNone) guess_counts_.wasted_bytes += slots_.num_bytes_of(key);
   guess_of_[key] = Guess::kNone;
-  blocked_[key] = 1;
+  block(key);
   policy_->remove(key);
   ++evictions_;
 }
@@ -362,13 +356,13 @@ void Cache::forget(int32_t key) {
 void Cache::drop(int32_t key) {
   if (guess_of_[key] != Guess::kNone) count_lost_guess(key);
   slots_.drop(key);
-  blocked_[key] = 1;
+  block(key);
 }
 
 // Leave those records to the policy that nothing else holds.
 void Cache::unblock_wanted() {
   for (const int32_t key : wanted_) {
-    if (!is_absent(key) && !is_pinned(key) && !is_unsettled_[key]) blocked_[key] = 0;
+    if (!is_absent(key) && !is_pinned(key) && !is_unsettled_[key]) unblock(key);
   }
   wanted_.clear();
 }

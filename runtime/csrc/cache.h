@@ -17,32 +17,24 @@
 
 namespace em {
 
-// The order of eviction. Scores are computed in blocks of one place, of which the lowest is kept, so
-// that another victim costs the block of the last one.
+// The order of eviction. Of every block the lowest value is kept from call to call, and looked for
+// again only where the policy or the cache has marked a change.
 class Victims {
  public:
-  Victims(const Cycle &cycle, const Policy &policy, const std::vector<uint8_t> &blocked);
-  void begin(int64_t running);  // scores may have changed
-  // The key with the lowest score of those not blocked, or -1. It must be blocked before the next
-  // call, and nothing else may change until `begin`.
-  int32_t next();
+  Victims(const Cycle &cycle, Policy &policy, const std::vector<uint8_t> &blocked);
+  // The key with the lowest score of those not blocked while place `running` runs, or -1.
+  int32_t next(int64_t running);
 
  private:
-  struct Block {
-    int32_t first, end;
-    int64_t place;
-    double lowest;
-    int32_t key;  // of `lowest`, -1: not looked for
-  };
-  void measure(Block &block, double *scores) const;
-  void find(Block &block) const;
+  double measure(int64_t block) const;
+  int32_t oldest(int64_t block, double score, double nearness) const;
 
-  const Policy &policy_;
+  Policy &policy_;
+  Blocks &blocks_;
   const std::vector<uint8_t> &blocked_;
-  std::vector<Block> blocks_;
-  int64_t running_ = 0;
-  Block *last_ = nullptr;  // whose key is being taken
-  bool is_measured_ = false;
+  std::vector<double> lowest_;    // by block: the lowest value of those not blocked, else infinite
+  std::vector<double> nearness_;  // by distance
+  const int64_t num_places_;
 };
 
 class Cache {
@@ -159,6 +151,12 @@ class Cache {
   void drop(int32_t key);
   void add_unsettled(int32_t key);
   void unblock_wanted();
+  void block(int32_t key) { set_blocked(key, 1); }
+  void unblock(int32_t key) { set_blocked(key, 0); }
+  void set_blocked(int32_t key, uint8_t is_blocked) {
+    blocked_[key] = is_blocked;
+    policy_->blocks().change(key);
+  }
   bool is_ours(int32_t key) const;  // an address that nobody knows yet: pinned by this hint alone
 
   em_store *store_;

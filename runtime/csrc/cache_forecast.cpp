@@ -235,6 +235,7 @@ class Forecast : public ByDistance {
     const float rest = 1.0f - static_cast<float>(share);
     patience_ = std::min(1.0f - rest * rest, kMaxShare);
     for (size_t key = 0; key < value_.size(); ++key) value_[key] = worth(now_[key], later_[key]);
+    blocks_.change_all();
   }
 
   void touch(const int32_t *keys, int64_t n, const double *counts, int64_t step,
@@ -352,6 +353,7 @@ class Forecast : public ByDistance {
       later_[first + e] = probability(z_[e] + weight * found_[e]);
     }
     for (int64_t e = first; e < first + n; ++e) value_[e] = worth(now_[e], later_[e]);
+    blocks_.change_place(place);
   }
 
   // What votes [E], which sum up to `total`, say beyond habits_.

@@ -19,9 +19,8 @@ constexpr int kMaxVictims = 4;  // that one guess may cost, where records differ
 bool Cache::guess(int32_t key) {
   if (!is_absent(key)) return false;
   if (!unsettled_.empty()) settle(false);
-  victims_.begin(place_);
   for (int turn = 0; !slots_.place(key); ++turn) {
-    const int32_t victim = turn < kMaxVictims ? victims_.next() : -1;
+    const int32_t victim = turn < kMaxVictims ? victims_.next(place_) : -1;
     if (victim < 0) return false;
     if (slots_.num_bytes_of(victim) == slots_.num_bytes_of(key)) {
       slots_.take_over(victim, key);

@@ -1,34 +1,39 @@
 #include "cache_policy.h"
 
+#include <algorithm>
 #include <cmath>
 
 namespace em {
 namespace {
 
+constexpr int64_t kBlockKeys = 64;
 constexpr double kRescaleAt = 512.0;  // half-lives; a double overflows after 1,023
 
 class Lru : public Policy {
  public:
-  using Policy::Policy;
-  void score(int64_t, int64_t, int32_t first, int32_t end, double *scores) const override {
-    for (int32_t key = first; key < end; ++key) {
-      scores[key - first] = static_cast<double>(last_use_[key]);
-    }
+  explicit Lru(const Cycle &cycle) : Policy(cycle) { value_.assign(value_.size(), -1.0); }
+  void touch(const int32_t *keys, int64_t n, const double *counts, int64_t step,
+             int64_t num_tokens) override {
+    Policy::touch(keys, n, counts, step, num_tokens);
+    for (int64_t i = 0; i < n; ++i) value_[keys[i]] = static_cast<double>(clock_);
   }
 };
 
-class Fifo : public Valued {
+class Fifo : public Policy {
  public:
-  using Valued::Valued;
-  void insert(int32_t key) override { value_[key] = static_cast<double>(++num_arrivals_); }
+  using Policy::Policy;
+  void insert(int32_t key) override {
+    value_[key] = static_cast<double>(++num_arrivals_);
+    blocks_.change(key);
+  }
 
  private:
   int64_t num_arrivals_ = 0;
 };
 
-class Lfu : public Valued {
+class Lfu : public Policy {
  public:
-  using Valued::Valued;
+  using Policy::Policy;
   void touch(const int32_t *keys, int64_t n, const double *counts, int64_t step,
              int64_t num_tokens) override {
     Policy::touch(keys, n, counts, step, num_tokens);
@@ -51,6 +56,7 @@ class CycleAware : public ByDistance {
     if (exponent > kRescaleAt) {
       const double factor = std::pow(base_, -exponent);
       for (double &value : value_) value *= factor;
+      blocks_.change_all();
       base_step_ = step;
       exponent = 0.0;
     }
@@ -75,20 +81,35 @@ class CycleAware : public ByDistance {
 
 void Policy::touch(const int32_t *keys, int64_t n, const double *, int64_t, int64_t) {
   ++clock_;
-  for (int64_t i = 0; i < n; ++i) last_use_[keys[i]] = clock_;
+  for (int64_t i = 0; i < n; ++i) {
+    last_use_[keys[i]] = clock_;
+    blocks_.change(keys[i]);
+  }
 }
 
-void Valued::score(int64_t, int64_t, int32_t first, int32_t end, double *scores) const {
-  for (int32_t key = first; key < end; ++key) scores[key - first] = value_[key];
+Blocks::Blocks(const Cycle &cycle) : of_key_(static_cast<size_t>(cycle.num_keys())) {
+  for (int64_t place = 0; place < cycle.num_places(); ++place) {
+    of_place_.push_back(static_cast<int32_t>(place_.size()));
+    const int32_t end = static_cast<int32_t>(cycle.first_key[place + 1]);
+    for (int32_t key = static_cast<int32_t>(cycle.first_key[place]); key < end; ++key) {
+      if ((key - cycle.first_key[place]) % kBlockKeys == 0) {
+        first_.push_back(key);
+        place_.push_back(static_cast<int32_t>(place));
+      }
+      of_key_[key] = static_cast<int32_t>(place_.size()) - 1;
+    }
+  }
+  of_place_.push_back(static_cast<int32_t>(place_.size()));
+  first_.push_back(static_cast<int32_t>(cycle.num_keys()));
+  has_changed_.assign(place_.size(), 1);
 }
 
-void ByDistance::score(int64_t running, int64_t place, int32_t first, int32_t end,
-                       double *scores) const {
-  const int64_t ahead = place - running;
-  const int64_t distance = ahead > 0 ? ahead : ahead + cycle_.num_places();
-  const double nearness = 1.0 / static_cast<double>(distance);
-  for (int32_t key = first; key < end; ++key) scores[key - first] = value_[key] * nearness;
+void Blocks::change_place(int64_t place) {
+  std::fill(has_changed_.begin() + of_place_[place], has_changed_.begin() + of_place_[place + 1],
+            uint8_t{1});
 }
+
+void Blocks::change_all() { std::fill(has_changed_.begin(), has_changed_.end(), uint8_t{1}); }
 
 std::unique_ptr<Policy> make_policy(const std::string &name, const Cycle &cycle, double half_life) {
   if (name == "forecast") return make_forecast(cycle);

@@ -18,10 +18,36 @@ struct Cycle {
   int64_t num_keys() const { return first_key.back(); }
 };
 
+// Keys in blocks of one place each, and which of these hold something that has changed since `clear`.
+class Blocks {
+ public:
+  explicit Blocks(const Cycle &cycle);
+
+  int64_t num() const { return static_cast<int64_t>(place_.size()); }
+  int32_t first(int64_t block) const { return first_[block]; }
+  int32_t end(int64_t block) const { return first_[block + 1]; }
+  int64_t place(int64_t block) const { return place_[block]; }
+  bool has_changed(int64_t block) const { return has_changed_[block] != 0; }
+  void clear(int64_t block) { has_changed_[block] = 0; }
+  void change(int32_t key) { has_changed_[of_key_[key]] = 1; }
+  void change_place(int64_t place);
+  void change_all();
+
+ private:
+  std::vector<int32_t> first_;  // [num + 1]
+  std::vector<int32_t> place_;
+  std::vector<int32_t> of_key_, of_place_;  // of_place_ [num_places + 1]: its first block
+  std::vector<uint8_t> has_changed_;
+};
+
+// The score of a key is its value times the nearness of its place, both doubles.
 class Policy {
  public:
   explicit Policy(const Cycle &cycle)
-      : cycle_(cycle), last_use_(static_cast<size_t>(cycle.num_keys()), -1) {}
+      : cycle_(cycle),
+        blocks_(cycle),
+        value_(static_cast<size_t>(cycle.num_keys()), 0.0),
+        last_use_(static_cast<size_t>(cycle.num_keys()), -1) {}
   virtual ~Policy() = default;
 
   // n keys, each once, are demanded by the num_tokens tokens that end with number `step`; counts
@@ -31,35 +57,25 @@ class Policy {
   virtual void insert(int32_t) {}  // the key was given memory
   virtual void remove(int32_t) {}  // it lost it; what is known of its demand stays known
   virtual void set_share(double) {}  // the capacity has become this share of all records
-  // Scores of the keys first .. end - 1, all of `place`, while place `running` runs.
-  virtual void score(int64_t running, int64_t place, int32_t first, int32_t end,
-                     double *scores) const = 0;
+  // Of a place `ahead` of the running one, 1 .. num_places.
+  virtual double nearness(int64_t) const { return 1.0; }
+  const double *values() const { return value_.data(); }  // by key
   int64_t last_use(int32_t key) const { return last_use_[key]; }
+  Blocks &blocks() { return blocks_; }  // that a change of value has marked
 
  protected:
   const Cycle &cycle_;
+  Blocks blocks_;
+  std::vector<double> value_;      // by key
   std::vector<int64_t> last_use_;  // by key: number of the demand, -1: none
   int64_t clock_ = 0;
 };
 
-// Scores are values by key that demand or arrival changes.
-class Valued : public Policy {
- public:
-  explicit Valued(const Cycle &cycle)
-      : Policy(cycle), value_(static_cast<size_t>(cycle.num_keys()), 0.0) {}
-  void score(int64_t running, int64_t place, int32_t first, int32_t end,
-             double *scores) const override;
-
- protected:
-  std::vector<double> value_;
-};
-
 // Scores are values / distance to the layer.
-class ByDistance : public Valued {
+class ByDistance : public Policy {
  public:
-  using Valued::Valued;
-  void score(int64_t running, int64_t place, int32_t first, int32_t end,
-             double *scores) const override;
+  using Policy::Policy;
+  double nearness(int64_t ahead) const override { return 1.0 / static_cast<double>(ahead); }
 };
 
 std::unique_ptr<Policy> make_forecast(const Cycle &cycle);
