@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ..runtime.budget import CHUNK
@@ -139,6 +140,7 @@ class Collector:
                 setattr(sums, each, np.zeros([sizes[letter] for letter in letters]))
         with engine.steps() as layers:
             self._routers = {layer: layers.weights[layer].router for layer in num_experts}
+        self._bodies = engine._model.bodies
         self._is_counting = False
         engine.observe(self._observe)
 
@@ -184,23 +186,31 @@ class Collector:
         sums.reap_sum += np.bincount(expert_of_pair, weights * o.norms, num_experts)
         sums.hidden_square_sum[o.experts] += o.hidden_square
         sums.input_square_sum += input_squares(o.x, o.expert_ids, num_experts).numpy()
-        soft, gram = logit_sums(self._routers[o.layer], o.x)
+        soft, gram = logit_sums(self._routers[o.layer], o.x, self._bodies.get(o.layer))
         sums.soft_count += soft.numpy()
         sums.logit_gram += gram.numpy()
 
 
 def input_squares(x: Tensor, expert_ids: Tensor, num_experts: int) -> Tensor:
     """Per expert, the sum of squares of the inputs of the tokens that chose it: x `[T, D]`,
-    expert_ids `[T, K]` -> fp32 `[E, D]`."""
-    chosen = torch.zeros(len(x), num_experts)
-    chosen.scatter_(1, expert_ids.long(), 1.0)
-    return chosen.T @ x.square()
+    expert_ids `[T, K]`, -1: none -> fp32 `[E, D]`."""
+    chosen = torch.zeros(len(x), 1 + num_experts)
+    chosen.scatter_(1, expert_ids.long() + 1, 1.0)
+    return chosen[:, 1:].T @ x.square()
 
 
-def logit_sums(router: "Linear", x: Tensor) -> tuple[Tensor, Tensor]:
-    """Sum of the router's softmax `[E]`, and H^T H `[E, E]` of its logits, in float64."""
+def logit_sums(
+    router: "Linear", x: Tensor, bodies: NDArray[np.int32] | None = None
+) -> tuple[Tensor, Tensor]:
+    """Sum of the router's softmax `[E]`, and H^T H `[E, E]` of its logits, in float64. With
+    `bodies` i32 [rows], of the bodies: their logit is the logsumexp of that of their rows."""
     logits = router.linear(x).double()
-    return torch.softmax(logits, dim=-1).sum(dim=0), logits.T @ logits
+    shares = torch.softmax(logits, dim=-1)
+    if bodies is not None:
+        of_body = [torch.from_numpy(np.flatnonzero(bodies == b)) for b in range(bodies.max() + 1)]
+        shares = torch.stack([shares[:, rows].sum(dim=-1) for rows in of_body], dim=-1)
+        logits = torch.stack([logits[:, rows].logsumexp(dim=-1) for rows in of_body], dim=-1)
+    return shares.sum(dim=0), logits.T @ logits
 
 
 def _request(index: StoreIndex, texts: Sequence[Text], window: int, num_windows: int) -> str:

@@ -129,8 +129,8 @@ class LayerPass:
 def shares(routed: Routed, num_experts: int) -> Iterator[Share]:
     """The share of every expert, in ascending order of tokens."""
     ids = routed.expert_ids.reshape(-1).long()
-    order = torch.argsort(ids, stable=True)
-    counts = torch.bincount(ids, minlength=num_experts).tolist()
+    order = torch.argsort(ids, stable=True)[int((ids < 0).sum()) :]
+    counts = torch.bincount(ids[order], minlength=num_experts).tolist()
     tokens = order // routed.expert_ids.shape[1]
     weights = routed.routing_weights.reshape(-1)[order]
     yield from map(Share, range(num_experts), tokens.split(counts), weights.split(counts))

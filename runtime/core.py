@@ -24,7 +24,7 @@ from .core_cache import (
     PrefetchStats,
 )
 
-ABI_VERSION = 3  # em_abi_version() this file was written for
+ABI_VERSION = 4  # em_abi_version() this file was written for
 ERR_ROOM, ERR_STOPPED = -10004, -10005
 _FILE = {"win32": "edgemoe_core.dll", "darwin": "libedgemoe_core.dylib"}.get(
     sys.platform, "libedgemoe_core.so"
@@ -151,6 +151,12 @@ class Model(ctypes.Structure):
     ]
 
 
+class RoutingRule(ctypes.Structure):
+    """em_routing."""
+
+    _fields_ = [("active_experts", c_int32), ("top_p", c_float)]
+
+
 class KvCache(ctypes.Structure):
     """em_kv_cache."""
 
@@ -238,6 +244,9 @@ _SIGNATURES: dict[str, tuple[object, list[object]]] = {
     "em_decoder_create": (_P, [POINTER(Model), _P]),
     "em_decoder_destroy": (None, [_P]),
     "em_decoder_set_mask": (_I32, [_P, _I64, _P, c_float]),
+    "em_decoder_set_bodies": (_I32, [_P, _I64, _P]),
+    "em_decoder_set_gains": (_I32, [_P, _I64, _P]),
+    "em_decoder_set_routing": (_I32, [_P, POINTER(RoutingRule)]),
     "em_decoder_embed": (_I32, [_P, _I64, _P, _P]),
     "em_decoder_attend": (_I32, [_P, _I64, POINTER(KvCache), _P, _P, _I64, _P, _P, _P, _P]),
     "em_decoder_finish": (_I32, [_P, _I64, _I64, _P, _P, _P]),

@@ -118,8 +118,9 @@ class Executor:
     ) -> "torch.Tensor":
         """y[t] = sum over k of routing_weights[t, k] * expert(expert_ids[t, k])(x[t]).
 
-        x [T, D] fp32, expert_ids [T, K] integers (distinct within a token), routing_weights [T, K]
-        fp32, all on the CPU; returns [T, D] fp32. Each record is read at most once. Raises
+        x [T, D] fp32, expert_ids [T, K] integers (distinct within a token; -1: none, whose weight
+        counts for nothing), routing_weights [T, K] fp32, all on the CPU; returns [T, D] fp32. Each
+        record is read at most once. Raises
         RecordError for a record that cannot be read (the executor stays usable), BudgetError where
         the largest record does not fit into the expert cache.
         """
@@ -130,6 +131,9 @@ class Executor:
         if not num_tokens * top_k:
             return y
         keys, begins = self._group(layer, expert_ids.numpy(), routing_weights.numpy())
+        if not keys:
+            self.cache.begin_layer(layer, num_tokens)
+            return y
         waves = cut_waves(
             keys,
             None if num_tokens == 1 else begins,
@@ -184,16 +188,21 @@ class Executor:
         order = ids.argsort(kind="stable")
         ids = ids[order]
         num_experts = self.table.num_experts[layer]
-        if ids[0] < 0 or ids[-1] >= num_experts:
+        if ids[0] < -1 or ids[-1] >= num_experts:
             raise UsageError(
-                f"layer {layer} has no expert {ids[0] if ids[0] < 0 else ids[-1]}",
-                f"expected 0 to {num_experts - 1}",
+                f"layer {layer} has no expert {ids[0] if ids[0] < -1 else ids[-1]}",
+                f"expected 0 to {num_experts - 1}, or -1 for none",
             )
+        if ids[0] < 0:
+            num_none = int(np.searchsorted(ids, 0))
+            ids, order = ids[num_none:], order[num_none:]
+            if not len(ids):
+                return [], self._one_each[:1]
         self._pair_token[: len(ids)] = order // top_k
         self._pair_weight[: len(ids)] = routing_weights.reshape(-1)[order]
         keys = (ids + self.table.first_key[layer]).tolist()
-        if num_tokens == 1 and len(set(keys)) == top_k:
-            return keys, self._one_each[: top_k + 1]
+        if num_tokens == 1 and len(set(keys)) == len(keys):
+            return keys, self._one_each[: len(keys) + 1]
         edges = (ids[1:] != ids[:-1]).nonzero()[0] + 1
         begins = np.concatenate(([0], edges, [len(ids)]))
         return [keys[begin] for begin in begins[:-1]], begins

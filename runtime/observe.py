@@ -25,7 +25,7 @@ class Observation:
 
     layer: int
     x: "torch.Tensor"  # fp32 [T, D]
-    expert_ids: "torch.Tensor"  # [T, K]
+    expert_ids: "torch.Tensor"  # [T, K]; -1: none
     experts: NDArray[np.int64]  # [n]
     begins: NDArray[np.int64]  # [n + 1]
     tokens: NDArray[np.int32]  # [P]

@@ -29,16 +29,17 @@ def likeliest(scores: NDArray[np.floating], n: int) -> NDArray[np.int64]:
 
 
 def recall(scores: NDArray[np.floating], chosen: NDArray[np.integer], n: int) -> float:
-    """Share of the choices [T, K] that are among the n likeliest by scores [T, E]."""
+    """Share of the choices [T, K], -1: none, that are among the n likeliest by scores [T, E]."""
     guessed = likeliest(scores, n)
-    return float((guessed[:, :, None] == chosen[:, None, :]).any(axis=1).mean())
+    found = (guessed[:, :, None] == chosen[:, None, :]).any(axis=1)
+    return float(found[chosen >= 0].mean())
 
 
 def previous_scores(routes: NDArray[np.integer], num_experts: int) -> NDArray[np.float32]:
     """Scores [T - 1, E] of the tokens from the second on, from the choices [T, K] of one layer."""
-    scores = np.zeros((len(routes) - 1, num_experts), dtype=np.float32)
+    scores = np.zeros((len(routes) - 1, num_experts + 1), dtype=np.float32)  # the last: of none
     np.put_along_axis(scores, routes[:-1].astype(np.int64), 1.0, axis=1)
-    return scores
+    return scores[:, :-1]
 
 
 def profile_scores(
@@ -148,9 +149,10 @@ def noisy_oracle(
     for place, count in enumerate(num_experts):
         chosen = guesses[:, place].copy()
         noise = rng.random((len(chosen), count))
-        np.put_along_axis(noise, chosen.astype(np.int64), np.inf, axis=1)
+        rows, columns = (chosen >= 0).nonzero()
+        noise[rows, chosen[rows, columns]] = np.inf
         wrong = np.argsort(noise, axis=1)[:, : chosen.shape[1]]
         is_wrong = np.take_along_axis(noise, wrong, axis=1) < np.inf
         keeps = rng.random(chosen.shape) < right
-        guesses[:, place] = np.where(keeps, chosen, np.where(is_wrong, wrong, -1))
+        guesses[:, place] = np.where(keeps | (chosen < 0), chosen, np.where(is_wrong, wrong, -1))
     return guesses

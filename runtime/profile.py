@@ -66,8 +66,8 @@ class Profile:
         token_ids: Sequence[Sequence[int]] | None = None,
     ) -> None:
         """Count the choices of consecutive tokens of each text: [T, places, K], ascending and
-        distinct within a token and layer, and the T ids of its tokens. Nothing is carried from one
-        text to the next."""
+        distinct within a token and layer, then -1, and the T ids of its tokens. Nothing is carried
+        from one text to the next."""
         if not texts:
             return
         for place, sums in enumerate(self.layers.values()):
@@ -75,7 +75,7 @@ class Profile:
             for routes in texts:
                 now, following = routes[:, place], following_choices(routes, place, 1)
                 source = now[: len(following)]
-                sums.hard_count += np.bincount(now.reshape(-1), minlength=number)
+                sums.hard_count += np.bincount(now[now >= 0], minlength=number)
                 sums.next_count += count_pairs(source, following, sums.next_count.shape)
                 sums.token_count += count_pairs(now[:-1], now[1:], (number, number))
                 before = routes[:, place - 1] if place else routes[:-1, -1]
@@ -208,10 +208,10 @@ class Profile:
             name = f"{where}: layer {layer}"
             hidden = sums.validate(name, following.num_experts, hidden)
             found = int(sums.hard_count.sum())
-            if found != self.num_tokens * self.top_k:
+            if found > self.num_tokens * self.top_k:  # aliases and null experts make it fewer
                 raise FormatError(
                     f"{name}: the counts do not add up",
-                    f"expected {self.num_tokens} tokens x {self.top_k}, got {found}",
+                    f"expected {self.num_tokens} tokens x {self.top_k} at most, got {found}",
                 )
 
     def check_model(

@@ -31,22 +31,24 @@ _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 def path_keys(before: NDArray[np.integer], now: NDArray[np.integer]) -> NDArray[np.uint64]:
     """One u64 per row of the choices of two layers, `before` [T, K] and `now` [T, K'], each row
-    ascending: h = 0, then for every id of `before`, then of `now`: h = (h ^ (id + 1)) * GOLDEN mod
-    2^64, h ^= h >> 32. Two states share a key with probability 2^-64."""
+    ascending, then -1: h = 0, then for every id of `before`, then of `now`: h = (h ^ (id + 1)) *
+    GOLDEN mod 2^64, h ^= h >> 32. Two states share a key with probability 2^-64."""
     keys = np.zeros(len(before), dtype=np.uint64)
     for column in (*np.asarray(before).T, *np.asarray(now).T):
-        keys = (keys ^ (column.astype(np.uint64) + np.uint64(1))) * _GOLDEN
-        keys ^= keys >> np.uint64(32)
+        mixed = (keys ^ (column.astype(np.uint64) + np.uint64(1))) * _GOLDEN
+        mixed ^= mixed >> np.uint64(32)
+        keys = np.where(column >= 0, mixed, keys)
     return keys
 
 
 def count_pairs(
     first: NDArray[np.integer], second: NDArray[np.integer], shape: tuple[int, int]
 ) -> NDArray[np.int64]:
-    """How often each pair of choices stands in the same row: first [T, K], second [T, K'] -> i64
-    `shape` [E, E']."""
+    """How often each pair of choices stands in the same row: first [T, K], second [T, K'], -1:
+    none -> i64 `shape` [E, E']."""
     cells = first.astype(np.int64)[:, :, None] * shape[1] + second[:, None, :]
-    return np.bincount(cells.reshape(-1), minlength=shape[0] * shape[1]).reshape(shape)
+    cells = cells[(first >= 0)[:, :, None] & (second >= 0)[:, None, :]]
+    return np.bincount(cells, minlength=shape[0] * shape[1]).reshape(shape)
 
 
 def following_choices(routes: NDArray[np.integer], place: int, steps: int) -> NDArray[np.integer]:
@@ -73,10 +75,12 @@ class StateCounts:
         return cls(*none, limit=min(MAX_ENTRIES, ALL_ENTRIES // num_layers))
 
     def add(self, keys: NDArray[np.uint64], following: NDArray[np.integer]) -> "StateCounts":
-        """These, and states keys [T] followed by the choices [T, K]."""
+        """These, and states keys [T] followed by the choices [T, K], -1: none."""
         experts = np.ascontiguousarray(following).reshape(-1).astype(np.int16)
-        count = np.ones(len(experts), dtype=np.int32)
-        return self + StateCounts(np.repeat(keys, following.shape[1]), experts, count)
+        is_one = experts >= 0
+        keys = np.repeat(keys, following.shape[1])[is_one]
+        count = np.ones(len(keys), dtype=np.int32)
+        return self + StateCounts(keys, experts[is_one], count)
 
     def __add__(self, other: "StateCounts") -> "StateCounts":
         keys = np.concatenate((self.key, other.key))
@@ -184,7 +188,8 @@ class PlaceTables:
         token: int | None = None,
     ) -> NDArray[np.float32]:
         """Probability of each expert, [E'], after the choices `active` [K] of the layer before,
-        `before` [K] of the one before that, ascending, and for this token id; None: not known."""
+        `before` [K] of the one before that, ascending, then -1, and for this token id; None: not
+        known."""
         return self.score_rows(
             None if active is None else active[None],
             None if before is None else before[None],
@@ -200,7 +205,10 @@ class PlaceTables:
         """`scores` of T tokens: active, before [T, K], tokens [T] -> [T, E']."""
         found = []
         if active is not None:
-            found.append(self.pairwise[active].mean(axis=1, dtype=np.float32))
+            is_one = active >= 0
+            rows = np.where(is_one[:, :, None], self.pairwise[active], np.float32(0.0))
+            counts = np.maximum(is_one.sum(axis=1, dtype=np.float32), 1)
+            found.append(rows.sum(axis=1, dtype=np.float32) / counts[:, None])
             if before is not None:
                 self.paths.refine(found[0], path_keys(before, active))
         if tokens is not None or active is None:

@@ -15,6 +15,7 @@ from . import load_module
 from .args import ModelArgs
 from .moe import Experts, OnRoute
 from .native import NativeLayers
+from .routes import Rule
 from .steps import ForcedRoutes, Steps
 from .torch_layers import TorchLayers
 from .trunk import ReadTensor, Trunk
@@ -48,6 +49,7 @@ class CausalLM:
         self.is_native = backend == "native"
         self.decode = "native" if self.is_native else "torch: the reference backend"
         kind = NativeLayers if self.is_native else TorchLayers
+        self.bodies: dict[int, np.ndarray] = {}  # by layer, of `set_bodies`
         self._layers = kind(args, layers, embed, weights.vector("norm"), lm_head, executor, pool)
 
     def set_masks(self, masks: Mapping[int, np.ndarray] | None, threshold: float = 2.0) -> None:
@@ -55,7 +57,30 @@ class CausalLM:
         None: all are in again. `threshold` as in `Router.set_mask`."""
         for layer in self.args.moe_layers:
             mask = None if masks is None else np.ascontiguousarray(masks[layer], dtype=np.uint8)
+            if mask is not None and layer in self.bodies:  # a mask is of bodies; null experts stay
+                mask = np.append(mask, np.uint8(1))[self.bodies[layer]]
             self._layers.set_mask(layer, mask, threshold)
+
+    def set_bodies(self, bodies: Mapping[int, np.ndarray]) -> None:
+        """Let row e of a router stand for the expert `bodies[layer][e]`, i32 [E], -1: a null expert
+        that computes nothing; where a layer is not named, row e is expert e. Expert ids are those
+        of bodies then. Masks are to be set afterwards."""
+        self.bodies = {k: np.ascontiguousarray(v, dtype=np.int32) for k, v in bodies.items()}
+        for layer in self.args.moe_layers:
+            self._layers.set_bodies(layer, self.bodies.get(layer))
+
+    def set_gains(self, gains: Mapping[int, np.ndarray]) -> None:
+        """From the next token on, multiply routing weights: by MoE layer fp32 [E] of router rows; 0
+        takes an expert out of the choice. Layers that are not named: 1 each."""
+        for layer in self.args.moe_layers:
+            row = gains.get(layer)
+            row = None if row is None else np.ascontiguousarray(row, dtype=np.float32)
+            self._layers.set_gains(layer, row)
+
+    def set_rule(self, rule: Rule) -> None:
+        """From the next token on, how many of the experts that routers choose a token goes
+        through."""
+        self._layers.set_rule(rule)
 
     @property
     def steps(self) -> Steps:

@@ -16,10 +16,11 @@ from ..runtime.native_cache import NativeCache
 from ..runtime.records import RecordTable
 from .args import ModelArgs
 from .layers import DenseMlp, sigmoid
+from .routes import Rule, choose
 from .trunk import LayerWeights, Linear
 
 # Called with (layer, expert_ids int64 [T, K], routing_weights fp32 [T, K]) for every router that
-# has spoken, layers ascending; the ids of a token ascend.
+# has spoken, layers ascending; the ids of a token ascend, those of one with fewer end with -1.
 OnRoute = Callable[[int, Tensor, Tensor], None]
 
 
@@ -33,12 +34,16 @@ class Experts(Protocol):
 
 
 class Router:
-    """softmax -> top-k -> optional renormalisation, in fp32."""
+    """softmax -> top-k -> optional renormalisation, in fp32; what else may stand between them is in
+    routes.py."""
 
     def __init__(self, args: ModelArgs, weight: Linear) -> None:
         self._weight, self._top_k, self._renormalise = weight, args.top_k, args.norm_topk
         self._mask: Tensor | None = None
         self._threshold = 0.0
+        self._bodies: Tensor | None = None
+        self._gains: Tensor | None = None
+        self.rule = Rule()
 
     def set_mask(self, mask: np.ndarray | None, threshold: float) -> None:
         """Leave the experts that `mask` u8 [E] has 0 for out; at least K have 1. None: all are in.
@@ -49,30 +54,48 @@ class Router:
         self._mask = None if mask is None else torch.from_numpy(mask != 0)
         self._threshold = threshold
 
+    def set_bodies(self, bodies: np.ndarray | None) -> None:
+        """Let row e stand for body `bodies[e]`, i32 [E], -1: none; None: for body e."""
+        self._bodies = None if bodies is None else torch.from_numpy(bodies).long()
+
+    def set_gains(self, gains: np.ndarray | None) -> None:
+        """Multiply routing weights by fp32 [E]; an expert with 0 is out of the choice."""
+        self._gains = None if gains is None else torch.from_numpy(gains)
+
     def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x `[T, D]` -> expert_ids int64 `[T, K]`, ascending, routing_weights fp32 `[T, K]`."""
         logits = self._weight.linear(x)
-        if self._mask is None:
+        is_in = self._mask
+        if self._gains is not None:
+            is_on = self._gains > 0
+            is_in = is_on if is_in is None else is_in & is_on
+        if is_in is None:
             return self._choose(logits)
-        if self._threshold > 1:
-            return self._among(logits, self._mask)
-        is_in = self._mask | (torch.softmax(logits, dim=-1) >= self._threshold)
+        if self._mask is None or self._threshold > 1:
+            return self._among(logits, is_in)
+        insists = torch.softmax(logits, dim=-1) >= self._threshold
+        is_in = is_in | (insists if self._gains is None else insists & is_on)
         rows = [self._among(logits[t : t + 1], row) for t, row in enumerate(is_in)]
         return torch.cat([ids for ids, _ in rows]), torch.cat([weights for _, weights in rows])
 
     def _among(self, logits: Tensor, is_in: Tensor) -> tuple[Tensor, Tensor]:
         """The choice among some experts, bool `[E]`: that of a router with their rows only."""
         kept = is_in.nonzero()[:, 0]
-        places, weights = self._choose(logits[:, kept])
-        return kept[places], weights
+        return self._choose(logits[:, kept], kept)
 
-    def _choose(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+    def _choose(self, logits: Tensor, kept: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Of logits `[T, n]` of the rows `kept` `[n]`, None: all."""
         scores = torch.softmax(logits, dim=-1)
+        rows = torch.arange(scores.shape[1]) if kept is None else kept
+        is_whole = self._bodies is None and self._gains is None and len(rows) >= self._top_k
+        if not self.rule.is_plain or not is_whole:
+            options = (self._bodies, self._gains)
+            return choose(self.rule, scores, rows, self._top_k, self._renormalise, *options)
         weights, expert_ids = torch.topk(scores, self._top_k, dim=-1)
         if self._renormalise:
             weights = weights / weights.sum(dim=-1, keepdim=True)
         expert_ids, order = expert_ids.sort(dim=-1)
-        return expert_ids, weights.gather(-1, order)
+        return rows[expert_ids], weights.gather(-1, order)
 
 
 class MoEBlock:

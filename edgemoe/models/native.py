@@ -25,6 +25,7 @@ from .moe import Experts, OnRoute
 from .native_tables import model_table
 from .recorded import check_guesses, check_routes
 from .rope import Rotary
+from .routes import Rule
 from .steps import ForcedRoutes, Routed
 from .trunk import LayerWeights, Linear
 
@@ -78,6 +79,22 @@ class NativeLayers:
         """Leave the experts that `mask` u8 [E] has 0 for out; see `em_decoder_set_mask`."""
         kept = None if mask is None else mask.ctypes.data
         _check(core.lib.em_decoder_set_mask(self._decoder(), layer, kept, threshold))
+
+    def set_bodies(self, layer: int, bodies: np.ndarray | None) -> None:
+        """Let row e of a layer's router stand for body `bodies[e]`, i32 [E]; see
+        `em_decoder_set_bodies`."""
+        address = None if bodies is None else bodies.ctypes.data
+        _check(core.lib.em_decoder_set_bodies(self._decoder(), layer, address))
+
+    def set_gains(self, layer: int, gains: np.ndarray | None) -> None:
+        """Multiply a layer's routing weights by fp32 [E]; see `em_decoder_set_gains`."""
+        address = None if gains is None else gains.ctypes.data
+        _check(core.lib.em_decoder_set_gains(self._decoder(), layer, address))
+
+    def set_rule(self, rule: Rule) -> None:
+        """How many of the experts that routers choose a token goes through."""
+        table = core.RoutingRule(rule.active_experts, rule.top_p)
+        _check(core.lib.em_decoder_set_routing(self._decoder(), table))
 
     # ---- many tokens ---------------------------------------------------------------------------
 

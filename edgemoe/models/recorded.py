@@ -12,7 +12,7 @@ def check_routes(
     ids: NDArray[np.integer], weights: NDArray[np.floating], args: ModelArgs, table: RecordTable
 ) -> None:
     """Raises UsageError unless they are one token's routes [layers with experts, 1 to K], of
-    distinct experts that each layer has, ascending."""
+    distinct experts that each layer has, ascending, then -1."""
     places, top_k = len(args.moe_layers), args.top_k
     is_good = ids.ndim == 2 and ids.shape == weights.shape and len(ids) == places
     if not is_good or not 1 <= ids.shape[1] <= top_k:
@@ -21,10 +21,12 @@ def check_routes(
             f"expected [{places}, 1 to {top_k}] ids and as many weights",
         )
     limits = np.array([table.num_experts[layer] for layer in args.moe_layers])
-    is_known = (ids[:, 0] >= 0).all() and (ids[:, -1] < limits).all()
-    if not is_known or (np.diff(ids, axis=1) <= 0).any():
+    is_known = (ids >= -1).all() and (ids.max(axis=1) < limits).all()
+    is_next = (np.diff(ids, axis=1) > 0) & (ids[:, :-1] >= 0)
+    is_in_order = is_next | (ids[:, 1:] == -1)
+    if not is_known or not is_in_order.all():
         raise UsageError(
-            "forced routes must name different experts of each layer, in ascending order"
+            "forced routes must name different experts of each layer, in ascending order, then -1"
         )
 
 

@@ -16,14 +16,14 @@ from .args import ModelArgs
 from .moe import Experts, OnRoute
 from .trunk import LayerWeights
 
-# Recorded routes: expert ids int32 [layers with experts, K'], ascending, and routing weights fp32
-# of one token; of T tokens [T, layers with experts, K'].
+# Recorded routes: expert ids int32 [layers with experts, K'], ascending, then -1, and routing
+# weights fp32 of one token; of T tokens [T, layers with experts, K'].
 ForcedRoutes = tuple[np.ndarray, np.ndarray]
 
 
 class Routed(NamedTuple):
-    """What goes into the MLP of a layer: normed `[T, D]`; expert_ids int32 `[T, K]` and
-    routing_weights fp32 `[T, K]`, of no meaning in a layer without a router."""
+    """What goes into the MLP of a layer: normed `[T, D]`; expert_ids int32 `[T, K]`, ascending,
+    then -1, and routing_weights fp32 `[T, K]`, of no meaning in a layer without a router."""
 
     normed: Tensor
     expert_ids: Tensor

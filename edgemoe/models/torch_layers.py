@@ -12,6 +12,7 @@ from .args import ModelArgs
 from .layers import Attention, DenseMlp, RMSNorm
 from .moe import Experts, MoEBlock, OnRoute
 from .rope import Rotary
+from .routes import Rule
 from .steps import ForcedRoutes, Routed
 from .trunk import LayerWeights, Linear
 
@@ -53,6 +54,20 @@ class TorchLayers:
     def set_mask(self, layer: int, mask: np.ndarray | None, threshold: float) -> None:
         """Leave the experts that `mask` u8 [E] has 0 for out of the choice of a layer's router."""
         self._layers[layer].moe.router.set_mask(mask, threshold)
+
+    def set_bodies(self, layer: int, bodies: np.ndarray | None) -> None:
+        """Let row e of a layer's router stand for body `bodies[e]`, i32 [E]."""
+        self._layers[layer].moe.router.set_bodies(bodies)
+
+    def set_gains(self, layer: int, gains: np.ndarray | None) -> None:
+        """Multiply a layer's routing weights by fp32 [E]; 0 takes an expert out of the choice."""
+        self._layers[layer].moe.router.set_gains(gains)
+
+    def set_rule(self, rule: Rule) -> None:
+        """How many of the experts that routers choose a token goes through."""
+        for part in self._layers:
+            if part.moe is not None:
+                part.moe.router.rule = rule
 
     def run(
         self,

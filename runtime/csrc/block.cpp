@@ -1,7 +1,6 @@
-// The blocks of a decoder layer: attention half, router, dense mlp and shared expert.
+// The blocks of a decoder layer: attention half, dense mlp and shared expert.
 #include <cerrno>
 #include <cstring>
-#include <utility>
 
 #include "decoder.h"
 #include "kernels.h"
@@ -9,44 +8,6 @@
 #include "thread_pool.h"
 
 namespace em {
-namespace {
-
-// The K largest scores [E], by ascending id; of equal ones the lowest ids. Compared as integers,
-// which orders numbers >= 0 and gives NaN a place, so that the ids are good whatever the scores.
-void pick_largest(const float *scores, int64_t num_experts, int64_t top_k, bool renormalise,
-                  int32_t *ids, float *weights) {
-  int32_t last_key = INT32_MAX;
-  int32_t last_id = -1;
-  float sum = 0.0f;
-  for (int64_t k = 0; k < top_k; ++k) {
-    int32_t best_key = -1, best_id = -1;
-    for (int32_t e = 0; e < num_experts; ++e) {
-      int32_t key;
-      std::memcpy(&key, scores + e, 4);
-      key &= INT32_MAX;
-      const bool is_left = key < last_key || (key == last_key && e > last_id);
-      if (is_left && key > best_key) {
-        best_key = key;
-        best_id = e;
-      }
-    }
-    last_key = best_key;
-    last_id = best_id;
-    sum += scores[best_id];
-    int64_t place = k;
-    for (; place > 0 && ids[place - 1] > best_id; --place) {
-      ids[place] = ids[place - 1];
-      weights[place] = weights[place - 1];
-    }
-    ids[place] = best_id;
-    weights[place] = scores[best_id];
-  }
-  if (!renormalise) return;
-  for (int64_t k = 0; k < top_k; ++k) weights[k] /= sum;
-}
-
-}  // namespace
-
 // y [T, rows] dense.
 int32_t Decoder::multiply(const em_matrix &matrix, const float *x, int64_t num_tokens,
                           const float *bias, float *y) {
@@ -192,87 +153,7 @@ int32_t Decoder::attend(int64_t number, const em_kv_cache &kv, const float *cos,
     level.add(projected + t * hidden, hidden, row);
     level.rms_norm(row, layer.post_norm, hidden, model_.rms_eps, normed + t * hidden);
   });
-  return layer.router.rows == 0 ? 0 : route(layer, normed, num_tokens, ids, weights);
-}
-
-int32_t Decoder::set_mask(int64_t layer, const uint8_t *mask, float threshold) {
-  Mask next;
-  if (mask != nullptr) {
-    const int64_t num_experts = layers_[layer].router.rows;
-    next.threshold = threshold;
-    next.is_kept.assign(mask, mask + num_experts);
-    for (int32_t e = 0; e < num_experts; ++e) {
-      if (mask[e]) next.kept.push_back(e);
-    }
-    if (static_cast<int64_t>(next.kept.size()) < model_.top_k || !(threshold >= 0)) {
-      return EM_ERR_ARG;
-    }
-  }
-  std::swap(masks_[layer], next);
-  return 0;
-}
-
-// In place of a row of logits [E]: the softmax over the experts that the mask leaves for this token,
-// close together, and their ids in `kept` [E]; returns their number. What is left out takes no part
-// in any sum, so that the bits are those of a router that never had its rows. shares [E]: scratch.
-int64_t Decoder::masked_softmax(const Mask &mask, float *row, float *shares, int32_t *kept) const {
-  const int64_t num_experts = static_cast<int64_t>(mask.is_kept.size());
-  int64_t num = 0;
-  if (mask.threshold > 1.0f) {  // no share is that large
-    for (const int32_t e : mask.kept) kept[num++] = e;
-  } else {
-    std::memcpy(shares, row, num_experts * sizeof(float));
-    row_kernels().softmax(shares, num_experts);
-    for (int32_t e = 0; e < num_experts; ++e) {
-      if (mask.is_kept[e] || shares[e] >= mask.threshold) kept[num++] = e;
-    }
-  }
-  for (int64_t i = 0; i < num; ++i) row[i] = row[kept[i]];
-  row_kernels().softmax(row, num);
-  return num;
-}
-
-int32_t Decoder::route(const em_block &layer, const float *normed, int64_t num_tokens, int32_t *ids,
-                       float *weights) {
-  const int64_t num_experts = layer.router.rows, top_k = model_.top_k;
-  const bool renormalise = model_.renormalise != 0;
-  const Mask &mask = masks_[&layer - layers_.data()];
-  const bool is_masked = !mask.is_kept.empty();
-  float *scores = scores_.floats(num_tokens * num_experts);
-  float *masked = is_masked ? masked_.floats(2 * num_tokens * num_experts) : nullptr;
-  if (scores == nullptr || (is_masked && masked == nullptr)) return -ENOMEM;
-  const int32_t status = multiply(layer.router, normed, num_tokens, nullptr, scores);
-  if (status != 0) return status;
-  parallel_for(pool_, num_tokens, [&](int64_t t, int) {
-    float *row = scores + t * num_experts;
-    int32_t *chosen = ids + t * top_k;
-    if (!is_masked) {
-      row_kernels().softmax(row, num_experts);
-      pick_largest(row, num_experts, top_k, renormalise, chosen, weights + t * top_k);
-      return;
-    }
-    float *shares = masked + 2 * t * num_experts;
-    int32_t *kept = reinterpret_cast<int32_t *>(shares + num_experts);
-    const int64_t num = masked_softmax(mask, row, shares, kept);
-    pick_largest(row, num, top_k, renormalise, chosen, weights + t * top_k);
-    for (int64_t k = 0; k < top_k; ++k) chosen[k] = kept[chosen[k]];
-  });
-  return 0;
-}
-
-int32_t Decoder::look_ahead(int64_t number, const float *x, float *scores) {
-  const em_block &layer = layers_[number];
-  float *normed = ahead_.floats(model_.hidden);
-  if (normed == nullptr) return -ENOMEM;
-  row_kernels().rms_norm(x, layer.post_norm, model_.hidden, model_.rms_eps, normed);
-  const int32_t status = multiply(layer.router, normed, 1, nullptr, scores);
-  if (status != 0) return status;
-  row_kernels().softmax(scores, layer.router.rows);
-  const Mask &mask = masks_[number];
-  for (size_t e = 0; e < mask.is_kept.size(); ++e) {
-    if (!mask.is_kept[e] && scores[e] < mask.threshold) scores[e] = 0.0f;
-  }
-  return 0;
+  return layer.router.rows == 0 ? 0 : route(number, normed, num_tokens, ids, weights);
 }
 
 int32_t Decoder::mlp(int64_t number, int64_t num_tokens, const float *normed) {

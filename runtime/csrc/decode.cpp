@@ -138,9 +138,9 @@ bool Decoder::is_valid() const {
 Decoder::Decoder(const em_model &model, em_pool *pool)
     : model_(model),
       layers_(model.layers, model.layers + model.num_layers),
-      masks_(layers_.size()),
       pool_(pool),
       attention_scale_(static_cast<float>(1.0 / std::sqrt(static_cast<double>(model.head_dim)))) {
+  for (const em_block &layer : layers_) routing_.emplace_back(layer.router.rows);
   const size_t top_k = model.top_k > 0 ? static_cast<size_t>(model.top_k) : 0;
   keys_.resize(top_k);
   data_.resize(top_k);
@@ -169,10 +169,11 @@ int32_t Decoder::logits(int64_t num_tokens, const float *x, float *logits) {
 
 bool Decoder::goes_with(const Cache &cache) const {
   int64_t place = 0;
-  for (const em_block &layer : layers_) {
+  for (size_t number = 0; number < layers_.size(); ++number) {
+    const em_block &layer = layers_[number];
     if (layer.router.rows == 0) continue;
     if (place == cache.num_places() || layer.first_key != cache.first_key(place) ||
-        layer.first_key + layer.router.rows > cache.first_key(place + 1)) {
+        layer.first_key + routing_[number].num_bodies() > cache.first_key(place + 1)) {
       return false;
     }
     ++place;
@@ -180,27 +181,27 @@ bool Decoder::goes_with(const Cache &cache) const {
   return place == cache.num_places();
 }
 
-// The experts of the place just routed, whose sum goes to y.
+// The `num` experts of the place just routed, whose sum goes to y.
 int32_t Decoder::run_experts(const em_block &layer, Cache &cache, em_decode_args &args,
-                             int64_t place, const float *normed, float *y) {
-  const int64_t top_k = num_routes(args), hidden = model_.hidden;
-  for (int64_t k = 0; k < top_k; ++k) data_[k] = cache.data(keys_[k]);
+                             int64_t place, int64_t num, const float *normed, float *y) {
+  const int64_t hidden = model_.hidden;
+  for (int64_t k = 0; k < num; ++k) data_[k] = cache.data(keys_[k]);
   float *workspace =
-      workspace_.floats(em_moe_workspace_floats(1, top_k, hidden, layer.expert_width));
+      workspace_.floats(em_moe_workspace_floats(1, num_routes(args), hidden, layer.expert_width));
   if (workspace == nullptr) return -ENOMEM;
   std::memset(y, 0, hidden * sizeof(float));
   em_moe_args run = {};
   run.num_tokens = 1;
   run.hidden = hidden;
   run.width = layer.expert_width;
-  run.num_experts = top_k;
+  run.num_experts = num;
   run.x = normed;
   run.y = y;
   run.keys = keys_.data();
   run.data = data_.data();
   run.pair_begin = pair_begin_.data();
   run.pair_token = pair_token_.data();
-  run.pair_weight = args.routing_weights + place * top_k;
+  run.pair_weight = args.routing_weights + place * num_routes(args);
   run.workspace = workspace;
   run.failed = -1;
   const int64_t start = monotonic_ns();
@@ -212,15 +213,16 @@ int32_t Decoder::run_experts(const em_block &layer, Cache &cache, em_decode_args
   return status;
 }
 
-// Whether forced routes, if there are, name experts that each layer has, ascending.
+// Whether forced routes, if there are, name bodies that each layer has, ascending, then none.
 bool Decoder::has_good_routes(const em_decode_args &args) const {
   if (args.forced_ids == nullptr) return true;
   if (!args.forced_weights || args.num_forced < 1 || args.num_forced > model_.top_k) return false;
   const int32_t *ids = args.forced_ids;
-  for (const em_block &layer : layers_) {
-    if (layer.router.rows == 0) continue;
-    for (int64_t k = 0, last = -1; k < args.num_forced; ++k) {
-      if (ids[k] <= last || ids[k] >= layer.router.rows) return false;
+  for (size_t number = 0; number < layers_.size(); ++number) {
+    if (layers_[number].router.rows == 0) continue;
+    const int64_t num = num_active(ids, args.num_forced);
+    for (int64_t k = 0, last = -1; k < num; ++k) {
+      if (ids[k] <= last || ids[k] >= routing_[number].num_bodies()) return false;
       last = ids[k];
     }
     ids += args.num_forced;
@@ -260,16 +262,17 @@ int32_t Decoder::run_layer(int64_t number, Cache &cache, em_decode_args &args, f
   }
   args.num_places = place + 1;
   const int32_t *ids = args.routes + place * top_k;
-  for (int64_t k = 0; k < top_k; ++k) keys_[k] = static_cast<int32_t>(layer.first_key + ids[k]);
-  if (between_ != nullptr) between_->spoken(place, ids, args.routing_weights + place * top_k, top_k);
+  const int64_t num = num_active(ids, top_k);
+  for (int64_t k = 0; k < num; ++k) keys_[k] = static_cast<int32_t>(layer.first_key + ids[k]);
+  if (between_ != nullptr) between_->spoken(place, ids, args.routing_weights + place * top_k, num);
   int64_t num_misses = 0;
-  status = demand(cache, place, top_k, &num_misses);
+  status = demand(cache, place, num, &num_misses);
   if (status != 0) return status;
-  const Cache::Held held(cache, top_k, keys_.data());
+  const Cache::Held held(cache, num, keys_.data());
   if (between_ != nullptr) status = between_->predict(this, place, x);
   if (status == 0) status = mlp(number, 1, normed);  // the shared expert, while reads fly
   const int64_t stall_ns = cache.stats_of(place).stall_ns;
-  if (status == 0) status = run_experts(layer, cache, args, place, normed, y);
+  if (status == 0) status = run_experts(layer, cache, args, place, num, normed, y);
   if (between_ != nullptr) between_->finish(num_misses, cache.stats_of(place).stall_ns - stall_ns);
   if (status == 0) add(number, 1, y, x);
   return status;
@@ -330,6 +333,16 @@ int32_t without_exceptions(const Call &call) {
   }
 }
 
+// `call` changes the routing of a layer that has a router; false: it refuses.
+template <class Call>
+int32_t change(Decoder *decoder, int64_t layer, const Call &call) {
+  if (!decoder || layer < 0 || layer >= decoder->model().num_layers ||
+      decoder->layer(layer).router.rows == 0) {
+    return EM_ERR_ARG;
+  }
+  return without_exceptions([&] { return call(decoder->routing_of(layer)) ? 0 : EM_ERR_ARG; });
+}
+
 }  // namespace em
 
 em_decoder *em_decoder_create(const em_model *model, em_pool *pool) {
@@ -346,11 +359,23 @@ void em_decoder_destroy(em_decoder *decoder) { delete decoder; }
 
 int32_t em_decoder_set_mask(em_decoder *decoder, int64_t layer, const uint8_t *mask,
                             float threshold) {
-  if (!decoder || layer < 0 || layer >= decoder->model().num_layers ||
-      decoder->layer(layer).router.rows == 0) {
-    return EM_ERR_ARG;
-  }
-  return em::without_exceptions([&] { return decoder->set_mask(layer, mask, threshold); });
+  return em::change(decoder, layer, [&](em::LayerRouting &routing) {
+    return routing.set_mask(mask, threshold, decoder->model().top_k);
+  });
+}
+
+int32_t em_decoder_set_bodies(em_decoder *decoder, int64_t layer, const int32_t *body) {
+  return em::change(decoder, layer,
+                    [&](em::LayerRouting &routing) { return routing.set_bodies(body); });
+}
+
+int32_t em_decoder_set_gains(em_decoder *decoder, int64_t layer, const float *gains) {
+  return em::change(decoder, layer,
+                    [&](em::LayerRouting &routing) { return routing.set_gains(gains); });
+}
+
+int32_t em_decoder_set_routing(em_decoder *decoder, const em_routing *routing) {
+  return decoder && decoder->set_routing(routing) ? 0 : EM_ERR_ARG;
 }
 
 int32_t em_decoder_embed(em_decoder *decoder, int64_t num_tokens, const int32_t *ids, float *x) {

@@ -8,6 +8,7 @@
 #include "attention.h"
 #include "cache.h"
 #include "edgemoe_core.h"
+#include "routing.h"
 
 namespace em {
 
@@ -35,13 +36,6 @@ struct Rows {
   float *row(int64_t t) const { return data + t * stride; }
 };
 
-// What a pruned set leaves of the experts of a layer.
-struct Mask {
-  std::vector<uint8_t> is_kept;  // [E]; empty: every expert stays
-  std::vector<int32_t> kept;     // their ids, ascending
-  float threshold = 0;           // an expert with at least this share of a token comes back for it
-};
-
 class Decoder {
  public:
   Decoder(const em_model &model, em_pool *pool);
@@ -51,13 +45,9 @@ class Decoder {
   const em_block &layer(int64_t layer) const { return layers_[layer]; }
   bool goes_with(const Cache &cache) const;  // their places are the same records
   bool is_valid() const;
-  // mask u8 [E], 0: out; null: every expert stays.
-  int32_t set_mask(int64_t layer, const uint8_t *mask, float threshold);
-  // Whether the mask leaves a token that could choose the expert.
-  bool may_choose(int64_t layer, int64_t expert) const {
-    const Mask &mask = masks_[layer];
-    return mask.is_kept.empty() || mask.is_kept[expert] || mask.threshold <= 1.0f;
-  }
+  LayerRouting &routing_of(int64_t layer) { return routing_[layer]; }
+  const LayerRouting &routing_of(int64_t layer) const { return routing_[layer]; }
+  bool set_routing(const em_routing *routing);
 
   int32_t embed(int64_t num_tokens, const int32_t *ids, float *x);
   int32_t attend(int64_t layer, const em_kv_cache &kv, const float *cos, const float *sin,
@@ -67,7 +57,8 @@ class Decoder {
   // x += mlp, or x += y + share * mlp.
   void add(int64_t layer, int64_t num_tokens, float *y, float *x);
   int32_t logits(int64_t num_tokens, const float *x, float *logits);
-  // scores [E]: softmax of a layer's router, if x [D] were its residual before the MoE half.
+  // scores [bodies]: their shares in the softmax of a layer's router, if x [D] were its residual
+  // before the MoE half.
   int32_t look_ahead(int64_t layer, const float *x, float *scores);
   bool has_good_routes(const em_decode_args &args) const;
   int32_t decode(Cache &cache, em_decode_args &args);
@@ -82,8 +73,7 @@ class Decoder {
                     int64_t token) const;
   void store_heads(const em_kv_cache &kv, int64_t layer, int part, const float *heads,
                    int64_t token) const;
-  int64_t masked_softmax(const Mask &mask, float *row, float *shares, int32_t *kept) const;
-  int32_t route(const em_block &layer, const float *normed, int64_t num_tokens, int32_t *ids,
+  int32_t route(int64_t number, const float *normed, int64_t num_tokens, int32_t *ids,
                 float *weights);
   int64_t num_routes(const em_decode_args &args) const {
     return args.forced_ids ? args.num_forced : model_.top_k;
@@ -95,11 +85,12 @@ class Decoder {
   int32_t demand(Cache &cache, int64_t place, int64_t num_keys, int64_t *num_misses);
   int32_t decode_layers(Cache &cache, em_decode_args &args);
   int32_t run_experts(const em_block &layer, Cache &cache, em_decode_args &args, int64_t place,
-                      const float *normed, float *y);
+                      int64_t num, const float *normed, float *y);
 
   em_model model_;
   std::vector<em_block> layers_;
-  std::vector<Mask> masks_;  // by layer
+  std::vector<LayerRouting> routing_;  // by layer
+  em_routing rule_ = {};
   em_pool *pool_;
   float attention_scale_;
   Scratch parts_, qkv_, mixed_, projected_, attention_, scores_, masked_, gate_up_, mlp_, shares_;

@@ -20,7 +20,7 @@
 extern "C" {
 #endif
 
-#define EM_ABI_VERSION 3
+#define EM_ABI_VERSION 4
 
 enum { EM_MODE_SYM = 0, EM_MODE_ASYM = 1, EM_MODE_BF16 = 2, EM_MODE_FP16 = 3, EM_MODE_NF4 = 4 };
 
@@ -429,12 +429,31 @@ EM_API void em_decoder_destroy(em_decoder *decoder); /* NULL is allowed */
  * of at least `threshold` (>= 0) in the softmax over all, it is in; above 1 there is no such token. */
 EM_API int32_t em_decoder_set_mask(em_decoder *decoder, int64_t layer, const uint8_t *mask,
                                    float threshold);
+/* Let row e of a layer's router stand for body[e]: i32 [E], copied, NULL: row e is body e. Bodies are
+ * the experts that have records; everywhere but in the router's own rows (masks and gains are of rows)
+ * expert ids are theirs. Rows of one body that a token has chosen count as one, with the sum of their
+ * weights, in ascending order of rows. -1: a null expert. It takes part in the softmax and the choice
+ * and is then left out, also of the sum that weights are divided by (AdaMoE, 2406.13233). */
+EM_API int32_t em_decoder_set_bodies(em_decoder *decoder, int64_t layer, const int32_t *body);
+/* Multiply the routing weights of a layer by gains [E] >= 0, copied; NULL: 1 each. An expert with gain
+ * 0 is out of the choice, as by a mask but for good; then a token may have fewer than K. */
+EM_API int32_t em_decoder_set_gains(em_decoder *decoder, int64_t layer, const float *gains);
+/* How many of the K experts that a router chooses a token goes through; from the next call on, in all
+ * layers. NULL: all of them. */
+typedef struct em_routing {
+  int32_t active_experts; /* the largest 1 .. K (SEER-MoE, 2404.05089); 0: K */
+  float top_p; /* of those, largest first, no more than it takes for shares of the softmax that add up
+                  to more than top_p, one at least; weights stay as they are without it, so that they
+                  may add up to less (2403.07652). Up to 1; 0 and 1: all */
+} em_routing;
+EM_API int32_t em_decoder_set_routing(em_decoder *decoder, const em_routing *routing);
 /* x [T, D] = the embedding rows of ids [T]. */
 EM_API int32_t em_decoder_embed(em_decoder *decoder, int64_t num_tokens, const int32_t *ids, float *x);
 /* The attention half of a layer, in place of x [T, D], for T tokens at kv->position on: x += attention
  * (norm x), whose keys and values are stored in the cache (kv->position itself is left alone); then
  * normed [T, D] = post norm of x, and where the layer has a router expert_ids, routing_weights
  * [T, K]: the K largest of softmax(router normed), by ascending id; of equal ones the lowest ids.
+ * Routes of a token that has fewer end with ids of -1, whose weight is 0 (here and everywhere).
  * cos, sin [T, rotary_dim / 2] of the positions. */
 EM_API int32_t em_decoder_attend(em_decoder *decoder, int64_t layer, const em_kv_cache *kv,
                                  const float *cos, const float *sin, int64_t num_tokens, float *x,
@@ -454,10 +473,10 @@ typedef struct em_decode_args {
   int32_t *stop; /* may be NULL. Not 0: em_decode ends before the next layer, and writes 0 */
   int32_t on_sigint; /* 1: SIGINT writes 1 to *stop while em_decode runs, before it goes to the handler
                         that it has; where it has none, it keeps its effect. POSIX; for one thread */
-  int32_t *routes;        /* out [layers with experts, K]: expert ids, ascending */
+  int32_t *routes;        /* out [layers with experts, K]: expert ids, ascending, then -1 */
   float *routing_weights; /* out [layers with experts, K] */
   /* Recorded routes in the place of the router's, [layers with experts, num_forced] of 1 .. K distinct
-   * ids, ascending; `routes` and `routing_weights` then have num_forced columns. The routers run all
+   * ids, ascending, then -1; `routes` and `routing_weights` then have num_forced columns. The routers run all
    * the same, so that a token costs as much. NULL: the router's routes. */
   const int32_t *forced_ids;
   const float *forced_weights;

@@ -30,19 +30,24 @@ Prefetcher::Prefetcher(const em_prefetch_options &options) : options_(options) {
 }
 
 bool Prefetcher::bind(const Decoder &decoder) {
-  if (places_.empty()) {
+  const auto is_changed = [&decoder](const Place &each) {
+    return each.num_experts != decoder.routing_of(each.layer).num_bodies();
+  };
+  if (places_.empty() || std::any_of(places_.begin(), places_.end(), is_changed)) {
+    places_.clear();
     for (int64_t number = 0; number < decoder.model().num_layers; ++number) {
       const em_block &layer = decoder.layer(number);
       if (layer.router.rows != 0) {
-        places_.push_back({layer.first_key, layer.router.rows, number});
-        scores_.resize(std::max(scores_.size(), static_cast<size_t>(layer.router.rows)));
+        const int64_t num_bodies = decoder.routing_of(number).num_bodies();
+        places_.push_back({layer.first_key, num_bodies, number});
+        scores_.resize(std::max(scores_.size(), static_cast<size_t>(num_bodies)));
       }
     }
     top_k_ = decoder.model().top_k;
     num_ranks_ = 2 * top_k_;
     ranked_.resize(static_cast<size_t>(num_ranks_));
-    lists_.resize(places_.size() * kMaxDepth);
-    previous_.resize(places_.size() * static_cast<size_t>(top_k_));
+    lists_.assign(places_.size() * kMaxDepth, List());
+    previous_.assign(places_.size() * static_cast<size_t>(top_k_), -1);
     gate_.assign(1, Gate(static_cast<int64_t>(places_.size()), num_ranks_));
   }
   const bool has_tables = options_.predictor != EM_PREDICT_PROFILE ||
@@ -120,9 +125,9 @@ void Prefetcher::spoken(int64_t place, const int32_t *ids, const float *weights,
   chosen_[0].assign(ids, ids + num_ids);
   // Most weight first.
   int32_t *row = previous_.data() + place * top_k_;
-  num_previous_ = num_ids;
   rank_largest(weights, num_ids, num_ids, row);
   for (int64_t k = 0; k < num_ids; ++k) row[k] = ids[row[k]];
+  std::fill(row + num_ids, row + top_k_, -1);
 }
 
 bool Prefetcher::is_worth_predicting(const Decoder &decoder, int64_t place) const {
@@ -130,7 +135,7 @@ bool Prefetcher::is_worth_predicting(const Decoder &decoder, int64_t place) cons
   bool has_absent = false;
   for (int64_t e = 0; e < at.num_experts && !has_absent; ++e) {
     has_absent = cache_->is_absent(static_cast<int32_t>(at.first_key + e)) &&
-                 decoder.may_choose(at.layer, e);
+                 decoder.routing_of(at.layer).may_choose(e);
   }
   if (!has_absent || options_.is_forced) return has_absent;
   return num_idle_lists_ < kPatience * num_places() || num_tokens_ % kProbe == 0;
@@ -156,8 +161,8 @@ int32_t Prefetcher::predict_place(Decoder *decoder, int64_t place, int depth, co
   const int64_t num = rank_experts(decoder, place, depth, x, &status);
   if (status != 0) return status;
   for (int64_t rank = 0; rank < num; ++rank) {
-    if (ranked_[rank] < 0 || ranked_[rank] >= places_[place].num_experts) continue;  // of those given
-    if (!decoder->may_choose(places_[place].layer, ranked_[rank])) continue;
+    if (ranked_[rank] < 0 || ranked_[rank] >= places_[place].num_experts) continue;  // none, or given
+    if (!decoder->routing_of(places_[place].layer).may_choose(ranked_[rank])) continue;
     const int32_t key = static_cast<int32_t>(places_[place].first_key) + ranked_[rank];
     if (cache_->is_absent(key)) made.candidates.push_back({key, static_cast<int32_t>(rank)});
   }
@@ -181,8 +186,8 @@ int64_t Prefetcher::rank_experts(Decoder *decoder, int64_t place, int depth, con
       return std::min(num, num_guesses_);
     case EM_PREDICT_PREVIOUS:
       if (num_tokens_ < 2) return 0;
-      std::copy_n(previous_.data() + place * top_k_, num_previous_, ranked_.data());
-      return num_previous_;
+      std::copy_n(previous_.data() + place * top_k_, top_k_, ranked_.data());
+      return top_k_;
     case EM_PREDICT_PROFILE:
       if (depth == 1) {
         profile_scores(tables_[place], options_.back_off, at.num_experts, chosen_[1].data(),
@@ -198,7 +203,7 @@ int64_t Prefetcher::rank_experts(Decoder *decoder, int64_t place, int depth, con
       if (*status != 0) return 0;
   }
   for (int64_t e = 0; e < at.num_experts; ++e) {
-    if (!decoder->may_choose(at.layer, e)) scores_[e] = 0.0f;
+    if (!decoder->routing_of(at.layer).may_choose(e)) scores_[e] = 0.0f;
   }
   rank_largest(scores_.data(), at.num_experts, num, ranked_.data());
   int64_t num_likely = num;

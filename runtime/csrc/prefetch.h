@@ -68,12 +68,12 @@ class Prefetcher {
   std::vector<Place> places_;
   std::vector<Gate> gate_;  // one, once bound
   std::vector<List> lists_;
-  std::vector<int32_t> previous_;  // [places][num_previous_] of the last token, most weight first
+  std::vector<int32_t> previous_;  // [places][K] of the last token, most weight first, then -1
   std::vector<int32_t> chosen_[2];  // of the last place that has spoken, and of the one before it
   std::vector<int32_t> wanted_;
   std::vector<float> scores_;
   std::vector<int32_t> ranked_;
-  int64_t num_ranks_ = 0, top_k_ = 0, num_previous_ = 0;
+  int64_t num_ranks_ = 0, top_k_ = 0;
 
   Cache *cache_ = nullptr;  // during a token
   em_store *store_ = nullptr;
