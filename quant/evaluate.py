@@ -5,9 +5,9 @@ models are compared token by token over the same windows, so that the text's own
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -88,36 +88,46 @@ def evaluate(
 
     Raises UsageError where the two do not have the same vocabulary.
     """
+    if other is None:
+        return compare(model, (), windows, progress, kv_bits)[0]
+    return compare(other, (model,), windows, progress, kv_bits)[1]
+
+
+def compare(
+    reference: Model,
+    models: Sequence[Model],
+    windows: Sequence[Window],
+    progress: Progress | None = None,
+    kv_bits: int = 16,
+) -> list[Losses]:
+    """The losses of `reference` over `windows`, then those of each model and its distance from the
+    reference. One engine may be several of them. Raises UsageError for different vocabularies."""
     progress = progress or Silent()
-    if other is not None and other.args.vocab != model.args.vocab:
-        raise UsageError(
-            "these two models cannot be compared",
-            f"their vocabularies have {model.args.vocab} and {other.args.vocab} tokens",
-            "give two stores of one model",
-        )
-    models = [model] if other is None else [model, other]
+    every = [reference, *models]
+    for model in models:
+        if model.args.vocab != reference.args.vocab:
+            raise UsageError(
+                "these two models cannot be compared",
+                f"their vocabularies have {model.args.vocab} and {reference.args.vocab} tokens",
+                "give two stores of one model",
+            )
     size = max(len(window.ids) for window in windows)
-    caches = [KVCache.for_model(each.args, size, kv_bits) for each in models]
-    sums = Sums(len(models) > 1)
+    caches = [KVCache.for_model(each.args, size, kv_bits) for each in every]
+    sums = [Sums(number > 0) for number in range(len(every))]
+    step = max(1, _LOGITS_BYTES // (4 * reference.args.vocab))
     progress.start("tokens", sum(len(window.ids) for window in windows), unit="tok")
     for window in windows:
         for cache in caches:
             cache.trim(0)
-        for begin, *logits in _chunks(models, caches, window.ids):
-            sums.add(window, begin, *logits)
-            progress.advance(len(logits[0]))
-    return sums.losses()
-
-
-def _chunks(
-    models: Sequence[Model], caches: Sequence[KVCache], ids: list[int]
-) -> Iterator[tuple[Any, ...]]:
-    """(position, logits of every model) of runs of tokens, so few that their logits are small."""
-    step = max(1, _LOGITS_BYTES // (4 * models[0].args.vocab))
-    for begin in range(0, len(ids), step):
-        part = ids[begin : begin + step]
-        pairs = zip(models, caches, strict=True)
-        yield begin, *(model.forward(part, cache, "all") for model, cache in pairs)
+        for begin in range(0, len(window.ids), step):
+            part = window.ids[begin : begin + step]
+            # A copy: a token alone leaves its logits in a place that the next one takes.
+            first = reference.forward(part, caches[0], "all").clone()
+            sums[0].add(window, begin, first)
+            for model, cache, own in zip(models, caches[1:], sums[1:], strict=True):
+                own.add(window, begin, model.forward(part, cache, "all"), first)
+            progress.advance(len(part))
+    return [each.losses() for each in sums]
 
 
 @dataclass(slots=True)

@@ -6,11 +6,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from ..active_set import ActiveSet, mask_routers
+from ..active_set import ActiveSet
 from ..runtime.profile import Profile
 from ..runtime.sets import ExpertSet
 from .calibrate import Collector, Text
-from .passes import Passes, groups
+from .masked import Masked
+from .passes import groups
 from .progress import Progress, Silent
 from .windows import cut
 
@@ -44,10 +45,5 @@ def routes_of_text(
     full model, and with `expert_set` as a hard set."""
     count = REPLAY_TOKENS // len(texts)
     windows = [window.ids for text in texts for window in cut(text.ids[:count], engine.context)]
-    passes = Passes(engine)
-    full = np.concatenate(passes.routes(windows))
-    mask_routers(engine._model, ActiveSet(expert_set, "hard", 0.0))
-    try:
-        return full, np.concatenate(passes.routes(windows))
-    finally:
-        mask_routers(engine._model, engine.active_set)
+    full, hard = Masked(engine, None), Masked(engine, ActiveSet(expert_set, "hard", 0.0))
+    return full.routes(windows), hard.routes(windows)

@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 
 from ..runtime.errors import UsageError
-from . import options
+from . import options, sets_arms
 from .render import note, open_output
 
 DESCRIPTION = """Measure decode, prefill, time to first token, reads, hits, stalls and peak memory.
@@ -19,6 +19,7 @@ least that works. Random prompts touch every expert alike, so that hits say noth
 are for finding limits, and labelled in the output.
 
   edgemoe bench NAME.edgemoe --memory floor,25%,50%,100% -p 512 -n 128 -r 3
+  edgemoe bench NAME.edgemoe --sets code --text code.txt --other-text prose.txt --plot code.svg
 """
 
 
@@ -69,6 +70,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="RATE",
         help="read as from a drive of this rate, such as 50MB/s",
     )
+    sets_arms.add_arguments(parser)
     _add_ablation(parser)
     parser.add_argument("--markdown", action="store_true", help="Markdown tables")
     parser.add_argument(
@@ -93,7 +95,8 @@ def _add_ablation(parser: argparse.ArgumentParser) -> None:
         type=float,
         default=0.25,
         metavar="X",
-        help="our expert cache, as a share of all experts at 4 bits (default: 0.25)",
+        help="our expert cache, as a share of all experts at 4 bits; with --sets, of the full "
+        "model's (default: 0.25)",
     )
     group.add_argument(
         "--seconds",
@@ -119,7 +122,11 @@ def _add_ablation(parser: argparse.ArgumentParser) -> None:
         help="with --replay: share of the next layers' experts that guesses name (default: 0.8)",
     )
     group.add_argument(
-        "--eval-tokens", type=options.count, default=4096, metavar="N", help="for the loss (4096)"
+        "--eval-tokens",
+        type=options.count,
+        default=4096,
+        metavar="N",
+        help="for the loss; with --sets, of each text (default: 4096)",
     )
 
 
@@ -129,7 +136,19 @@ def run(args: argparse.Namespace) -> int:
     if target is not None and target.is_dir():
         raise UsageError(f"--json would write to the folder `{target}`", "", "--json=FILE")
     open_output()
-    if args.ablation:
+    is_report = bool(args.sets or args.others)
+    if args.plot is not None:
+        from .draw import need_matplotlib
+
+        if not is_report:
+            raise UsageError("--plot draws what --sets measures", "", "give --sets NAME")
+        need_matplotlib(args.plot)
+    if is_report and args.ablation:
+        raise UsageError("--sets and --ablation are two reports", "", "one at a time")
+    if is_report:
+        from .bench_sets import measure
+        from .sets_report import tables
+    elif args.ablation:
         from .ablation_report import tables
         from .bench_ablation import measure
     else:
@@ -137,6 +156,10 @@ def run(args: argparse.Namespace) -> int:
         from .bench_report import tables
 
     document = measure(path, args)
+    if args.plot is not None:
+        from .draw import sets
+
+        sets(document, args.plot)
     if args.json == "-":
         print(json.dumps(document, indent=1))
         return 0
@@ -145,5 +168,5 @@ def run(args: argparse.Namespace) -> int:
         temporary.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
         temporary.replace(target)
         note(f"wrote {target}")
-    print(tables(document, markdown=args.markdown))
+    print(tables(document, markdown=args.markdown or is_report))
     return 0

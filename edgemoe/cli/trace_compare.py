@@ -37,6 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="X,Y",
         help=BUDGETS_HELP,
     )
+    parser.add_argument("--plot", metavar="FILE.svg", help="hit rate over budget (needs [plot])")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of tables")
 
 
@@ -52,6 +53,10 @@ def run(args: argparse.Namespace) -> int:
             "edgemoe trace compare A B, or: edgemoe trace compare A --policy lru,forecast",
         )
     open_output()
+    if args.plot is not None:
+        from .draw import need_matplotlib
+
+        need_matplotlib(args.plot)
     traces = [load(file) for file in args.files]
     document: dict[str, Any] = {
         "traces": [
@@ -62,6 +67,10 @@ def run(args: argparse.Namespace) -> int:
     }
     if len(traces) == 2:
         document["overlap"] = overlap(*traces)
+    if args.plot is not None:
+        from .draw import compared
+
+        compared(document, args.plot)
     print(json.dumps(as_json(document), indent=1) if args.json else _text(document))
     return 0
 
@@ -121,7 +130,12 @@ def curves(
                     "file": str(file),
                     "policy": policy,
                     "budgets": [
-                        {"budget": word, "bytes": capacity, **figures(outcome)}
+                        {
+                            "budget": word,
+                            "bytes": capacity,
+                            "share": capacity / trace.table_bytes,
+                            **figures(outcome),
+                        }
                         for word, capacity, outcome in zip(words, capacities, outcomes, strict=True)
                     ],
                 }

@@ -34,6 +34,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="X,Y",
         help=BUDGETS_HELP,
     )
+    parser.add_argument(
+        "--keep",
+        type=_shares,
+        default=[],
+        metavar="X,Y",
+        help="and with this share of each layer's experts, those most picked in the first half of "
+        "the tokens; counted on the other half",
+    )
     parser.add_argument("--plot", metavar="FILE.svg", help="hit rate over budget (needs [plot])")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of tables")
 
@@ -43,15 +51,19 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError("no trace given", "", "edgemoe trace record STORE --out NAME.trace")
     open_output()
     if args.plot is not None:
-        from .trace_plot import need_matplotlib
+        from .draw import need_matplotlib
 
         need_matplotlib(args.plot)
     words = args.budgets or BUDGETS.split(",")
-    documents = [describe(load(file), file, args.policy, words) for file in args.files]
+    documents = []
+    for file in args.files:
+        trace = load(file)
+        documents.append(describe(trace, file, args.policy, words))
+        documents[-1]["sets"] = [kept(trace, share, args.policy, words) for share in args.keep]
     if args.plot is not None:
-        from .trace_plot import plot
+        from .draw import replayed
 
-        plot(documents, args.plot)
+        replayed(documents, args.plot)
     if args.json:
         print(json.dumps(as_json({"traces": documents}), indent=1, allow_nan=False))
     else:
@@ -130,6 +142,33 @@ def figures(outcome: "Outcome") -> dict[str, Any]:
     }
 
 
+def _shares(text: str) -> list[float]:
+    from .prune_task import share
+
+    return [share(word) for word in options.word_list(text)]
+
+
+def kept(
+    trace: "Trace", keep: float, policies: list[str] | None, words: list[str]
+) -> dict[str, Any]:
+    """A set from one half of the trace on the other, as one JSON object; by the first policy."""
+    from ..quant.trace_masks import half_mask
+    from ..runtime.policy import DEFAULT_POLICY
+
+    capacities = [budget_bytes(word, trace.table_bytes) for word in words]
+    found = half_mask(trace, keep, (policies or [DEFAULT_POLICY])[0], capacities)
+    outcomes = ("full", "drawn_anew", "left_out")
+    return {
+        "keep": keep,
+        "policy": found.full[0].policy,
+        "num_chosen_on": found.num_chosen_on,
+        "num_tested_on": found.num_tested_on,
+        "num_kept": list(found.num_kept),
+        "removed_picks": found.removed_picks,
+        **{name: [figures(each) for each in getattr(found, name)] for name in outcomes},
+    }
+
+
 def _mean(values: Any) -> float:
     known = values[values == values]
     return float(known.mean()) if len(known) else 0.0
@@ -155,4 +194,24 @@ def text(document: dict[str, Any]) -> str:
     predictors = ", ".join(
         f"{name} {each['recall']:.3f}" for name, each in document["predictors"].items()
     )
-    return f"{head}\n\n{table(rows, header)}\n\nrecall of the next demand: {predictors}"
+    parts = [head, table(rows, header), f"recall of the next demand: {predictors}"]
+    parts += [_text_of_set(each, header[1:]) for each in document["sets"]]
+    return "\n\n".join(parts)
+
+
+def _text_of_set(found: dict[str, Any], header: list[str]) -> str:
+    """Reads of the full routing over those with the set, in both readings of the picks that go."""
+    rows = [
+        [f"hit, {name}", *(f"{each['hit_rate']:.3f}" for each in found[key])]
+        for name, key in (("full", "full"), ("set", "drawn_anew"))
+    ]
+    for name, key in (("drawn anew", "drawn_anew"), ("left out", "left_out")):
+        pairs = zip(found["full"], found[key], strict=True)
+        reads = [(a["bytes_per_token"], b["bytes_per_token"]) for a, b in pairs]
+        fewer = (f"{a / b:.2f}" if b else "-" for a, b in reads)
+        rows.append([f"fewer reads, lost picks {name}", *fewer])
+    return (
+        f"{found['keep']:.0%} of the experts stay, chosen on {found['num_chosen_on']} tokens, "
+        f"counted on the other {found['num_tested_on']}: {found['removed_picks']:.1%} of the picks "
+        f"go ({found['policy']})\n\n{table(rows, ['', *header])}"
+    )

@@ -1,8 +1,15 @@
-"""Held-out questions with the answers that are expected, grouped for the evaluation."""
+"""Held-out questions with the answers that are expected, grouped for the evaluation.
+
+As a program, some of them in long conversations: `python questions.py --out questions.jsonl`, the
+file that `edgemoe bench --sets` asks of the bundled model (`--questions`, docs/sets.md).
+"""
 
 from __future__ import annotations
 
+import argparse
+import json
 import random
+from pathlib import Path
 
 import chitchat
 import product
@@ -81,3 +88,38 @@ def groups(count: int, seed: int) -> dict[str, list[Case]]:
     rng.shuffle(refused)
     out["refusal, held out"] = [_single(q, REFUSAL, rng) for q in refused[:count]]
     return out
+
+
+def conversations(count: int, seed: int) -> list[dict[str, object]]:
+    """Each seven held-out wordings and one question about edgemoe that was taught, in any order:
+    the longest answers are to those, and few of them have a wording that was left out."""
+    rng = random.Random(f"conversations-{seed}")
+    pools = groups(10_000, seed)
+    kinds = {"arithmetic": 60, "everyday facts": 60, "refusal": 20}
+    short = [
+        (messages[-1]["content"], answer)
+        for name, most in kinds.items()
+        for messages, answer in pools[f"{name}, held out"][:most]
+    ]
+    known = [(m[-1]["content"], answer) for m, answer in pools["edgemoe and MoE, taught"]]
+    found = []
+    for _ in range(count):
+        turns = [*rng.sample(short, 7), rng.choice(known)]
+        rng.shuffle(turns)
+        found.append({"turns": [{"question": q, "answer": a} for q, a in turns]})
+    return found
+
+
+def main() -> None:
+    """Write conversations as JSON lines."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--count", type=int, default=24)
+    parser.add_argument("--seed", type=int, default=1)
+    args = parser.parse_args()
+    lines = (json.dumps(each) for each in conversations(args.count, args.seed))
+    args.out.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
