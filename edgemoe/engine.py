@@ -171,6 +171,8 @@ class Engine:
             top_k=args.top_k,
             chunk=self.chunk_tokens,
         )
+        if self._index.layer_to_bodies:
+            self._model.set_bodies(self._index.layer_to_bodies)
         self.prefetch = self._make_prefetch()
         self.notes += notes_on(self)
         if self.active_set is not None:

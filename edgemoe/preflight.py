@@ -141,7 +141,14 @@ def context_of(args: ModelArgs, config: EngineConfig) -> int:
 
 
 def check_index(index: StoreIndex, args: ModelArgs) -> None:
-    """Raises FormatError where the records are not those of the model in config.json."""
+    """Raises FormatError where the records are not those of the model in config.json, UsageError
+    where the routers know nothing yet."""
+    if index.untrained_routers:
+        raise UsageError(
+            f"`{index.path}` cannot run yet: its routers are random",
+            "experts were merged and the routers have to be trained for what is left",
+            "merge with --router index-map to run without training",
+        )
     num_experts = index.layer_to_num_experts
     wrong = ""
     if index.hidden != args.hidden:
@@ -150,10 +157,10 @@ def check_index(index: StoreIndex, args: ModelArgs) -> None:
         wrong = f"MoE layers {list(args.moe_layers)} and {list(num_experts)}"
     else:
         for (layer, expert), record in index.records.items():
-            if num_experts[layer] != args.experts_of(layer):
-                wrong = (
-                    f"{args.experts_of(layer)} experts and {num_experts[layer]} in layer {layer}"
-                )
+            num_rows = len(index.layer_to_bodies.get(layer, ())) or args.experts_of(layer)
+            if (num_experts[layer], num_rows) != (args.bodies_of(layer), args.experts_of(layer)):
+                found = num_rows if layer in index.layer_to_bodies else num_experts[layer]
+                wrong = f"{args.experts_of(layer)} experts and {found} in layer {layer}"
             elif record.layout.width != args.expert_width:
                 wrong = (
                     f"expert width {args.expert_width} and {record.layout.width} in record "

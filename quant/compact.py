@@ -43,8 +43,10 @@ def compact(
     """
     out, progress = Path(out), progress or Silent()
     index = load_index(store)
-    if index.kept:
-        raise UsageError(f"`{store}` was made of a set itself", "", "take the full store")
+    if index.is_derived:
+        raise UsageError(
+            f"`{store}` was made of a set itself, or by merging", "", "take the full store"
+        )
     expert_set = resolve(store, name, owner_of(index, store_args(index)))
     if out.exists():
         raise UsageError(f"`{out}` is there already", "", "give another name, or remove it")

@@ -89,7 +89,7 @@ def choose(
             room.fill_evenly(amount.num_bytes)
         room.fill(max_bytes=amount.num_bytes)
         return room.kept()
-    counts = {layer: _count(amount, len(order[layer]), top_k) for layer in order}
+    counts = {layer: num_to_keep(amount, len(order[layer]), top_k) for layer in order}
     if first is not None:
         counts[first] = len(order[first])
     if by_layer:
@@ -98,7 +98,8 @@ def choose(
     return room.kept()
 
 
-def _count(amount: Amount, num_experts: int, top_k: int) -> int:
+def num_to_keep(amount: Amount, num_experts: int, top_k: int) -> int:
+    """How many of a layer's experts stay. Raises UsageError for fewer than `top_k`."""
     count = amount.experts if amount.experts is not None else round(amount.share * num_experts)
     if not top_k <= count <= num_experts:
         raise UsageError(

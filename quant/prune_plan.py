@@ -216,29 +216,34 @@ def plan_text(plan: PrunePlan) -> list[str]:
         )
         for each in plan.layers
     ]
-    lines += _columns(header, cells)
-    if plan.rows:
-        lines.append(f"expert cache, {plan.rows_from}:")
-        header = ("size", "of all", "hit full", "hit set", "read/token full", "set", "ratio")
-        cells = [
-            (
-                format_bytes(row.cache_bytes),
-                f"{100 * row.share:.0f} %",
-                f"{100 * row.full_hit_rate:.1f} %",
-                f"{100 * row.set_hit_rate:.1f} %",
-                format_bytes(round(row.full_bytes_per_token)),
-                format_bytes(round(row.set_bytes_per_token)),
-                f"{row.full_bytes_per_token / row.set_bytes_per_token:.2f}"
-                if row.set_bytes_per_token
-                else "-",
-            )
-            for row in plan.rows
-        ]
-        lines += _columns(header, cells)
-    return lines
+    lines += columns(header, cells)
+    return lines + rows_text(plan.rows, plan.rows_from, "set")
 
 
-def _columns(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+def rows_text(rows: Sequence[BudgetRow], rows_from: str, name: str) -> list[str]:
+    """A table of expert caches: the full store beside the one called `name`."""
+    if not rows:
+        return []
+    header = ("size", "of all", "hit full", f"hit {name}", "read/token full", name, "ratio")
+    cells = [
+        (
+            format_bytes(row.cache_bytes),
+            f"{100 * row.share:.0f} %",
+            f"{100 * row.full_hit_rate:.1f} %",
+            f"{100 * row.set_hit_rate:.1f} %",
+            format_bytes(round(row.full_bytes_per_token)),
+            format_bytes(round(row.set_bytes_per_token)),
+            f"{row.full_bytes_per_token / row.set_bytes_per_token:.2f}"
+            if row.set_bytes_per_token
+            else "-",
+        )
+        for row in rows
+    ]
+    return [f"expert cache, {rows_from}:", *columns(header, cells)]
+
+
+def columns(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Rows of words in columns, aligned to the right."""
     widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
     return [
         "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True))

@@ -35,11 +35,11 @@ class StoreSource:
     ) -> None:
         self.path = Path(path)
         self.index = load_index(self.path)
-        if self.index.kept:
+        if self.index.is_derived:
             raise UsageError(
-                f"`{self.path}` was made of a pruned set",
+                f"`{self.path}` was made of a pruned set, or by merging",
                 "",
-                "convert the full store, then compact",
+                "convert the full store, then compact or merge",
             )
         self.config = self.index.config
         self.args = parse_config(self.config)

@@ -230,7 +230,7 @@ def moe_workspace_bytes(num_tokens: int, num_pairs: int, hidden: int, width: int
 def _activation_bytes(dims: ModelDims, context: int, chunk: int, index: StoreIndex) -> int:
     """An upper estimate of what one chunk needs, whose buffers the core keeps, and of logits."""
     tokens = min(chunk, context)
-    num_experts = max(index.layer_to_num_experts.values(), default=0)
+    num_experts = max(index.layer_to_num_rows.values(), default=0)
     per_token = 6 * dims.hidden  # residual, normed, output, int8 copy, temporaries
     attention = dims.num_heads * dims.head_dim
     attention += 2 * dims.num_kv_heads * dims.head_dim

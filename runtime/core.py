@@ -55,10 +55,13 @@ class Record(ctypes.Structure):
     ]
 
 
-class Block(ctypes.Structure):
-    """em_block."""
+class IndexLayer(ctypes.Structure):
+    """em_layer."""
 
-    _fields_ = [(name, c_int64) for name in ("layer", "num_experts", "width", "first_key")]
+    _fields_ = [
+        *((name, c_int64) for name in ("layer", "num_experts", "width", "first_key", "num_rows")),
+        ("bodies", POINTER(c_int32)),
+    ]
 
 
 class Index(ctypes.Structure):
@@ -66,7 +69,7 @@ class Index(ctypes.Structure):
 
     _fields_ = [
         *((name, c_int64) for name in ("hidden", "num_layers", "num_records", "max_record_bytes")),
-        ("layers", POINTER(Block)),
+        ("layers", POINTER(IndexLayer)),
         ("records", POINTER(Record)),
         ("experts_path", c_char_p),
     ]

@@ -7,7 +7,7 @@ finished and does not open.
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -53,8 +53,13 @@ class StoreIndex:
     packed_trunk: dict[str, PackedTensor] = field(default_factory=dict)
     sha256: dict[str, str] = field(default_factory=dict)
     plan: dict[str, Any] = field(default_factory=dict)  # how it was made, for people
-    # Of a store of a pruned set, by layer: the ids that its experts have in the checkpoint.
+    # Of a store of a pruned set, by layer: the ids that its experts have in the checkpoint (of
+    # merged ones, of those that the others were merged into).
     kept: dict[int, tuple[int, ...]] = field(default_factory=dict)
+    # By layer whose router has other rows than there are experts: the expert that computes what
+    # each row stands for, -1 where nothing does. Other layers: every row its own.
+    layer_to_bodies: dict[int, tuple[int, ...]] = field(default_factory=dict)
+    untrained_routers: bool = False  # the routers are random: there is nothing to run yet
 
     @property
     def model_type(self) -> str:
@@ -62,11 +67,24 @@ class StoreIndex:
 
     @property
     def layer_to_num_experts(self) -> dict[int, int]:
-        """Number of experts of each MoE layer, in layer order."""
+        """Number of experts of each MoE layer, in layer order; merged ones count once."""
         counts: dict[int, int] = {}
         for layer, _ in sorted(self.records):
             counts[layer] = counts.get(layer, 0) + 1
         return counts
+
+    @property
+    def layer_to_num_rows(self) -> dict[int, int]:
+        """Rows of each router, in layer order: what it chooses among."""
+        return {
+            layer: len(self.layer_to_bodies.get(layer, range(num_experts)))
+            for layer, num_experts in self.layer_to_num_experts.items()
+        }
+
+    @property
+    def is_derived(self) -> bool:
+        """Whether it was made of another store by leaving out or merging experts."""
+        return bool(self.kept or self.layer_to_bodies or self.untrained_routers)
 
     @property
     def expert_bytes(self) -> int:
@@ -95,6 +113,8 @@ def save_index(index: StoreIndex) -> None:
             raise FormatError(f"layer {layer}: experts must be numbered from 0 and of one width")
         spec_ids = [number(layout.gate_up), number(layout.down)]
         entry["experts"].append([*spec_ids, *record.crc32c])
+    for layer, bodies in index.layer_to_bodies.items():
+        layers[str(layer)]["aliases"] = list(bodies)
     packed = {
         name: [tensor.rows, tensor.cols, number(tensor.spec)]
         for name, tensor in sorted(index.packed_trunk.items())
@@ -111,6 +131,8 @@ def save_index(index: StoreIndex) -> None:
     }
     if index.kept:
         document["kept"] = {str(layer): list(ids) for layer, ids in sorted(index.kept.items())}
+    if index.untrained_routers:
+        document["untrained_routers"] = True
     target = index.path / STORE_FILE
     temporary = target.with_suffix(".json.tmp")
     with open(temporary, "w", encoding="utf-8") as file:
@@ -173,6 +195,11 @@ def _parse(path: Path, document: Mapping[str, Any]) -> StoreIndex:
                 raise ValueError(f"layer {layer}, expert {expert}: {crcs} are no checksums")
             records[int(layer), expert] = ExpertRecord(offset, layout, crcs)
             offset += layout.num_bytes
+    aliases = {
+        int(layer): _bodies(layer, entry["aliases"], len(entry["experts"]))
+        for layer, entry in document["layers"].items()
+        if "aliases" in entry
+    }
     kept = {int(layer): tuple(map(int, ids)) for layer, ids in document.get("kept", {}).items()}
     for layer, ids in kept.items():
         if list(ids) != sorted(set(ids)) or len(ids) != len(
@@ -192,7 +219,18 @@ def _parse(path: Path, document: Mapping[str, Any]) -> StoreIndex:
         sha256=dict(document.get("sha256", {})),
         plan=dict(document.get("plan", {})),
         kept=kept,
+        layer_to_bodies=aliases,
+        untrained_routers=document.get("untrained_routers") is True,
     )
+
+
+def _bodies(layer: str, values: Sequence[Any], num_experts: int) -> tuple[int, ...]:
+    """The expert of every row of a router; every expert has a row."""
+    if not all(type(value) is int for value in values) or set(values) - {-1} != set(
+        range(num_experts)
+    ):
+        raise ValueError(f"layer {layer}: `aliases` do not name its {num_experts} experts")
+    return tuple(values)
 
 
 def _check_experts_file(index: StoreIndex) -> None:

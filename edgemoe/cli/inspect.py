@@ -132,6 +132,7 @@ def _layers(index: StoreIndex) -> list[dict[str, Any]]:
             {
                 "layer": layer,
                 "num_experts": num_experts,
+                "num_rows": index.layer_to_num_rows[layer],  # of the router
                 "width": records[0].layout.width,
                 "formats": [[gate_up, down, count] for (gate_up, down), count in formats],
                 "bytes": sum(r.num_bytes for r in records),
@@ -156,6 +157,10 @@ def _head(document: dict[str, Any]) -> str:
     largest = format_bytes(max(layer["record_bytes"] for layer in document["layers"]))
     counts = sorted({layer["num_experts"] for layer in document["layers"]})
     experts = f"{counts[0]} to {counts[-1]}" if len(counts) > 1 else str(counts[0])
+    experts += " a layer"
+    rows = max(layer["num_rows"] for layer in document["layers"])
+    if any(layer["num_rows"] != layer["num_experts"] for layer in document["layers"]):
+        experts += f" for the {rows} that routers know"
     num_moe = document["num_moe_layers"]
     with_experts = "all" if num_moe == shapes["num_layers"] else str(num_moe)
     heads = f"{shapes['num_heads']} heads of {shapes['head_dim']}"
@@ -163,7 +168,7 @@ def _head(document: dict[str, Any]) -> str:
         ("store", document["path"]),
         ("model", document["model_type"]),
         ("layers", f"{shapes['num_layers']}, {with_experts} with experts"),
-        ("experts", f"{experts} a layer, {shapes['top_k']} used for a token, {largest} each"),
+        ("experts", f"{experts}, {shapes['top_k']} used for a token, {largest} each"),
         ("hidden", f"{shapes['hidden']}, {heads} ({shapes['num_kv_heads']} for keys and values)"),
         ("vocabulary", f"{shapes['vocab']} tokens"),
         ("context", f"up to {shapes['max_context']} tokens"),

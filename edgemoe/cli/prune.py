@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..runtime.amounts import format_bytes
 from ..runtime.errors import UsageError
-from . import options, prune_task
+from . import options, prune_merge, prune_task
 from .render import note, open_output
 
 if TYPE_CHECKING:
@@ -18,13 +18,15 @@ if TYPE_CHECKING:
     from ..runtime.index import StoreIndex
     from ..runtime.sets import ExpertSet
 
-METHODS = ("reap", "frequency", "soft-count")
-EPILOG = """A set is a small file, STORE/sets/NAME.json; no weight changes. The plan is printed
-first. What it costs on your text: edgemoe eval STORE STORE --set NAME --set-mode hard --text FILE
+METHODS = ("reap", "frequency", "soft-count", *prune_merge.METHODS)
+EPILOG = """A set is a small file, STORE/sets/NAME.json; no weight changes. The methods uncurl,
+msmoe and diversify merge experts instead, into a store of their own. The plan is printed first.
+What a set costs on your text: edgemoe eval STORE STORE --set NAME --set-mode hard --text FILE
 
   edgemoe prune NAME.edgemoe --profile code --keep 50% --name code
   edgemoe prune NAME.edgemoe --text code.txt --fit 4GiB --name code
   edgemoe prune NAME.edgemoe --set code --compact code.edgemoe
+  edgemoe prune NAME.edgemoe --method msmoe --profile code --keep 75% --out merged.edgemoe
 """
 
 
@@ -85,6 +87,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--compact", metavar="OUT", help="write a smaller store that holds --set, for hard mode"
     )
+    prune_merge.add_arguments(parser)
     parser.add_argument("--dry-run", action="store_true", help="print the plan, write nothing")
     parser.add_argument("--force", action="store_true", help="replace a set of this name")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of text")
@@ -99,6 +102,15 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError("how much stays?", "expected one of --keep, --experts, --fit")
     if args.text and args.profile is not None:
         raise UsageError("--profile and --text both say what the task is", "", "give one")
+    if args.method in prune_merge.METHODS:
+        open_output()
+        return prune_merge.run(path, args)
+    for name in ("out", "checkpoint", "router"):
+        if getattr(args, name) is not None:
+            raise UsageError(
+                f"`--{name}` does not go with `--method {args.method}`",
+                f"expected one of {', '.join(prune_merge.METHODS)}",
+            )
     from ..runtime.sets import check_name, save_set, set_path
 
     if args.name is None:

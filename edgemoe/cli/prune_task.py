@@ -106,9 +106,7 @@ def rows(
     from ..quant.prune_plan import counted_rows, replayed_rows
 
     kept = dict(expert_set.kept)
-    sizes = [_cache_bytes(word, index) for word in args.caches or ("12.5%", "25%", "50%")]
-    least = profile.top_k * index.max_record_bytes
-    sizes = [size for size in sizes if size >= least]
+    sizes = cache_sizes(args, index, profile)
     if args.trace is not None:
         from ..quant.prune_replay import redirect
         from ..runtime.trace import Trace
@@ -129,6 +127,13 @@ def rows(
         found = replayed_rows(full, pruned, index, sizes)
         return found, f"by replay of {len(full)} tokens of the text"
     return counted_rows(profile, kept, index, sizes), "the most picked experts staying in it"
+
+
+def cache_sizes(args: argparse.Namespace, index: "StoreIndex", profile: "Profile") -> list[int]:
+    """The bytes of the expert caches that a plan is about: those of --caches that a token fits."""
+    sizes = [_cache_bytes(word, index) for word in args.caches or ("12.5%", "25%", "50%")]
+    least = profile.top_k * index.max_record_bytes
+    return [size for size in sizes if size >= least]
 
 
 def _cache_bytes(word: str, index: "StoreIndex") -> int:

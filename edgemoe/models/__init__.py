@@ -30,9 +30,10 @@ def load_module(model_type: str) -> ModuleType:
 def store_args(index: StoreIndex) -> ModelArgs:
     """The arguments of a store's model: those of its config.json, with the experts it holds."""
     args = parse_config(index.config)
-    if not index.kept:
+    if not index.is_derived:
         return args
-    return replace(args, kept_experts={layer: len(ids) for layer, ids in index.kept.items()})
+    kept = {layer: len(ids) for layer, ids in index.kept.items()}
+    return replace(args, kept_experts=kept, bodies=index.layer_to_bodies)
 
 
 def parse_config(config: Mapping[str, Any]) -> ModelArgs:

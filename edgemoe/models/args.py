@@ -61,6 +61,8 @@ class ModelArgs:
     hidden_act: str = "silu"
     # By layer, of a store that was made of a pruned set; empty: `num_experts` each.
     kept_experts: Mapping[int, int] = field(default_factory=dict, hash=False)
+    # By layer of a store of merged experts: the expert of every row of the router, -1: none.
+    bodies: Mapping[int, tuple[int, ...]] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
         _require(self.num_heads % self.num_kv_heads == 0, "num_key_value_heads", self.num_kv_heads)
@@ -71,8 +73,16 @@ class ModelArgs:
         _require(len(self.window) == self.num_layers, "layer_types", len(self.window))
 
     def experts_of(self, layer: int) -> int:
-        """Experts of a layer: `num_experts`, or fewer in a store that was made of a pruned set."""
+        """What a router chooses among: `num_experts`, or fewer in a store that was made of a
+        pruned set."""
         return self.kept_experts.get(layer, self.num_experts)
+
+    def bodies_of(self, layer: int) -> int:
+        """Experts that a layer has to compute with: fewer than its router knows where several were
+        merged into one."""
+        if layer not in self.bodies:
+            return self.experts_of(layer)
+        return max(self.bodies[layer]) + 1
 
     @property
     def dense_layers(self) -> tuple[int, ...]:

@@ -31,4 +31,6 @@ def checkpoint_fingerprint(index: StoreIndex) -> str:
             digest.update(f"{layer} {entry.dtype} {list(entry.shape)}".encode())
             file.seek(entry.offset)
             digest.update(file.read(entry.num_bytes))
+            if layer in index.layer_to_bodies:  # what an id stands for
+                digest.update(f"{list(index.layer_to_bodies[layer])}".encode())
     return digest.hexdigest()[:32]

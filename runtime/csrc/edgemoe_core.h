@@ -125,6 +125,9 @@ EM_API uint64_t em_memory_sweep(em_pool *pool, const void *data, int64_t num_byt
 /* A layer that has experts; their records are keys first_key .. first_key + num_experts - 1. */
 typedef struct em_layer {
   int64_t layer, num_experts, width, first_key; /* layer: its number in the model */
+  int64_t num_rows;      /* of its router; more than experts where several were merged into one */
+  const int32_t *bodies; /* [num_rows]: the expert of each row, as em_decoder_set_bodies takes them;
+                            NULL: row e is expert e */
 } em_layer;
 /* What a store folder holds; memory of the index, valid until em_index_close. */
 typedef struct em_index {

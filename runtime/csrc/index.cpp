@@ -27,13 +27,15 @@ struct Row {  // an expert in store.json
 };
 struct Layer {
   int64_t layer, width = -1, first_row = 0, num_rows = -1;
+  int64_t first_alias = 0, num_aliases = 0;  // rows of the router, where it has others than experts
 };
 struct Document {
-  bool is_store = false;
+  bool is_store = false, is_untrained = false;
   int64_t version = -1, hidden = -1;
   std::vector<em_format> specs;
   std::vector<Layer> layers;
   std::vector<Row> rows;
+  std::vector<int32_t> aliases;  // of all layers: the expert of a row, -1: none
 };
 
 int64_t round_up(int64_t value) { return (value + kPage - 1) / kPage * kPage; }
@@ -53,8 +55,11 @@ class Fields {
     seen_ |= 1u << number;
     return true;
   }
-  // All of the first `count` numbers were there, once.
-  bool has_all(int count) const { return !is_repeated_ && seen_ == (1u << count) - 1; }
+  // All of the first `count` numbers were there, and none twice.
+  bool has_all(int count) const {
+    const unsigned all = (1u << count) - 1;
+    return !is_repeated_ && (seen_ & all) == all;
+  }
 
  private:
   JsonReader *json_;
@@ -69,6 +74,7 @@ class Fields {
 struct Index : em_index {
   std::vector<em_layer> own_layers;
   std::vector<em_record> own_records;
+  std::vector<int32_t> own_bodies;
   std::string path;
 };
 
@@ -165,7 +171,8 @@ em_format read_spec(JsonReader *json, bool *is_valid) {
   return format;
 }
 
-bool read_layer(JsonReader *json, std::vector<Row> *rows, Layer *layer) {
+bool read_layer(JsonReader *json, Document *document, Layer *layer) {
+  std::vector<Row> *rows = &document->rows;
   layer->first_row = static_cast<int64_t>(rows->size());
   Fields fields(json);
   while (fields.next()) {
@@ -182,6 +189,14 @@ bool read_layer(JsonReader *json, std::vector<Row> *rows, Layer *layer) {
         if (num != 4) return false;
         rows->push_back({values[0], values[1], values[2], values[3]});
       }
+    } else if (fields.is("aliases", 2)) {
+      layer->first_alias = static_cast<int64_t>(document->aliases.size());
+      for (json->enter('['); json->next(']'); ++layer->num_aliases) {
+        const int64_t body = json->integer();
+        if (body < -1 || body > INT32_MAX) return false;
+        document->aliases.push_back(static_cast<int32_t>(body));
+      }
+      if (layer->num_aliases == 0) return false;
     } else {
       json->skip();
     }
@@ -209,9 +224,12 @@ bool Opener::parse(const std::string &path, const std::string &text, Document *d
       for (json.enter('{'); is_valid && json.next('}');) {
         Layer layer = {};
         is_valid = parse_integer(json.key(), &layer.layer) && layer.layer >= 0 &&
-                   read_layer(&json, &document->rows, &layer);
+                   read_layer(&json, document, &layer);
         document->layers.push_back(layer);
       }
+    } else if (fields.is("untrained_routers", 5)) {
+      document->is_untrained = true;  // written where it is so only
+      json.skip();
     } else {
       json.skip();
     }
@@ -227,9 +245,23 @@ bool Opener::parse(const std::string &path, const std::string &text, Document *d
     return fail("`%s` is malformed near byte %lld", path.c_str(),
                 static_cast<long long>(json.position()));
   }
+  if (document->is_untrained) {
+    return fail("`%s` says that its routers are random: they have to be trained before it can run",
+                path.c_str());
+  }
   const auto by_layer = [](const Layer &a, const Layer &b) { return a.layer < b.layer; };
   std::sort(document->layers.begin(), document->layers.end(), by_layer);
   return true;
+}
+
+// Whether the aliases of a layer name all of its experts and no others.
+bool are_bodies(const int32_t *aliases, const Layer &layer) {
+  std::vector<bool> is_named(static_cast<size_t>(layer.num_rows));
+  for (int64_t row = 0; row < layer.num_aliases; ++row) {
+    if (aliases[row] >= layer.num_rows) return false;
+    if (aliases[row] >= 0) is_named[aliases[row]] = true;
+  }
+  return std::find(is_named.begin(), is_named.end(), false) == is_named.end();
 }
 
 // Records in (layer, expert) order; offsets count from the start of the data.
@@ -240,6 +272,7 @@ bool Opener::make_records(const std::string &path, const Document &document, Ind
   const int64_t num_specs = static_cast<int64_t>(document.specs.size());
   const int64_t hidden = document.hidden;
   int64_t offset = 0;
+  index->own_bodies = document.aliases;
   for (size_t i = 0; i < document.layers.size(); ++i) {
     const Layer &layer = document.layers[i];
     const bool is_repeated = i > 0 && document.layers[i - 1].layer == layer.layer;
@@ -247,9 +280,17 @@ bool Opener::make_records(const std::string &path, const Document &document, Ind
       return fail("`%s` is malformed: layer %lld", path.c_str(),
                   static_cast<long long>(layer.layer));
     }
+    const int32_t *aliases = index->own_bodies.data() + layer.first_alias;
+    if (layer.num_aliases > 0 && !are_bodies(aliases, layer)) {
+      return fail("`%s` is malformed: layer %lld: `aliases` do not name its experts", path.c_str(),
+                  static_cast<long long>(layer.layer));
+    }
     if (layer.num_rows == 0) continue;
+    const bool has_aliases = layer.num_aliases > 0;
     index->own_layers.push_back({layer.layer, layer.num_rows, layer.width,
-                             static_cast<int64_t>(index->own_records.size())});
+                                 static_cast<int64_t>(index->own_records.size()),
+                                 has_aliases ? layer.num_aliases : layer.num_rows,
+                                 has_aliases ? aliases : nullptr});
     for (int64_t expert = 0; expert < layer.num_rows; ++expert) {
       const Row &row = document.rows[layer.first_row + expert];
       const auto is_spec = [&](int64_t spec) { return spec >= 0 && spec < num_specs; };

@@ -62,6 +62,8 @@ TEST(an_index_has_the_shape_and_the_records_of_its_store) {
     CHECK_EQUAL(index->layers[l].num_experts, 5);
     CHECK_EQUAL(index->layers[l].width, 32);
     CHECK_EQUAL(index->layers[l].first_key, 5 * l);
+    CHECK_EQUAL(index->layers[l].num_rows, 5);
+    CHECK(index->layers[l].bodies == nullptr);
   }
   for (const int64_t layer : {0, 3, 11, -1}) CHECK_EQUAL(em_index_key(index, layer, 0), EM_ERR_ARG);
   for (const int64_t expert : {int64_t{5}, int64_t{-1}, INT64_MAX}) {
@@ -80,6 +82,32 @@ TEST(an_index_is_read_in_any_order_of_its_fields) {
   other.insert(other.find(", \"packed_trunk\""), " , \n\t\"hidden\" :\r 64");
   write_file(check::folder() + "/order/store.json", other);
   CHECK_EQUAL(open_error(store.path), std::string());
+}
+
+TEST(rows_of_routers_may_share_experts) {
+  const StoreFolder store = make_store("aliases", 64, 32, {0, 1}, 3, kFormats);
+  const std::string text = store.index_text();
+  std::string other = text;
+  other.insert(text.find("\"width\": 32"), "\"aliases\": [2, 0, -1, 1, 2], ");
+  const std::string path = check::folder() + "/aliases/store.json";
+  write_file(path, other);
+  const em_index *index = em_index_open(store.path.c_str(), nullptr, 0);
+  CHECK(index != nullptr);
+  if (index == nullptr) return;
+  const em_layer &first = index->layers[0], &second = index->layers[1];
+  CHECK_EQUAL(first.num_experts, 3);
+  CHECK_EQUAL(first.num_rows, 5);
+  for (int row = 0; row < 5; ++row) {
+    constexpr int32_t kBodies[] = {2, 0, -1, 1, 2};
+    CHECK_EQUAL(first.bodies[row], kBodies[row]);
+  }
+  CHECK_EQUAL(second.num_rows, 3);
+  CHECK(second.bodies == nullptr);
+  em_index_close(index);
+  other = text;
+  other.insert(text.find("\"hidden\""), "\"untrained_routers\": true, ");
+  write_file(path, other);
+  CHECK(open_error(store.path).find("have to be trained") != std::string::npos);
 }
 
 TEST(malformed_indexes_are_refused) {
@@ -105,6 +133,11 @@ TEST(malformed_indexes_are_refused) {
       {"\"width\": 32", "\"width\": 33"},
       {"\"width\": 32", "\"width\": 32, \"width\": 32"},
       {"\"width\": 32, ", ""},
+      {"\"width\": 32", "\"width\": 32, \"aliases\": []"},
+      {"\"width\": 32", "\"width\": 32, \"aliases\": [0, 1, 1]"},
+      {"\"width\": 32", "\"width\": 32, \"aliases\": [0, 1, 2, 3]"},
+      {"\"width\": 32", "\"width\": 32, \"aliases\": [0, 1, 2, -2]"},
+      {"\"width\": 32", "\"width\": 32, \"aliases\": [0, 1, 4294967298]"},
       {"\"bits\": 4", "\"bits\": 5"},
       {"\"bits\": 4", "\"bits\": 4294967300"},
       {"\"group_size\": 32", "\"group_size\": 64"},

@@ -1,0 +1,290 @@
+"""A store of merged experts: bodies averaged one group at a time, resumable, checked, renamed.
+
+An expert that stays alone is copied byte for byte. A merged one is averaged from what its members'
+records hold, or from the 16-bit weights of `checkpoint`, and stored in the widest format among its
+members. Routers stay as they are where an index map says which expert a row stands for.
+"""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..runtime.amounts import format_bytes
+from ..runtime.errors import BudgetError, UsageError
+from ..runtime.format import PAGE_BYTES, RecordLayout, encode_header, record_name
+from ..runtime.index import (
+    EXPERTS_FILE,
+    TRUNK_FILE,
+    ExpertRecord,
+    StoreIndex,
+    load_index,
+    save_index,
+)
+from .bitplan import BitPlan
+from .checkpoint import Checkpoint
+from .journal import Crcs, Partial, check_target, finish_published, partial_path, write_error
+from .merge import LayerMerge, Merge
+from .merge_bodies import fp32, merged_body
+from .merge_trunk import write_trunk
+from .options import ExpertSpec
+from .pack import checked, in_order, pack_expert
+from .progress import Progress, Silent
+from .readback import check_experts, sha256_of
+from .store_source import StoreSource, WeightSource
+
+WRITER_VERSION = 1  # raise it when the same merge gives other bytes
+_BLOCK_BYTES = 16 << 20
+_DISK_MARGIN_BYTES = 32 << 20
+
+
+def merged_layouts(index: StoreIndex, merge: Merge) -> dict[tuple[int, int], RecordLayout]:
+    """The format of every merged expert, by (layer, number): the widest of its members'."""
+    layouts = {}
+    for layer, groups in merge.items():
+        for number, group in enumerate(groups.groups):
+            members = (index.records[layer, expert].layout for expert in group.members)
+            layouts[layer, number] = max(members, key=lambda layout: layout.num_bytes)
+    return layouts
+
+
+def write_merged(
+    store: str | Path,
+    merge: Merge,
+    out: str | Path,
+    *,
+    router: str = "index-map",
+    checkpoint: str | Path | None = None,
+    provenance: dict[str, Any] | None = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+    num_threads: int = 1,
+) -> StoreIndex:
+    """Write the store `out` of the merged experts of `store`; returns its index.
+
+    `router`: `index-map` keeps all rows, `merged` averages those of a group, `untrained` writes
+    random ones (by `seed`), and such a store is not run. `provenance` goes into store.json. Goes on
+    where an equal merge was interrupted. Raises UsageError, CheckpointError, BudgetError.
+    """
+    target, progress = Path(out), progress or Silent()
+    with StoreSource(store) as own, _bodies_of(own, checkpoint) as bodies:
+        wanted = _identity(own, bodies, merge, router, seed)
+        if finish_published(target, wanted):
+            return load_index(target)
+        check_target(target)
+        layouts = merged_layouts(own.index, merge)
+        header = _experts_header(layouts)
+        _check_disk(target, own.index, layouts)
+        partial = Partial.open(target, wanted)
+        try:
+            _write_experts(own, bodies, merge, layouts, partial, header, progress, num_threads)
+            write_trunk(own, merge, partial.path / TRUNK_FILE, router, seed)
+            for name in set(own.index.sha256) - {EXPERTS_FILE, TRUNK_FILE}:
+                (partial.path / name).parent.mkdir(exist_ok=True)
+                shutil.copyfile(own.path / name, partial.path / name)
+            index = _index(own.index, merge, layouts, partial, header, router, progress)
+            index.plan = index.plan | {"merge": (provenance or {}) | _groups_json(merge, router)}
+            save_index(index)
+            partial.publish()
+        except OSError as error:
+            raise write_error(error, partial.path) from error
+        except KeyboardInterrupt:
+            progress.note("stopped; the same command goes on where it was")
+            raise
+        finally:
+            partial.close()
+    return load_index(target)
+
+
+def _bodies_of(own: StoreSource, checkpoint: str | Path | None) -> WeightSource:
+    """What is averaged. Raises UsageError for a checkpoint that the store was not made of."""
+    if checkpoint is None:
+        return StoreSource(own.path)
+    source = Checkpoint(checkpoint)
+    wrong = "config.json differs" if source.args != own.args else ""
+    for layer in own.args.moe_layers if not wrong else ():
+        name = own.module.router_name(layer)
+        rows = source.read(source.trunk[name]).reshape(-1).view(torch.uint8).numpy()
+        if b"".join(own.trunk_bytes(name, _BLOCK_BYTES)) != rows.tobytes():
+            wrong = f"the router of layer {layer} differs"
+            break
+    if wrong:
+        source.close()
+        raise UsageError(
+            f"`{own.path}` was not made of `{checkpoint}`", wrong, "give its own checkpoint"
+        )
+    return source
+
+
+def _identity(
+    own: StoreSource, bodies: WeightSource, merge: Merge, router: str, seed: int
+) -> dict[str, Any]:
+    """What must be equal for two runs to give the same bytes."""
+    groups = {layer: asdict(each) for layer, each in merge.items()}
+    files = {}
+    for source in (own, bodies):
+        for name in sorted(source.files):
+            status = (source.path / name).stat()
+            files[f"{type(source).__name__} {name}"] = [status.st_size, status.st_mtime_ns]
+    return {
+        "writer_version": [WRITER_VERSION, "merge"],
+        "options": {
+            "groups": hashlib.sha256(json.dumps(groups).encode()).hexdigest(),
+            "--router": router,
+            "--seed": seed,
+            "bodies": type(bodies).__name__,
+        },
+        "files": files,
+    }
+
+
+def _experts_header(layouts: dict[tuple[int, int], RecordLayout]) -> bytes:
+    entries = [
+        (record_name(*key), "U8", [layout.num_bytes], layout.num_bytes)
+        for key, layout in layouts.items()
+    ]
+    return encode_header(entries, {"format": "edgemoe"}, PAGE_BYTES)
+
+
+def _check_disk(
+    target: Path, index: StoreIndex, layouts: dict[tuple[int, int], RecordLayout]
+) -> None:
+    needed = sum(layout.num_bytes for layout in layouts.values()) + _DISK_MARGIN_BYTES
+    needed += (index.path / TRUNK_FILE).stat().st_size
+    written = partial_path(target) / EXPERTS_FILE
+    needed -= written.stat().st_size if written.exists() else 0
+    free = shutil.disk_usage(target.parent).free
+    if free < needed:
+        raise BudgetError(
+            f"the disk of `{target.parent}` is too small",
+            f"the store needs {format_bytes(needed)} more, {format_bytes(free)} are free",
+        )
+
+
+# ---- experts ------------------------------------------------------------------------------------
+
+
+def _write_experts(
+    own: StoreSource,
+    bodies: WeightSource,
+    merge: Merge,
+    layouts: dict[tuple[int, int], RecordLayout],
+    partial: Partial,
+    header: bytes,
+    progress: Progress,
+    num_threads: int,
+) -> None:
+    todo = [layer for layer in merge if layer not in partial.layer_to_crcs]
+    sizes = {layer: merge[layer].num_experts for layer in merge}
+    if len(todo) < len(merge):
+        progress.note(f"going on: {len(merge) - len(todo)} of {len(merge)} layers are done")
+    done = sum(sizes[layer] for layer in merge if layer not in todo)
+    progress.start("experts", sum(sizes.values()), done, unit="experts")
+    written = sum(layout.num_bytes for (layer, _), layout in layouts.items() if layer not in todo)
+    file, specs = partial.open_file(EXPERTS_FILE, header, written), _specs(own.index)
+    try:
+        for layer in todo:
+            crcs: Crcs = []
+            for count, record, pair in _records(
+                own, bodies, layer, merge[layer], layouts, specs, num_threads
+            ):
+                file.write(record)
+                crcs.append(pair)
+                progress.advance(count)
+            file.sync()
+            partial.layer_to_crcs[layer] = crcs
+            partial.save()
+    finally:
+        file.close()
+
+
+def _records(
+    own: StoreSource,
+    bodies: WeightSource,
+    layer: int,
+    merge: LayerMerge,
+    layouts: dict[tuple[int, int], RecordLayout],
+    specs: Any,
+    num_threads: int,
+) -> Iterator[tuple[int, np.ndarray, tuple[int, int]]]:
+    """Number of members, record and checksums of every group of a layer."""
+    is_merged = any(len(group.members) > 1 for group in merge.groups)
+    anchor = None
+    if merge.anchor is not None and is_merged:
+        anchor = fp32(bodies.expert(layer, merge.anchor))
+
+    def make(number: int) -> tuple[int, np.ndarray, tuple[int, int]]:
+        group, layout = merge.groups[number], layouts[layer, number]
+        if len(group.members) == 1:
+            record, pair = checked(own.record(layer, group.head, layout), layout)
+        else:
+            body = merged_body(group, lambda expert: bodies.expert(layer, expert), anchor)
+            record, pair = pack_expert(body, layout, specs(layer, group.head))
+        return len(group.members), record, pair
+
+    yield from in_order(make, range(len(merge.groups)), num_threads)
+
+
+def _specs(index: StoreIndex) -> Any:
+    """(layer, expert) -> how the store's experts were quantized, as far as that can be repeated
+    without a text."""
+    plan = index.plan
+    if "bit_plan" in plan:
+        specs = BitPlan.from_json(plan["bit_plan"]).specs
+    else:
+        names = ("bits", "group_size", "mode", "quantizer")
+        one = ExpertSpec(**{name: plan[name] for name in names if name in plan})
+        specs = dict.fromkeys(index.records, one)
+
+    def spec(layer: int, expert: int) -> ExpertSpec:
+        found = specs.get((layer, expert), ExpertSpec())
+        return replace(found, quantizer="search") if found.quantizer == "calibrated" else found
+
+    return spec
+
+
+# ---- the rest ------------------------------------------------------------------------------------
+
+
+def _index(
+    own: StoreIndex,
+    merge: Merge,
+    layouts: dict[tuple[int, int], RecordLayout],
+    partial: Partial,
+    header: bytes,
+    router: str,
+    progress: Progress,
+) -> StoreIndex:
+    """The index of what was written, after everything was read back."""
+    records, offset = {}, len(header)
+    for (layer, number), layout in layouts.items():
+        records[layer, number] = ExpertRecord(offset, layout, partial.layer_to_crcs[layer][number])
+        offset += layout.num_bytes
+    names = sorted(set(own.sha256) - {EXPERTS_FILE})
+    progress.start("check", offset + sum((partial.path / name).stat().st_size for name in names))
+    sha256 = {EXPERTS_FILE: check_experts(partial.path, header, records, progress)}
+    sha256 |= {name: sha256_of(partial.path / name, progress) for name in names}
+    index = StoreIndex(
+        partial.path, own.config, own.hidden, records, own.packed_trunk, sha256, own.plan
+    )
+    if router == "index-map":
+        index.layer_to_bodies = {
+            layer: each.bodies
+            for layer, each in merge.items()
+            if len(each.groups) < each.num_experts
+        }
+    else:
+        index.kept = {layer: each.heads for layer, each in merge.items()}
+    index.untrained_routers = router == "untrained"
+    return index
+
+
+def _groups_json(merge: Merge, router: str) -> dict[str, Any]:
+    groups = {str(layer): [list(g.members) for g in each.groups] for layer, each in merge.items()}
+    return {"router": router, "groups": groups}
