@@ -206,6 +206,9 @@ def _file_table(files: list[dict[str, Any]]) -> str:
 
 def _provenance(plan: dict[str, Any]) -> list[str]:
     lines = []
+    if "merge" in plan:
+        merge = plan["merge"]
+        lines.append(f"merged      by {merge.get('method', 'hand')}, routers: {merge['router']}")
     if "bit_plan" in plan:
         from ..quant.bitplan import BitPlan
 
