@@ -10,13 +10,11 @@ Each step goes on or is repeated with the same result after an interruption.
 import math
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ..runtime.amounts import format_bytes
 from ..runtime.errors import EdgeMoeError, UsageError
-from ..runtime.format import RecordLayout
 from ..runtime.index import load_index
 from .bitplan import BitPlan, Key
 from .calibrated import Calibration
@@ -24,102 +22,19 @@ from .convert import convert, num_cpus
 from .errors_by_width import errors_by_width
 from .evaluate import Figures, Losses
 from .journal import check_target
-from .options import ConvertOptions, ExpertSpec
+from .options import ConvertOptions
 from .plan import ConversionPlan, plan_conversion
 from .planner_edgemoe import edgemoe_plan
 from .planner_fast import Costs, within_bytes, within_loss
 from .progress import Progress, Silent
+from .remembered import Remembered
 from .store_source import StoreSource, open_source
-from .variants import Choice, VariantModel
+from .target import Target, num_weights
+from .variants import VariantModel
 from .windows import Window
 
-PLANNERS = ("fast", "edgemoe")
-# By planner; "2g32" is 2 bits in groups of 32, which where records are small often costs nothing.
-WIDTHS = {"fast": ("2", "2g32", "3", "3g32", "4", "8"), "edgemoe": ("2", "3", "4", "8")}
+MEASURED_FILE = "measured.jsonl"  # in the store of variants
 HELD_OUT_EVERY = 8  # windows of the calibration text
-
-
-@dataclass(frozen=True, slots=True)
-class Target:
-    """What a plan shall meet: exactly one of a measured loss (the rise of perplexity over experts
-    at the widest width, .02 is 2 %), bytes of both weight files, or bits a weight of the experts.
-    """
-
-    max_loss: float | None = None
-    size_bytes: int | None = None
-    bpw: float | None = None
-    planner: str = "fast"
-    widths: tuple[str, ...] = ()  # such as "3" and "2g32"; none: those of the planner
-
-    def __post_init__(self) -> None:
-        given = [value for value in (self.max_loss, self.size_bytes, self.bpw) if value is not None]
-        if len(given) != 1:
-            raise UsageError(
-                "`--bits auto` needs one target",
-                f"{len(given)} were given",
-                "give one of --max-loss 2%, --size 4GiB, --bpw 3.0",
-            )
-        if self.planner not in PLANNERS:
-            raise UsageError(f"no planner `{self.planner}`", f"expected one of {PLANNERS}")
-        if self.planner == "edgemoe" and self.max_loss is None:
-            raise UsageError(
-                "`--planner edgemoe` needs `--max-loss`",
-                "it fills up to a measured loss",
-                "use --max-loss, or the fast planner",
-            )
-        if len(self.variants(None)) < 2:
-            raise UsageError("`--widths` needs two widths or more", f"got {list(self.widths)}")
-
-    def variants(self, group_size: int | str | None) -> tuple[ExpertSpec, ...]:
-        """The specs to choose from, narrowest first, in groups of `group_size` where it is given
-        and a width says nothing else. At 8 bits rounding to nearest is enough.
-
-        Raises UsageError for a width that cannot be.
-        """
-        given = self.widths or WIDTHS["fast" if group_size is None else "edgemoe"]
-        if not self.widths and self.planner == "edgemoe":
-            given = WIDTHS["edgemoe"]
-        found = {_spec(width, group_size) for width in given}
-        return tuple(sorted(found, key=lambda spec: (spec.bits, -int(spec.group_size or 64))))
-
-    def max_bytes(self, plan: ConversionPlan) -> int | None:
-        """Bytes that the records may take; raises UsageError where not even the narrowest fit."""
-        narrowest = sum(
-            layout.num_bytes
-            for (_, number), layout in plan.layouts.items()
-            if number % plan.num_variants == 0
-        )
-        num_experts = len(plan.layouts) // plan.num_variants
-        most = None
-        if self.bpw is not None:
-            first = next(iter(plan.layouts.values()))
-            most = int(self.bpw * num_experts * _num_weights(first) / 8)
-        if self.size_bytes is not None:
-            header = len(plan.experts_header) // plan.num_variants + 4096
-            most = self.size_bytes - plan.trunk_bytes - header
-        if most is not None and most < narrowest:
-            first = next(iter(plan.layouts.values()))
-            least = 8 * narrowest / num_experts / _num_weights(first)
-            raise UsageError(
-                "no plan is that small",
-                f"{num_experts} experts at the narrowest width take {format_bytes(narrowest)} "
-                f"({least:.2f} bits a weight), the trunk {format_bytes(plan.trunk_bytes)}",
-                "give a larger --size or --bpw, or fewer --trunk-bits",
-            )
-        return most
-
-
-def _spec(width: str, group_size: int | str | None) -> ExpertSpec:
-    """`3` or `2g32` as a spec."""
-    bits, _, group = width.partition("g")
-    if not (bits.isdecimal() and int(bits) in (2, 3, 4, 8)) or (group and not group.isdecimal()):
-        raise UsageError(f"no width `{width}`", "expected 2, 3, 4 or 8, or such as 2g32")
-    size = int(group) if group else group_size
-    return ExpertSpec(int(bits), size, quantizer="calibrated" if int(bits) < 8 else "nearest")
-
-
-def _num_weights(layout: RecordLayout) -> int:
-    return 3 * layout.hidden * layout.width
 
 
 def convert_auto(
@@ -189,7 +104,7 @@ def find_plan(
     """The plan for a target on the store of variants at `path`, and the variant of each expert."""
     with VariantModel(path, validation, num_cpus()) as model:
         if target.planner == "edgemoe":
-            choice, report = _edgemoe(model, target, progress)
+            choice, report = _edgemoe(model, path, target, progress)
         else:
             with open_source(source) as opened, StoreSource(path) as records:
                 windows = [window.ids for window in validation]
@@ -199,7 +114,7 @@ def find_plan(
         figures = Figures.of(model.losses(choice))
         specs = {key: model.variants[variant] for key, variant in choice.items()}
         num_bytes = sum(model.record_bytes(key, variant) for key, variant in choice.items())
-        weights = sum(_num_weights(r.layout) for r in model.index.records.values())
+        weights = sum(num_weights(r.layout) for r in model.index.records.values())
     found: dict[str, Any] = {
         "planner": target.planner,
         "target": {name: value for name, value in asdict(target).items() if value is not None},
@@ -218,11 +133,11 @@ def find_plan(
 
 
 def _edgemoe(
-    model: VariantModel, target: Target, progress: Progress
+    model: VariantModel, path: Path, target: Target, progress: Progress
 ) -> tuple[dict[Key, int], dict[str, Any]]:
-    def measure(choice: Choice) -> float:
-        return math.exp(model.losses(choice).nll.mean())
-
+    measure = Remembered(path / MEASURED_FILE, model.identity, model.perplexity)
+    if measure.num_known:
+        progress.note(f"going on: {measure.num_known} plans are measured")
     started: list[str] = []
 
     def tell(phase: str, done: int, total: int) -> None:

@@ -140,4 +140,4 @@ def named(name: str, keys: Iterable[Key], bits: int | None = None) -> BitPlan:
 
 
 def _order(spec: ExpertSpec) -> tuple[Any, ...]:
-    return spec.bits, str(spec.group_size), spec.mode, spec.quantizer
+    return spec.bits, str(spec.group_size), spec.mode, spec.quantizer, spec.down or ""

@@ -23,7 +23,9 @@ from ..runtime.errors import EdgeMoeError, UsageError
 from ..runtime.index import EXPERTS_FILE, StoreIndex
 from ..runtime.profile import Profile
 from ..runtime.transitions import ALL_ENTRIES, MAX_ENTRIES
+from .convert import num_cpus
 from .passes import GROUP_TOKENS, Passes, groups
+from .profile_errors import ErrorSums, error_bytes, sampled
 from .progress import Progress, Silent
 from .windows import cut, read_tokens
 
@@ -76,7 +78,7 @@ def sums_bytes(args: "ModelArgs") -> int:
     reals = experts * (args.hidden + args.expert_width + 3 * experts + 4)
     tables = 2 * ALL_ENTRIES * 14 + 60 * MAX_ENTRIES  # and while two of them are joined
     tokens = 4 * (GROUP_TOKENS + 4 * CHUNK) * args.hidden
-    return layers * 8 * reals + tables + tokens
+    return layers * 8 * reals + tables + tokens + error_bytes(args, num_cpus())
 
 
 def calibrate(
@@ -97,7 +99,8 @@ def calibrate(
     end. Raises what the engine raises; what was saved until then stays.
     """
     out, progress = Path(out), progress or Silent()
-    windows = [w.ids for text in texts for w in cut(text.ids, min(window, engine.context))]
+    by_text = [[w.ids for w in cut(text.ids, min(window, engine.context))] for text in texts]
+    windows = [ids for part in by_text for ids in part]
     collector = Collector(engine, name, fingerprint)
     work = groups(windows)
     request = _request(engine._index, texts, window, len(windows))
@@ -111,6 +114,7 @@ def calibrate(
         if number < len(work) and time.monotonic() - saved >= save_every_s:
             collector.save(part, request, number)
             saved = time.monotonic()
+    collector.add_errors(sampled(by_text), progress)
     profile = collector.profile
     profile.texts = [
         {"name": text.name, "sha256": text.sha256, "tokens": len(text.ids)} for text in texts
@@ -141,17 +145,30 @@ class Collector:
         with engine.steps() as layers:
             self._routers = {layer: layers.weights[layer].router for layer in num_experts}
         self._bodies = engine._model.bodies
-        self._is_counting = False
-        engine.observe(self._observe)
+        self._observer: Callable[[Observation], None] | None = None
+        engine.observe(lambda o: self._observer and self._observer(o))
 
     def add(self, windows: Sequence[list[int]], advance: Callable[[int], None]) -> None:
         """Run a group of windows and count everything."""
-        self._is_counting = True
+        self._observer = self._count
         try:
             routes = self._passes.routes(windows, advance)
         finally:
-            self._is_counting = False
+            self._observer = None
         self.profile.add_routes(*routes, token_ids=windows)
+
+    def add_errors(self, windows: Sequence[list[int]], progress: Progress) -> None:
+        """Measure what rounding costs every expert, on these windows: at the end of a run."""
+        if self._engine._index.kept:
+            progress.note("errors of rounding are not measured: the store is of a pruned set")
+            return
+        errors = ErrorSums(self._engine, self.profile, num_cpus())
+        self._observer = errors.observe
+        try:
+            errors.run(self._passes, windows, progress)
+        finally:
+            self._observer = None
+            errors.close()
 
     def save(self, path: Path, request: str, num_done: int) -> None:
         self.profile.resume = {"request": request, "groups": num_done}
@@ -175,9 +192,7 @@ class Collector:
             progress.note(f"starting over: {error}")
         return 0
 
-    def _observe(self, o: "Observation") -> None:
-        if not self._is_counting:
-            return
+    def _count(self, o: "Observation") -> None:
         sums = self.profile.layers[o.layer]
         num_experts = sums.num_experts
         expert_of_pair = np.repeat(o.experts, np.diff(o.begins))

@@ -2,9 +2,9 @@
 
 An expert's moments sum over the tokens routed to it, weighted by the square of routing weight over
 the length of the token's hidden state behind the layer: so much its error turns what the next norm
-sees. Unweighted, a few tokens with huge states decide everything. `down` is rounded for the inputs
-that the rounded gate and up give it. An expert that too few tokens were routed to also sees other
-tokens of the layer (`_filled`).
+sees. Unweighted, a few tokens with huge states decide everything. `down` is first fitted to, and
+then rounded for, the inputs that the rounded gate and up give it. An expert that too few tokens
+were routed to also sees other tokens of the layer (`_filled`).
 
 Hidden states are those of the source: what is quantized does not change the inputs of later layers,
 so that records do not depend on each other, on the plan, or on where a conversion was interrupted.
@@ -21,15 +21,16 @@ import torch
 from torch import Tensor
 
 from ..runtime import kernels
-from ..runtime.format import RecordLayout
+from ..runtime.format import QuantSpec, RecordLayout
 from .gptq import Curvature, quantize_calibrated
-from .layer_pass import LayerPass, Share, expert_hidden, shares
+from .layer_pass import LayerPass, Share, expert_hidden
 from .options import ExpertSpec
 from .pack import Record, checked, coded, in_order, pack_expert
 from .plan import ConversionPlan
 from .quantize import dequantize
 from .store_source import WeightSource
 
+CORRECTION_DAMPING = 0.03  # of the mean diagonal; .01 to .1 are alike
 MIN_TOKENS = 256  # of an expert, below which it also sees others of the layer
 
 
@@ -82,14 +83,7 @@ def calibrated_records(
     torch.set_num_threads(1)  # an expert a thread: sums do not depend on how many there are
     try:
         with LayerPass(source, plan.trunk, plan.layouts, calibration.windows, workers) as text:
-            for layer in range(last + 1):
-                routed = text.attend(layer)
-                if layer not in text.args.moe_layers:
-                    text.finish(layer, None)
-                    continue
-                parts = list(shares(routed, text.args.num_experts))
-                text.add_outputs(source, layer, routed, parts, workers)
-                scale = text.x.norm(dim=1).clamp_(min=1e-6).reciprocal_()
+            for layer, routed, parts, scale in text.layers(source, last, workers):
                 jobs: dict[int, _Job] = {}
                 for number in numbers.get(layer, ()):
                     expert = number // plan.num_variants
@@ -135,32 +129,61 @@ def expert_records(
     gate, up, down = weights
     tokens, factors = _filled(normed, share)
     x = normed[tokens]
-    curvature = importance = None
+    importance, inputs = None, _Inputs(weights, x, factors)
     records = []
     for layout, spec in kinds:
-        if spec.quantizer != "calibrated" or layout.gate_up.is_16bit:
-            if spec.quantizer == "search" and importance is None:
-                hidden = expert_hidden(x, gate, up)
-                importance = tuple((part * factors).square().sum(0) for part in (x, hidden))
-            records.append(pack_expert(weights, layout, spec, importance))
+        if spec.quantizer == "calibrated" and not layout.gate_up.is_16bit:
+            wide, curvature, wanted = inputs.front(layout.gate_up)
+            tall = quantize_calibrated(wanted, layout.down, curvature)
+            record = kernels.pack_record(*wide, coded(tall), layout)
+            records.append(checked(record, layout))
             continue
-        if curvature is None:
-            curvature = _curvature(x, factors)
-        wide = quantize_calibrated(torch.cat((gate, up)), layout.gate_up, curvature)
-        rounded = dequantize(wide, layout.gate_up)
-        hidden = expert_hidden(x, *rounded.split(len(gate)))
-        tall = quantize_calibrated(down, layout.down, _curvature(hidden, factors))
-        codes, scales, _ = coded(wide)
-        halves = (slice(0, len(gate)), slice(len(gate), None))
-        parts = [(codes[half], scales[half], None) for half in halves]
-        record = kernels.pack_record(*parts, coded(tall), layout)
-        records.append(checked(record, layout))
+        if spec.quantizer == "search" and importance is None:
+            hidden = expert_hidden(x, gate, up)
+            importance = tuple((part * factors).square().sum(0) for part in (x, hidden))
+        records.append(pack_expert(weights, layout, spec, importance))
     return records
 
 
-def _curvature(inputs: Tensor, factors: Tensor) -> Curvature:
-    scaled = inputs * factors
-    return Curvature(scaled.T @ scaled)
+class _Inputs:
+    """What an expert's tokens say about its matrices: x `[n, D]`, factors `[n, 1]`."""
+
+    def __init__(self, weights: tuple[Tensor, Tensor, Tensor], x: Tensor, factors: Tensor) -> None:
+        self._gate, self._up, self._down = weights
+        self._x, self._factors = x, factors
+        self._fronts: dict[QuantSpec, tuple[list[Any], Curvature, Tensor]] = {}
+        self._curvature: Curvature | None = None
+
+    def front(self, spec: QuantSpec) -> tuple[list[Any], Curvature, Tensor]:
+        """Gate and up by `spec` as the packer takes them, and for down behind them: the curvature
+        of its inputs, and the weights to round."""
+        if spec not in self._fronts:
+            if self._curvature is None:
+                scaled = self._x * self._factors
+                self._curvature = Curvature(scaled.T @ scaled)
+                self._exact = expert_hidden(self._x, self._gate, self._up).mul_(self._factors)
+            wide = quantize_calibrated(torch.cat((self._gate, self._up)), spec, self._curvature)
+            halves = dequantize(wide, spec).split(len(self._gate))
+            hidden = expert_hidden(self._x, *halves).mul_(self._factors)
+            moments = hidden.T @ hidden
+            wanted = _corrected(self._down, self._exact, hidden, moments)
+            first, second = slice(0, len(self._gate)), slice(len(self._gate), None)
+            packed = [
+                tuple(None if part is None else part[half] for part in coded(wide))
+                for half in (first, second)
+            ]
+            self._fronts[spec] = packed, Curvature(moments), wanted
+        return self._fronts[spec]
+
+
+def _corrected(down: Tensor, exact: Tensor, rounded: Tensor, moments: Tensor) -> Tensor:
+    """`down` `[D, F]`, moved to make up for the rounding in front of it: what comes nearest to down
+    x exact on the inputs that it gets. Inputs `[n, F]`; `moments` `[F, F]` of the rounded ones."""
+    damped = moments.clone()
+    mean = float(moments.diagonal().mean())
+    damped.diagonal().add_(CORRECTION_DAMPING * mean if mean > 0 else 1.0)
+    lost = (rounded.T @ (exact - rounded)) @ down.T
+    return torch.cholesky_solve(lost, torch.linalg.cholesky(damped)).T.contiguous().add_(down)
 
 
 def _filled(normed: Tensor, share: Share) -> tuple[Tensor, Tensor]:

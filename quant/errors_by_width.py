@@ -7,7 +7,7 @@ import torch
 
 from ..models.steps import Routed
 from .bitplan import Key
-from .layer_pass import LayerPass, Share, expert_hidden, shares
+from .layer_pass import LayerPass, Share, expert_hidden
 from .layouts import trunk_items
 from .options import ConvertOptions
 from .pack import in_order
@@ -37,14 +37,8 @@ def errors_by_width(
     try:
         with LayerPass(source, trunk, layouts, windows, workers) as text:
             progress.start("errors", len(text.args.moe_layers), unit="layers")
-            for layer in range(text.args.num_layers):
-                routed = text.attend(layer)
-                if layer not in text.args.moe_layers:
-                    text.finish(layer, None)
-                    continue
-                parts = list(shares(routed, text.args.num_experts))
-                text.add_outputs(source, layer, routed, parts, workers)
-                scale = text.x.norm(dim=1).clamp_(min=1e-6).reciprocal_()
+            layers = text.layers(source, text.args.num_layers - 1, workers)
+            for layer, routed, parts, scale in layers:
                 work = partial(_errors, source, variants, num_variants, layer, routed, scale)
                 for share, errors in zip(parts, in_order(work, parts, workers), strict=True):
                     found[layer, share.expert] = errors

@@ -10,7 +10,7 @@ from ..runtime.format import FORMAT_VERSION
 from .options import ConvertOptions
 from .store_source import WeightSource
 
-WRITER_VERSION = 2  # raise it when the same input and options give other bytes
+WRITER_VERSION = 3  # raise it when the same input and options give other bytes
 
 
 def fingerprint(
@@ -32,7 +32,7 @@ def fingerprint(
     return {
         "writer_version": [WRITER_VERSION, FORMAT_VERSION],
         "options": {
-            "--bits": options.bits,
+            "--bits": options.spec.label if options.down else options.bits,
             "--group-size": options.group_size,
             "--trunk-bits": options.trunk_bits,
             "--mode": options.mode,

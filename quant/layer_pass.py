@@ -36,6 +36,16 @@ class Share(NamedTuple):
     weights: Tensor
 
 
+class LayerText(NamedTuple):
+    """What a text makes of a layer: what goes into its experts, the share of each expert, and
+    one over the length of the hidden states behind the layer, fp32 `[N]`. Good until the next."""
+
+    layer: int
+    routed: Routed
+    parts: list[Share]
+    scale: Tensor
+
+
 class _NoExperts:
     """Stands where an engine has its executor; nothing here asks it for an output."""
 
@@ -109,6 +119,18 @@ class LayerPass:
         for share, output in zip(parts, outputs, strict=True):
             y.index_add_(0, share.tokens, output)
         self.finish(layer, y)
+
+    def layers(self, source: WeightSource, last: int, workers: int) -> Iterator[LayerText]:
+        """Every MoE layer up to `last`, when its experts have been computed and added."""
+        for layer in range(last + 1):
+            routed = self.attend(layer)
+            if layer not in self.args.moe_layers:
+                self.finish(layer, None)
+                continue
+            parts = list(shares(routed, self.args.num_experts))
+            self.add_outputs(source, layer, routed, parts, workers)
+            scale = self.x.norm(dim=1).clamp_(min=1e-6).reciprocal_()
+            yield LayerText(layer, routed, parts, scale)
 
     def close(self) -> None:
         self._model = self._steps = None

@@ -86,12 +86,14 @@ def expert_layouts(
                 found: list[str] = []
                 wide = _expert_spec("expert gate|up", args.hidden, wide_dtypes, spec, found)
                 down = frozenset({down_dtype})
-                tall = _expert_spec("expert down", args.expert_width, down, spec, found)
+                tall = _expert_spec("expert down", args.expert_width, down, spec.of_down, found)
                 notes.extend(note for note in found if note not in notes)
                 made[key] = RecordLayout(wide, tall, args.hidden, args.expert_width)
             layouts[layer, expert * len(specs) + variant] = made[key]
     first = next(iter(layouts.values()))
-    if first.gate_up.group_size != first.down.group_size:
+    if first.gate_up.group_size != first.down.group_size and not any(
+        spec.down for spec in options.all_specs
+    ):
         notes.append(
             f"groups of {first.gate_up.group_size} for gate|up ({args.hidden} columns) and of "
             f"{first.down.group_size} for down ({args.expert_width} columns)"

@@ -1,6 +1,7 @@
 """What a user may choose about a conversion, checked. No torch."""
 
-from dataclasses import dataclass, field
+import re
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from ..runtime.errors import UsageError
@@ -12,9 +13,11 @@ if TYPE_CHECKING:
 DEFAULT_BITS = 4
 DEFAULT_GROUP_SIZE = 64  # quantize.py says why, and why every width is symmetric by default
 DEFAULT_TRUNK_BITS = 8  # half the resident bytes of 16; docs/decisions.md has the price
-EXPERT_MODES = ("sym", "nf4")
+EXPERT_MODES = ("sym", "asym", "nf4")
 QUANTIZERS = ("nearest", "absmax", "search", "calibrated")  # docs/quantization.md
 TRUNK_BITS = (4, 8, 16)
+_WIDTH = re.compile(r"(?P<bits>\d+)(?:(?P<mode>[ga])(?P<group>\d+)?)?")
+_LETTERS = {"g": "sym", "a": "asym"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,14 +25,28 @@ class ExpertSpec:
     """How the experts it is given to are quantized.
 
     `group_size` is 32, 64, 128, "channel" (one scale a row), or None: 64 where it divides; absmax
-    has one scale a row always. `mode` is how codes become weights, "nf4" at 4 bits only. Raises
-    UsageError for a value that is none of these, or does not go with another.
+    has one scale a row always. `mode` is how codes become weights, "nf4" at 4 bits only. `down`:
+    another width for the down projection, written as in `of`. Raises UsageError for a value that
+    is none of these, or does not go with another.
     """
 
     bits: int = DEFAULT_BITS
     group_size: int | str | None = None
     mode: str = "sym"
     quantizer: str = "nearest"
+    down: str | None = None
+
+    @classmethod
+    def of(cls, width: str, quantizer: str = "nearest") -> "ExpertSpec":
+        """`3`; `2g32`, in groups of 32; `2a64`, asymmetric in groups of 64; `2g32/3a32`, gate and
+        up as the first and down as the second. Raises UsageError for anything else."""
+        wide, slash, down = width.partition("/")
+        found = _WIDTH.fullmatch(wide)
+        if found is None or (slash and not _WIDTH.fullmatch(down)):
+            raise UsageError(f"no width `{width}`", "expected such as 3, 2g32, 2a64 or 2g32/3a32")
+        group = int(found["group"]) if found["group"] else None
+        mode = _LETTERS[found["mode"] or "g"]
+        return cls(int(found["bits"]), group, mode, quantizer, down or None)
 
     def __post_init__(self) -> None:
         for value, allowed, name in (
@@ -46,6 +63,17 @@ class ExpertSpec:
                 "its 16 levels take 4 bits and are rounded to nearest",
                 "use --bits 4, or leave --mode out",
             )
+        if self.mode == "asym" and (self.bits == 16 or self.quantizer == "absmax"):
+            raise UsageError(
+                "`--mode asym` is not possible here",
+                "16 bits have no codes, and absmax has codes symmetric around zero",
+                "leave it out",
+            )
+        if self.down is not None:
+            if 16 in (self.bits, self.of_down.bits) or self.per_channel:
+                raise UsageError(
+                    f"`{self.label}` is not possible", "both parts have group scales, or neither"
+                )
         if self.per_channel and self.quantizer in ("search", "calibrated"):
             raise UsageError(
                 f"`--quantizer {self.quantizer}` is not possible with one scale a row",
@@ -59,9 +87,20 @@ class ExpertSpec:
         return self.group_size == "channel" or self.quantizer == "absmax"
 
     @property
+    def of_down(self) -> "ExpertSpec":
+        """What the down projection gets."""
+        if self.down is None:
+            return self
+        found = ExpertSpec.of(self.down, self.quantizer)
+        group_size = self.group_size if found.group_size is None else found.group_size
+        return replace(found, group_size=group_size)
+
+    @property
     def label(self) -> str:
-        """Such as `3`, `2 g32`: the width, and the groups where they were asked for."""
-        return f"{self.bits}" if self.group_size is None else f"{self.bits} g{self.group_size}"
+        """Such as `3`, `2g32`, `2a64/3`, as `of` reads it; groups where they were asked for."""
+        group = "" if self.group_size is None else self.group_size
+        letter = "a" if self.mode == "asym" else "g" if group else ""
+        return f"{self.bits}{letter}{group}" + (f"/{self.down}" if self.down else "")
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +116,7 @@ class ConvertOptions:
     trunk_bits: int = DEFAULT_TRUNK_BITS
     mode: str = "sym"
     quantizer: str = "nearest"
+    down: str | None = None
     plan: "BitPlan | None" = None
     variants: tuple[ExpertSpec, ...] = field(default=())
 
@@ -87,7 +127,7 @@ class ConvertOptions:
     @property
     def spec(self) -> ExpertSpec:
         """What every expert gets without a plan."""
-        return ExpertSpec(self.bits, self.group_size, self.mode, self.quantizer)
+        return ExpertSpec(self.bits, self.group_size, self.mode, self.quantizer, self.down)
 
     def specs_of(self, layer: int, expert: int) -> tuple[ExpertSpec, ...]:
         """The specs of the records of one expert: one, or all variants."""

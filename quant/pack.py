@@ -37,7 +37,7 @@ def pack_expert(
     parts = (
         _coded(gate, layout.gate_up, spec, wide),
         _coded(up, layout.gate_up, spec, wide),
-        _coded(down, layout.down, spec, tall),
+        _coded(down, layout.down, spec.of_down, tall),
     )
     return checked(kernels.pack_record(*parts, layout), layout)
 

@@ -6,6 +6,9 @@ plan only says which record stands for an expert, so that its losses are those o
 plan would become, bit for bit. No engine opens such a store.
 """
 
+import hashlib
+import json
+import math
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -101,6 +104,19 @@ class VariantModel:
         self.num_evaluations += 1
         return self._losses(self._states(choice, progress or Silent()))
 
+    def perplexity(self, choice: Choice) -> float:
+        """The perplexity of a choice alone, in half the time of its losses."""
+        self.num_evaluations += 1
+        return math.exp(self._losses(self._states(choice), compared=False).nll.mean())
+
+    @property
+    def identity(self) -> str:
+        """What figures depend on beside a choice: the records, and the windows."""
+        made = hashlib.sha256(json.dumps([self.index.plan, self.index.sha256]).encode())
+        for window in self._windows:
+            made.update(json.dumps([window.first, window.ids]).encode())
+        return made.hexdigest()
+
     def set_base(self, choice: Choice) -> None:
         """Keep the hidden states of a choice; those measured next differ from it in little."""
         args = self.args
@@ -139,11 +155,11 @@ class VariantModel:
                 progress.advance(len(x))
         return found
 
-    def _losses(self, states: list[Tensor]) -> Losses:
-        sums = Sums(compared=True)
+    def _losses(self, states: list[Tensor], compared: bool = True) -> Losses:
+        sums = Sums(compared)
         for number, window in enumerate(self._windows):
             logits = self._model.steps.logits(states[number])
-            other = self._model.steps.logits(self._reference[number])
+            other = self._model.steps.logits(self._reference[number]) if compared else None
             sums.add(window, 0, logits, other)
         return sums.losses()
 

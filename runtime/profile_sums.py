@@ -10,6 +10,9 @@ token, N observed paths.
 - input_square_sum f32 [E, D]: sum of squares of what went into the expert; hidden_square_sum f32
   [E, F]: of what went into its down projection
 - logit_gram f64 [E, E]: H^T H of the router's logits H [tokens, E] (UNCURL, 2409.01483)
+- error_count i64 [E]: the tokens that errors were measured on; output_square_sum f64 [E]: sum of
+  squares of routing weight * the expert's output over those; error_square_sum f64 [E, B]: the same
+  of what the output loses with the weights rounded to nearest at each of ERROR_BITS
 - next_count i64 [E, E']: choices of this layer x choices of the next MoE layer for the same token;
   the last layer is followed by the first one of the next token
 - token_count i64 [E, E]: choices of a token x choices of the token after it, in this layer
@@ -31,6 +34,7 @@ from .transitions import StateCounts
 
 _INT, _REAL = np.dtype(np.int64), np.dtype(np.float64)
 _SINGLE = np.dtype(np.float32)
+ERROR_BITS = (2, 3, 4)  # in groups of 64 columns, or what divides them
 # name -> dtype in the file, letters of the shape; `e` are the experts of the next layer
 TENSORS: dict[str, tuple[np.dtype[Any], str]] = {
     "hard_count": (_INT, "E"),
@@ -40,6 +44,9 @@ TENSORS: dict[str, tuple[np.dtype[Any], str]] = {
     "input_square_sum": (_SINGLE, "ED"),
     "hidden_square_sum": (_SINGLE, "EF"),
     "logit_gram": (_REAL, "EE"),
+    "error_count": (_INT, "E"),
+    "output_square_sum": (_REAL, "E"),
+    "error_square_sum": (_REAL, "EB"),
     "next_count": (_INT, "Ee"),
     "token_count": (_INT, "EE"),
 }
@@ -60,6 +67,9 @@ class LayerSums:
     input_square_sum: NDArray[np.floating] | None = None
     hidden_square_sum: NDArray[np.floating] | None = None
     logit_gram: NDArray[np.float64] | None = None
+    error_count: NDArray[np.int64] | None = None
+    output_square_sum: NDArray[np.float64] | None = None
+    error_square_sum: NDArray[np.float64] | None = None
     next_count: NDArray[np.int64] | None = None
     token_count: NDArray[np.int64] | None = None
     tokens: StateCounts | None = None
@@ -81,6 +91,7 @@ class LayerSums:
         """Check shapes and ranges, E' being `num_following` and D `hidden` where it is known;
         returns D. Raises FormatError."""
         sizes = {"E": self.num_experts, "e": num_following, "D": hidden, "F": None}
+        sizes["B"] = len(ERROR_BITS)
         for name, (dtype, letters) in TENSORS.items():
             value = getattr(self, name)
             if value is None:

@@ -17,16 +17,19 @@ from edgemoe.cli import main
 from edgemoe.quant.calibrate import Collector, Text, calibrate, sums_bytes
 from edgemoe.quant.passes import Passes, groups
 from edgemoe.quant.progress import Silent
+from edgemoe.quant.quantize import dequantize, quantize
 from edgemoe.quant.scores import score_profile, usage
+from edgemoe.quant.store_source import StoreSource
 from edgemoe.runtime import core
 from edgemoe.runtime.errors import UsageError
+from edgemoe.runtime.format import QuantSpec
 from edgemoe.runtime.profile import Profile, profile_path
-from edgemoe.runtime.profile_sums import STATES, TENSORS
+from edgemoe.runtime.profile_sums import ERROR_BITS, STATES, TENSORS
 
 BACKENDS = ["reference"] + (["native"] if core.lib else [])
-COUNTS = ("hard_count", "next_count", "token_count")
+COUNTS = ("hard_count", "next_count", "token_count", "error_count")
 REALS = ("soft_count", "weight_sum", "reap_sum", "logit_gram", "input_square_sum")
-REALS += ("hidden_square_sum",)
+REALS += ("hidden_square_sum", "output_square_sum", "error_square_sum")
 
 
 def text(name: str, num_tokens: int, seed: int) -> Text:
@@ -56,7 +59,9 @@ def assert_same(a: Profile, b: Profile, rtol: float = 0.0) -> None:
         for name in COUNTS:
             np.testing.assert_array_equal(getattr(sums, name), getattr(other, name))
         for name in REALS:
-            np.testing.assert_allclose(getattr(sums, name), getattr(other, name), rtol=rtol)
+            # Errors come from fp32 products, whose rounding depends on how many rows there are.
+            close = 1e-5 if rtol and name.endswith("_square_sum") else rtol
+            np.testing.assert_allclose(getattr(sums, name), getattr(other, name), rtol=close)
         for name in STATES:
             for part in ("key", "expert", "count"):
                 ours, theirs = getattr(sums, name), getattr(other, name)
@@ -124,6 +129,43 @@ def test_two_runs_merge_to_the_joint_run(engine, tmp_path):
     assert_same(added, joint, rtol=1e-6)
     assert_same(Profile.load(tmp_path / "sum.safetensors"), joint, rtol=1e-6)
     assert [each["name"] for each in added.texts] == ["a", "b"]
+
+
+def test_errors_are_those_of_rounded_experts(engine, tmp_path):
+    """Of the tokens at 0, 4, 8, ... of the first window; by a plain loop over tokens."""
+    part = text("a", 1_100, 1)
+    profile = calibrate(engine, [part], tmp_path / "p.safetensors")
+    seen = {}
+
+    def note(o):
+        pairs = zip(np.repeat(o.experts, np.diff(o.begins)), o.tokens, o.weights, strict=True)
+        seen[o.layer] = [(int(e), float(w), o.x[int(t)].clone()) for e, t, w in pairs if t % 4 == 0]
+
+    engine.observe(note)
+    Passes(engine).routes([part.ids[:512]])
+    with StoreSource(engine.path) as source:
+        for layer, rows in seen.items():
+            sums = profile.layers[layer]
+            expected = np.zeros((sums.num_experts, 1 + len(ERROR_BITS)))
+            for expert, weight, x in rows:
+                gate, up, down = (each.double() for each in source.expert(layer, expert))
+                made = [(gate, up, down)]
+                for bits in ERROR_BITS:
+                    spec = QuantSpec(bits, 64 if engine.args.hidden % 64 == 0 else 32, "sym")
+                    made.append(
+                        [dequantize(quantize(e.float(), spec), spec).double() for e in made[0]]
+                    )
+                x = x.double()
+                y = [d @ (torch.nn.functional.silu(g @ x) * (u @ x)) * weight for g, u, d in made]
+                squares = [
+                    float(each.square().sum()) for each in (y[0], *(y[0] - z for z in y[1:]))
+                ]
+                expected[expert] += squares
+            assert sums.error_count.sum() == 128 * engine.args.top_k
+            np.testing.assert_allclose(sums.output_square_sum, expected[:, 0], rtol=1e-4)
+            np.testing.assert_allclose(sums.error_square_sum, expected[:, 1:], rtol=1e-4)
+            errors = sums.error_square_sum.sum(0) / sums.output_square_sum.sum()
+            assert 1 > errors[0] > 2 * errors[1] > 4 * errors[2] > 0
 
 
 def test_observing_changes_no_logit(engine):

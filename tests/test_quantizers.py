@@ -1,5 +1,7 @@
 """The papers' quantizer to the letter, searched scales, and rounding that knows its inputs."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from edgemoe.quant import calibrated, gptq
 from edgemoe.quant.gptq import Curvature, quantize_calibrated
 from edgemoe.quant.options import ConvertOptions, ExpertSpec
 from edgemoe.quant.pack import pack_expert
@@ -98,10 +101,10 @@ def test_stored_bytes_are_those_of_the_formula(bits: int, group: int | str) -> N
 
 
 @settings(max_examples=30, deadline=None)
-@given(SEEDS, WIDTHS)
-def test_searched_scales_are_never_worse(seed: int, bits: int) -> None:
+@given(SEEDS, WIDTHS, st.sampled_from(["sym", "asym"]))
+def test_searched_scales_are_never_worse(seed: int, bits: int, mode: str) -> None:
     weight = random_matrix(seed, 16, 128)
-    spec = QuantSpec(bits, 64, "sym")
+    spec = QuantSpec(bits, 64, mode)
     importance = torch.from_numpy(np.random.default_rng(seed).exponential(1, 128) ** 3).float()
     plain = dequantize(quantize(weight, spec), spec)
     for share in (None, importance):
@@ -111,19 +114,88 @@ def test_searched_scales_are_never_worse(seed: int, bits: int) -> None:
         assert error(weight, found, moments) <= error(weight, plain, moments) * 1.001 + 1e-12
 
 
+def real_inputs(seed: int, cols: int, generator: torch.Generator) -> Tensor:
+    """Columns that depend on each other, and one that no input uses."""
+    mixing = torch.randn((cols, cols), generator=generator)
+    inputs = torch.randn((600, cols), generator=generator) @ mixing * 0.1
+    inputs[:, 5] = 0
+    return inputs
+
+
 @settings(max_examples=15, deadline=None)
-@given(SEEDS, st.sampled_from([2, 3, 4]))
-def test_calibrated_rounding_loses_less_on_its_inputs(seed: int, bits: int) -> None:
+@given(SEEDS, st.sampled_from([2, 3, 4]), st.sampled_from(["sym", "asym"]))
+def test_calibrated_rounding_loses_less_on_its_inputs(seed: int, bits: int, mode: str) -> None:
     generator = torch.Generator().manual_seed(seed % 2**31)
-    mixing = torch.randn((128, 128), generator=generator)
-    inputs = torch.randn((600, 128), generator=generator) @ mixing * 0.1
-    inputs[:, 5] = 0  # a column that no input uses
+    inputs = real_inputs(seed, 128, generator)
     weight = torch.randn((48, 128), generator=generator)
     moments = inputs.T @ inputs
-    spec = QuantSpec(bits, 32, "sym")
+    spec = QuantSpec(bits, 32, mode)
     searched = dequantize(quantize_searched(weight, spec, moments.diagonal().clone()), spec)
     found = dequantize(quantize_calibrated(weight, spec, Curvature(moments.clone())), spec)
     assert error(weight, found, moments) < 0.8 * error(weight, searched, moments)
+
+
+@settings(max_examples=10, deadline=None)
+@given(SEEDS, st.sampled_from([2, 3]), st.sampled_from(["sym", "asym"]))
+def test_every_turn_loses_less(seed: int, bits: int, mode: str) -> None:
+    """Fitting grids to codes and moving codes on a grid: each lowers the error that both share."""
+    generator = torch.Generator().manual_seed(seed % 2**31)
+    inputs = real_inputs(seed, 128, generator)
+    weight = torch.randn((48, 128), generator=generator)
+    curvature = Curvature(inputs.T @ inputs)
+    spec, errors = QuantSpec(bits, 32, mode), []
+    with pytest.MonkeyPatch.context() as patch:
+        for turns in range(4):
+            patch.setitem(gptq._TURNS, bits, turns)
+            found = dequantize(quantize_calibrated(weight, spec, curvature), spec)
+            errors.append(error(weight, found, curvature.moments))
+    assert errors[1] < 0.95 * errors[0]
+    for before, after in itertools.pairwise(errors):
+        assert after <= before * 1.001  # fp16
+
+
+def test_down_makes_up_for_gate_and_up() -> None:
+    """With all of the rounding in front of it known, the fitted matrix loses less than down."""
+    generator = torch.Generator().manual_seed(1)
+    exact = torch.randn((500, 64), generator=generator)
+    rounded = 0.8 * exact + 0.3 * exact.roll(1, 1) + 0.1 * torch.randn((500, 64))
+    down = torch.randn((32, 64), generator=generator)
+    fitted = calibrated._corrected(down, exact, rounded, rounded.T @ rounded)
+
+    def lost(matrix: Tensor) -> float:
+        return float((exact @ down.T - rounded @ matrix.T).square().sum())
+
+    assert lost(fitted) < 0.3 * lost(down)
+    same = calibrated._corrected(down, exact, exact, exact.T @ exact)
+    assert torch.equal(same, down)
+    assert torch.equal(calibrated._corrected(down, exact * 0, exact * 0, torch.zeros(64, 64)), down)
+
+
+@pytest.mark.parametrize("quantizer", ("nearest", "search"))
+def test_both_parts_have_their_own_format(quantizer: str) -> None:
+    spec = ExpertSpec.of("2a64/4g32", quantizer)
+    layout = RecordLayout(QuantSpec(2, 64, "asym"), QuantSpec(4, 32, "sym"), 64, 128)
+    generator = torch.Generator().manual_seed(0)
+    gate, up = torch.randn((2, 128, 64), generator=generator)
+    down = torch.randn((64, 128), generator=generator)
+    record, _ = pack_expert((gate, up, down), layout, spec)
+    found = kernels.unpack_record(record, layout)
+    for matrix, weight, most in zip(found, (gate, up, down), (0.5, 0.5, 0.1), strict=True):
+        assert np.abs(matrix - weight.numpy()).mean() < most
+
+
+def test_widths_in_words() -> None:
+    for width in ("3", "2g32", "2a64", "4a", "2a64/3a32", "3/4"):
+        assert ExpertSpec.of(width).label == width
+    spec = ExpertSpec.of("2g32/4a", "search")
+    assert spec.of_down == ExpertSpec(4, 32, "asym", "search")
+    assert ExpertSpec(3, quantizer="search").of_down == ExpertSpec(3, quantizer="search")
+    for wrong in ("", "5", "2x64", "2g48", "2/16", "16/4", "2/3/4", "16a", "2a64/"):
+        with pytest.raises(UsageError):
+            ExpertSpec.of(wrong)
+    for wrong in ("2a", "2/3"):
+        with pytest.raises(UsageError):
+            ExpertSpec.of(wrong, "absmax")
 
 
 def test_curvature_that_says_nothing_is_rounding_to_nearest() -> None:

@@ -63,12 +63,15 @@ def add_format_options(parser: argparse.ArgumentParser) -> None:
         "--bits",
         type=_bits,
         metavar="2|3|4|8|16|auto",
-        help="of the experts (default: 4); auto finds a plan for --max-loss, --size or --bpw",
+        help="of the experts (default: 4), or such as 2a64/3a32: gate and up 2 bits, asymmetric in "
+        "groups of 64, down 3 bits in groups of 32; auto finds a plan for --max-loss, --size or "
+        "--bpw",
     )
     group.add_argument(
         "--mode",
-        choices=("sym", "nf4"),
-        help="of expert codes: even steps, or the 16 levels of NormalFloat4 (default: sym)",
+        choices=("sym", "asym", "nf4"),
+        help="of expert codes: even steps around zero, or from a least value that a group has, or "
+        "the 16 levels of NormalFloat4 (default: sym)",
     )
     group.add_argument(
         "--group-size",
@@ -86,18 +89,31 @@ def add_format_options(parser: argparse.ArgumentParser) -> None:
 def _bits(text: str) -> int | str:
     if text == "auto":
         return text
-    if text not in ("2", "3", "4", "8", "16"):
-        raise argparse.ArgumentTypeError(f"expected 2, 3, 4, 8, 16 or auto, got `{text}`")
-    return int(text)
+    if text in ("2", "3", "4", "8", "16"):
+        return int(text)
+    if text[0] in "2348" and any(letter in text for letter in "ga/"):
+        return text
+    raise argparse.ArgumentTypeError(
+        f"expected 2, 3, 4, 8, 16, auto, or such as 2a64/3a32, got `{text}`"
+    )
 
 
 def format_options(args: argparse.Namespace, **more: Any) -> "ConvertOptions":
     """The `ConvertOptions` that the flags name."""
-    from ..quant.options import ConvertOptions
+    from ..quant.options import ConvertOptions, ExpertSpec
 
     given = {name: getattr(args, name) for name in ("bits", "mode", "group_size", "trunk_bits")}
     if given["group_size"] not in (None, "channel"):
         given["group_size"] = int(given["group_size"])
+    if isinstance(args.bits, str) and args.bits != "auto":
+        spec = ExpertSpec.of(args.bits)
+        for name in ("mode", "group_size"):
+            if given[name] is not None:
+                raise UsageError(
+                    f"`--bits {args.bits}` and `--{name.replace('_', '-')}` do not go together",
+                    "the width says it",
+                )
+        given |= {name: getattr(spec, name) for name in ("bits", "mode", "group_size", "down")}
     given |= more
     return ConvertOptions(**{name: value for name, value in given.items() if value is not None})
 

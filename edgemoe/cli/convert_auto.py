@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("with --bits auto")
     group.add_argument(
         "--max-loss",
-        type=_share,
+        type=share_of_one,
         metavar="2%",
         help="the smallest store whose perplexity on held-out text rises by no more",
     )
@@ -40,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--widths",
         type=options.word_list,
         metavar="LIST",
-        help="to choose from; 2g32 is 2 bits in groups of 32 (default: 2,2g32,3,3g32,4,8)",
+        help="to choose from, as for --bits (default: 2 to 4 bits, down with more, and 8)",
     )
     group.add_argument(
         "--validation",
@@ -73,10 +73,11 @@ def is_wanted(args: argparse.Namespace) -> bool:
 
 def run(args: argparse.Namespace) -> int:
     """Find a plan, print it, and convert by it."""
-    from ..quant.auto import HELD_OUT_EVERY, Target, convert_auto
+    from ..quant.auto import HELD_OUT_EVERY, convert_auto
     from ..quant.calibrated import Calibration
     from ..quant.options import ConvertOptions
     from ..quant.progress import open_progress
+    from ..quant.target import Target
     from ..quant.windows import Window
 
     if args.dry_run:
@@ -171,7 +172,7 @@ def _read(args: argparse.Namespace, paths: list[str], num_tokens: int) -> "list[
     return read_windows(paths, tokenizer, num_tokens)
 
 
-def _share(text: str) -> float:
+def share_of_one(text: str) -> float:
     """`2%` or `0.02` as 0.02."""
     try:
         value = float(text[:-1]) / 100 if text.endswith("%") else float(text)
