@@ -17,6 +17,7 @@ from edgemoe.quant.prune_plan import (
     replayed_rows,
     warnings_on,
 )
+from edgemoe.quant.prune_reads import expected_reads, spare_reads
 from edgemoe.quant.prune_replay import NOBODY, redirect
 from edgemoe.runtime.errors import BudgetError, UsageError
 from edgemoe.runtime.index import load_index
@@ -307,3 +308,40 @@ def test_a_profile_that_does_not_fit_is_refused(path, tmp_path, capsys, change, 
 def test_command_lines_that_cannot_be_meant(path, capsys, words, message):
     assert main(["prune", str(path), *words]) in (2, 4)
     assert message in capsys.readouterr().err
+
+
+def test_what_is_read_most_lies_between(path, index):
+    """Misses of a cache that forgets what was not used for a while, from counts alone."""
+    profile = planted(path)
+    cache_bytes = index.expert_bytes * 5 // 8
+    reads = expected_reads(profile, index, cache_bytes)
+    uses = {layer: sums.hard_count / TOKENS for layer, sums in profile.layers.items()}
+    for layer, misses in reads.items():
+        assert (misses <= uses[layer]).all() and misses.min() > 0
+        most, least = uses[layer].argmax(), uses[layer].argmin()
+        assert misses.argmax() not in (most, least)  # always there; hardly ever wanted
+    kept = sum(
+        float((1 - misses / uses[layer]).sum()) * index.max_record_bytes
+        for layer, misses in reads.items()
+    )
+    assert kept == pytest.approx(cache_bytes, rel=1e-6)
+    everything = expected_reads(profile, index, index.expert_bytes)
+    assert max(misses.max() for misses in everything.values()) < 1e-6
+
+
+def test_reads_are_spared_where_they_cost_more_than_they_are_worth(path, index, capsys):
+    profile = planted(path)
+    scores = scores_of(profile, "frequency")
+    assert spare_reads(scores, profile, index, 0.0) is scores
+    kept = choose(scores, index, TOP_K, Amount(experts=4))
+    sparing = choose(spare_reads(scores, profile, index, 0.9), index, TOP_K, Amount(experts=4))
+    reads = expected_reads(profile, index, index.expert_bytes // 4)
+    for layer in kept:
+        assert sparing[layer] != kept[layer]
+        assert reads[layer][list(sparing[layer])].sum() < reads[layer][list(kept[layer])].sum()
+    words = ["--profile", "code", "--keep", "50%", "--name", "sparing", "--spare-reads"]
+    assert main(["prune", str(path), *words, "0.5"]) == 0
+    assert load_set(path, "sparing").parameters["spare_reads"] == 0.5
+    capsys.readouterr()
+    assert main(["prune", str(path), *words, "1.5", "--force"]) == 2
+    assert "expected 0 to below 1" in capsys.readouterr().err

@@ -52,6 +52,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="the best of all layers instead of as many of each",
     )
     group.add_argument(
+        "--spare-reads",
+        type=float,
+        default=0.0,
+        metavar="X",
+        help="let go what is worth less than what it reads: X (0 to below 1) of its share of the "
+        "reads is taken from its share of the score (default: 0)",
+    )
+    group.add_argument(
         "--keep-first-layer", action="store_true", help="all of the first MoE layer, besides"
     )
     group = parser.add_argument_group("what is known of the task")
@@ -174,6 +182,7 @@ def _make(path: Path, args: argparse.Namespace, stack: ExitStack) -> "tuple[Expe
     from ..models import store_args
     from ..quant.prune import choose, scores_of
     from ..quant.prune_plan import make_plan
+    from ..quant.prune_reads import spare_reads
     from ..runtime.index import load_index
     from ..runtime.sets import ExpertSet
 
@@ -183,12 +192,14 @@ def _make(path: Path, args: argparse.Namespace, stack: ExitStack) -> "tuple[Expe
     engine, texts = prune_task.open_text(path, args, stack) if args.text else (None, [])
     profile = prune_task.profile(path, args, engine, texts, owner)
     scores = scores_of(profile, args.method)
-    kept = choose(scores, index, owner.top_k, amount, not args.across)
+    chosen_by = spare_reads(scores, profile, index, args.spare_reads)
+    kept = choose(chosen_by, index, owner.top_k, amount, not args.across)
     parameters = {
         "keep": args.keep,
         "experts": args.experts,
         "fit_bytes": args.fit,
         "across_layers": args.across,
+        "spare_reads": args.spare_reads,
         "keep_first_layer": args.keep_first_layer,
         "profile": profile.name,
         "tokens": profile.num_tokens,
