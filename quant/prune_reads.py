@@ -1,10 +1,10 @@
 """Pruning that has reads in mind: what every expert would be read for, from counts alone.
 
 A cache of the most recently used is nearly one that keeps each record for the same time T after
-its use (Che, Tung, Wang, 2002). With p uses a token, a record misses p exp(-p T) times a token; T is
-such that what is kept fills the cache. Experts that are used all the time hardly miss, nor do those that
-are hardly used: what is read most lies between. Taking from an expert's share of its layer's score
-a part of its share of the layer's reads lets those go that cost more reads than they are worth.
+its use (Che, Tung, Wang, 2002). With p uses a token, a record misses p exp(-p T) times a token; T
+is such that what is kept fills the cache. Experts that are used all the time hardly miss, nor do
+those that are hardly used: what is read most lies between. Taking from an expert's share of its
+layer's score a part of its share of the layer's reads lets those go that are not worth theirs.
 """
 
 import numpy as np
