@@ -146,8 +146,8 @@ def check_index(index: StoreIndex, args: ModelArgs) -> None:
     if index.untrained_routers:
         raise UsageError(
             f"`{index.path}` cannot run yet: its routers are random",
-            "experts were merged and the routers have to be trained for what is left",
-            "merge with --router index-map to run without training",
+            "it was exported to be trained (`untrained_routers` in config.json)",
+            "train it, take the word out and convert again; --router index-map needs no training",
         )
     num_experts = index.layer_to_num_experts
     wrong = ""

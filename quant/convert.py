@@ -275,6 +275,7 @@ def finish_store(
         packed_trunk=packed,
         sha256=sha256,
         plan=plan.to_json(),
+        untrained_routers=checkpoint.config.get("untrained_routers") is True,
     )
 
 

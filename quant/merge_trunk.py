@@ -18,14 +18,13 @@ _BLOCK_BYTES = 16 << 20
 _TORCH = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
-def write_trunk(own: StoreSource, merge: Merge, target: Path, router: str, seed: int) -> None:
-    """Write the trunk of `own` to `target`, synced; see `write_merged` for `router` and `seed`."""
+def write_trunk(own: StoreSource, merge: Merge, target: Path, router: str) -> None:
+    """Write the trunk of `own` to `target`, synced; see `write_merged` for `router`."""
     with open(own.path / TRUNK_FILE, "rb") as file:
         tensors, metadata = read_header(file, TRUNK_FILE)
     routers = {}
     if router != "index-map":
         routers = {own.module.router_name(layer): groups for layer, groups in merge.items()}
-    rng = torch.Generator().manual_seed(seed)
     entries, new = [], {}
     for name, entry in sorted(tensors.items(), key=lambda item: item[1].offset):
         shape, num_bytes = entry.shape, entry.num_bytes
@@ -34,7 +33,7 @@ def write_trunk(own: StoreSource, merge: Merge, target: Path, router: str, seed:
                 raise FormatError(f"the router `{name}` is packed", "its rows cannot be merged")
             stored = bytearray(b"".join(own.trunk_bytes(name, _BLOCK_BYTES)))
             rows = torch.frombuffer(stored, dtype=_TORCH[entry.dtype]).reshape(shape)
-            new[name] = _router(rows, routers[name], router, rng)
+            new[name] = _router(rows, routers[name])
             shape, num_bytes = tuple(new[name].shape), new[name].nbytes
         entries.append((name, entry.dtype, shape, num_bytes))
     with open(target, "wb") as out:
@@ -49,12 +48,8 @@ def write_trunk(own: StoreSource, merge: Merge, target: Path, router: str, seed:
         os.fsync(out.fileno())
 
 
-def _router(rows: Tensor, merge: LayerMerge, router: str, rng: torch.Generator) -> Tensor:
-    """rows `[E, D]` -> one for each group, of the same dtype; new ones are as large as the old."""
+def _router(rows: Tensor, merge: LayerMerge) -> Tensor:
+    """rows `[E, D]` -> one for each group, of the same dtype."""
     every = rows.float()
-    if router == "untrained":
-        size = (len(merge.groups), rows.shape[1])
-        new = torch.randn(size, generator=rng) * float(every.std())
-    else:
-        new = torch.stack([merged_rows(group, every) for group in merge.groups])
+    new = torch.stack([merged_rows(group, every) for group in merge.groups])
     return new.to(rows.dtype).contiguous()

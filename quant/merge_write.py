@@ -62,19 +62,18 @@ def write_merged(
     router: str = "index-map",
     checkpoint: str | Path | None = None,
     provenance: dict[str, Any] | None = None,
-    seed: int = 0,
     progress: Progress | None = None,
     num_threads: int = 1,
 ) -> StoreIndex:
     """Write the store `out` of the merged experts of `store`; returns its index.
 
-    `router`: `index-map` keeps all rows, `merged` averages those of a group, `untrained` writes
-    random ones (by `seed`), and such a store is not run. `provenance` goes into store.json. Goes on
-    where an equal merge was interrupted. Raises UsageError, CheckpointError, BudgetError.
+    `router`: `index-map` keeps all rows, `merged` averages those of a group. `provenance` goes into
+    store.json. Goes on where an equal merge was interrupted. Raises UsageError, CheckpointError,
+    BudgetError.
     """
     target, progress = Path(out), progress or Silent()
     with StoreSource(store) as own, _bodies_of(own, checkpoint) as bodies:
-        wanted = _identity(own, bodies, merge, router, seed)
+        wanted = _identity(own, bodies, merge, router)
         if finish_published(target, wanted):
             return load_index(target)
         check_target(target)
@@ -84,7 +83,7 @@ def write_merged(
         partial = Partial.open(target, wanted)
         try:
             _write_experts(own, bodies, merge, layouts, partial, header, progress, num_threads)
-            write_trunk(own, merge, partial.path / TRUNK_FILE, router, seed)
+            write_trunk(own, merge, partial.path / TRUNK_FILE, router)
             for name in set(own.index.sha256) - {EXPERTS_FILE, TRUNK_FILE}:
                 (partial.path / name).parent.mkdir(exist_ok=True)
                 shutil.copyfile(own.path / name, partial.path / name)
@@ -122,9 +121,7 @@ def _bodies_of(own: StoreSource, checkpoint: str | Path | None) -> WeightSource:
     return source
 
 
-def _identity(
-    own: StoreSource, bodies: WeightSource, merge: Merge, router: str, seed: int
-) -> dict[str, Any]:
+def _identity(own: StoreSource, bodies: WeightSource, merge: Merge, router: str) -> dict[str, Any]:
     """What must be equal for two runs to give the same bytes."""
     groups = {layer: asdict(each) for layer, each in merge.items()}
     files = {}
@@ -137,7 +134,6 @@ def _identity(
         "options": {
             "groups": hashlib.sha256(json.dumps(groups).encode()).hexdigest(),
             "--router": router,
-            "--seed": seed,
             "bodies": type(bodies).__name__,
         },
         "files": files,
@@ -281,7 +277,6 @@ def _index(
         }
     else:
         index.kept = {layer: each.heads for layer, each in merge.items()}
-    index.untrained_routers = router == "untrained"
     return index
 
 

@@ -174,11 +174,12 @@ def make_plan(
     num_experts = len(index.records)
     num_cached = num_experts * cache_bytes // max_cache_bytes if max_cache_bytes else 0
     share = f"{100 * num_cached / num_experts:.0f} %" if num_experts else "no experts"
+    experts = f"{num_cached} of {num_experts} experts{index.rows_text}, {share}"
     unused = budget - fixed_bytes - headroom_bytes - cache_bytes
     lines = [
         *fixed,
         PlanLine("headroom", headroom_bytes, _HEADROOM_TEXT),
-        PlanLine("expert cache", cache_bytes, f"{num_cached} of {num_experts} experts, {share}"),
+        PlanLine("expert cache", cache_bytes, experts),
     ]
     if unused >= MIB:
         lines.insert(-1, PlanLine("unused", unused, "every expert is in memory without it"))

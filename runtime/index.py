@@ -82,6 +82,12 @@ class StoreIndex:
         }
 
     @property
+    def rows_text(self) -> str:
+        """` for 24 that routers know` in a store of merged experts, else nothing."""
+        num_rows = sum(self.layer_to_num_rows.values())
+        return f" for {num_rows} that routers know" if self.layer_to_bodies else ""
+
+    @property
     def is_derived(self) -> bool:
         """Whether it was made of another store by leaving out or merging experts."""
         return bool(self.kept or self.layer_to_bodies or self.untrained_routers)

@@ -16,13 +16,14 @@ from edgemoe.quant.compact import compact
 from edgemoe.quant.convert import convert
 from edgemoe.quant.merge import Group, LayerMerge
 from edgemoe.quant.merge_bodies import merged_body
+from edgemoe.quant.merge_export import export_merged
 from edgemoe.quant.merge_write import write_merged
 from edgemoe.quant.options import ConvertOptions, ExpertSpec
 from edgemoe.quant.pack import pack_expert
 from edgemoe.quant.store_source import StoreSource
 from edgemoe.runtime import core
 from edgemoe.runtime.errors import FormatError, UsageError
-from edgemoe.runtime.index import load_index, save_index
+from edgemoe.runtime.index import load_index
 from edgemoe.runtime.store import Store
 from edgemoe.session import Session
 
@@ -193,6 +194,16 @@ def test_copies_merged_are_the_model_they_were(path, merged):
 
 
 @native
+def test_leaving_the_copies_out_loses_more(path, merged):
+    """As many experts, and those of every family that count: but a token that wanted both of a
+    family now gets another one."""
+    make_set(path, "heads", dict.fromkeys(range(3), tuple(family[0] for family in FAMILIES)))
+    full, small = logits_of(path, 4), logits_of(merged, 4)
+    masked = logits_of(path, 4, set="heads", set_mode="hard")
+    assert (masked - full).square().mean() > 100 * (small - full).square().mean()
+
+
+@native
 def test_streamed_and_resident_are_equal(merged):
     record = load_index(merged).max_record_bytes
     assert torch.equal(logits_of(merged), logits_of(merged, cache_bytes=2 * record))
@@ -250,8 +261,9 @@ def test_sets_and_profiles_of_a_merged_store_are_about_bodies(path, merged, text
 @native
 def test_commands_know_a_merged_store(merged, capsys):
     assert main(["verify", str(merged), "--tokens", "4"]) == 0
+    assert "12 of 12 expert records for 24 that routers know" in capsys.readouterr().out
     assert main(["plan", str(merged)]) == 0
-    capsys.readouterr()
+    assert "12 of 12 experts for 24 that routers know, 100 %" in capsys.readouterr().out
     assert main(["inspect", str(merged), "--layers"]) == 0
     text = capsys.readouterr().out
     assert "4 a layer for the 8 that routers know" in text and "routers: index-map" in text
@@ -260,18 +272,37 @@ def test_commands_know_a_merged_store(merged, capsys):
     assert document["layers"][0]["num_experts"] == 4 and document["layers"][0]["num_rows"] == 8
 
 
-def test_random_routers_are_refused(path, tmp_path):
-    out = tmp_path / "untrained.edgemoe"
-    index = write_merged(path, families(), out, router="untrained")
-    assert index.untrained_routers and not index.layer_to_bodies
+def test_random_routers_are_for_training(path, tmp_path):
+    """A checkpoint of the merged experts; what is converted from it before it was trained is
+    refused, by the engine and by the core."""
+    source, exported = path.parent / "source", tmp_path / "exported"
+    export_merged(source, families(), exported)
+    with Checkpoint(exported) as checkpoint, Checkpoint(source) as own:
+        assert checkpoint.args.num_experts == 4 and own.args.num_experts == 8
+        group = families()[2].groups[1]
+        merged = merged_body(group, lambda expert: own.expert(2, expert))
+        for found, part in zip(checkpoint.expert(2, 1), merged, strict=True):
+            assert torch.equal(found, part.to(found.dtype))
+        for name, where in own.trunk.items():
+            is_router = name in own.router_names()
+            assert torch.equal(checkpoint.read(name), own.read(where)) != is_router
+    random = convert(exported, tmp_path / "random.edgemoe", ConvertOptions(bits=16))
+    assert load_index(random).untrained_routers
     with pytest.raises(UsageError, match="routers are random.*--router index-map"):
-        Engine.from_pretrained(out)
-    again = write_merged(path, families(), tmp_path / "b.edgemoe", router="untrained", seed=1)
-    assert again.sha256["trunk.safetensors"] != index.sha256["trunk.safetensors"]
-    save_index(index)
-    assert load_index(out).untrained_routers
+        Engine.from_pretrained(random)
     if core.lib is not None:
-        assert not core.lib.em_index_open(str(out).encode(), None, 0)
+        assert not core.lib.em_index_open(str(random).encode(), None, 0)
+    config = json.loads((exported / "config.json").read_text())
+    del config["untrained_routers"]
+    (exported / "config.json").write_text(json.dumps(config))
+    trained = convert(exported, tmp_path / "trained.edgemoe", ConvertOptions(bits=16))
+    assert logits_of(trained, 1).isfinite().all()
+    uneven = families() | {0: LayerMerge(tuple(Group(e, (e,), (1.0,)) for e in range(8)))}
+    with pytest.raises(UsageError, match="as many experts in every layer"):
+        export_merged(source, uneven, tmp_path / "uneven")
+    with pytest.raises(UsageError, match="is there already"):
+        export_merged(source, families(), exported)
+    assert not list(tmp_path.glob("*.partial"))
 
 
 def test_merged_routers_have_a_row_for_every_group(path, tmp_path):
@@ -345,6 +376,10 @@ def test_a_dry_run_writes_nothing(path, text, tmp_path, capsys):
         (
             ["--method", "msmoe", "--keep", "50%", "--out", "x", "--router", "untrained"],
             "expected index-map",
+        ),
+        (
+            ["--method", "uncurl", "--keep", "50%", "--out", "x", "--router", "untrained"],
+            "random routers are for training",
         ),
         (["--method", "uncurl", "--keep", "50%", "--out", "."], "already exists"),
         (["--method", "uncurl", "--keep", "50%", "--out", "x"], "no profile"),

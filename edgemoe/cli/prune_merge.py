@@ -38,8 +38,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--router",
         choices=ROUTERS,
-        help="index-map: all rows stay (uncurl, msmoe); merged rows (diversify); untrained: random "
-        "ones, to be trained, for uncurl",
+        help="index-map: all rows stay (uncurl, msmoe); merged: averaged rows (diversify); "
+        "untrained: random ones, in a checkpoint to be trained (uncurl)",
     )
     group.add_argument("--seed", type=int, default=0, metavar="N", help="of the clustering")
 
@@ -48,8 +48,8 @@ def run(path: Path, args: argparse.Namespace) -> int:
     """Print the plan of a merge, then write the store."""
     from ..quant.merge import router_of
 
-    _check(args)
     router = router_of(args.method, args.router)
+    _check(args)
     target = None if args.out is None else Path(args.out)
     if target is not None and not args.dry_run:
         from ..quant.journal import check_target
@@ -74,6 +74,12 @@ def _check(args: argparse.Namespace) -> None:
         )
     if args.out is None and not args.dry_run:
         raise UsageError("merged experts need a store of their own", "", "--out NAME.edgemoe")
+    if args.router == "untrained" and args.checkpoint is None:
+        raise UsageError(
+            "random routers are for training, which starts from 16 bits",
+            "a store cannot be trained",
+            "--checkpoint DIR; --out then is a checkpoint as well",
+        )
     if args.method == "diversify" and not args.text:
         raise UsageError(
             "`--method diversify` needs a text",
@@ -179,6 +185,7 @@ def _write(
     args: argparse.Namespace,
 ) -> int:
     from ..quant.convert import num_cpus
+    from ..quant.merge_export import export_merged
     from ..quant.merge_write import write_merged
     from ..quant.progress import open_progress
 
@@ -196,6 +203,12 @@ def _write(
     }
     progress = open_progress()
     try:
+        if router == "untrained":
+            export_merged(args.checkpoint, merge, target, args.seed, progress)
+            note(
+                f"wrote {target}, a checkpoint whose routers are random: train it, then convert it"
+            )
+            return 0
         made = write_merged(
             path,
             merge,
@@ -203,7 +216,6 @@ def _write(
             router=router,
             checkpoint=args.checkpoint,
             provenance={k: v for k, v in provenance.items() if v not in (None, False, [])},
-            seed=args.seed,
             progress=progress,
             num_threads=args.threads or num_cpus(),
         )
@@ -211,6 +223,4 @@ def _write(
         progress.close()
     count, size = len(made.records), format_bytes(made.expert_bytes)
     note(f"wrote {target}: {count} experts, {size}")
-    if made.untrained_routers:
-        note("its routers are random: edgemoe will not run it")
     return 0

@@ -91,7 +91,8 @@ def check_sums(path: Path, args: argparse.Namespace, say: Callable[[str], None])
                 say(f"BAD  expert record `layers.{layer}.experts.{expert}`")
         good_records = num_records - len(damaged)
         total = format_bytes(store.index.expert_bytes)
-        say(f"{good_records} of {num_records} expert records have their checksums ({total})")
+        of = f"{num_records} expert records{store.index.rows_text}"
+        say(f"{good_records} of {of} have their checksums ({total})")
         for name, good in store.verify_files():
             if not good:
                 damaged.append({"file": name})
