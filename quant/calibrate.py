@@ -159,8 +159,8 @@ class Collector:
 
     def add_errors(self, windows: Sequence[list[int]], progress: Progress) -> None:
         """Measure what rounding costs every expert, on these windows: at the end of a run."""
-        if self._engine._index.kept:
-            progress.note("errors of rounding are not measured: the store is of a pruned set")
+        if self._engine._index.is_derived:
+            progress.note("errors of rounding are not measured: experts were left out or merged")
             return
         errors = ErrorSums(self._engine, self.profile, num_cpus())
         self._observer = errors.observe

@@ -9,7 +9,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Iterator
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -234,7 +234,7 @@ def _specs(index: StoreIndex) -> Any:
     if "bit_plan" in plan:
         specs = BitPlan.from_json(plan["bit_plan"]).specs
     else:
-        names = ("bits", "group_size", "mode", "quantizer")
+        names = [each.name for each in fields(ExpertSpec)]
         one = ExpertSpec(**{name: plan[name] for name in names if name in plan})
         specs = dict.fromkeys(index.records, one)
 
