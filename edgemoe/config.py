@@ -11,6 +11,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from .routing import Routing
 from .runtime import core
 from .runtime.amounts import parse_bytes, parse_rate
 from .runtime.errors import UsageError
@@ -53,6 +54,7 @@ class EngineConfig:
     set: str | None = None
     set_mode: str = "exact"
     set_threshold: float | None = None
+    routing: Routing = Routing()
 
     def __post_init__(self) -> None:
         if not self.threads:
@@ -105,7 +107,7 @@ class EngineConfig:
                 raise UsageError(
                     f"unknown option `{name}`", f"known are {', '.join(sorted(known))}"
                 )
-        for name in known - {"cache_bytes", "throttle", "find_knee"}:
+        for name in known - {"cache_bytes", "throttle", "find_knee", "routing"}:
             text = environment.get(f"EDGEMOE_{name.upper()}")
             if text and name not in values:
                 values[name] = _from_text(name, text)

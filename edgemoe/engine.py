@@ -20,6 +20,7 @@ from .interrupts import DeferredInterrupt, InterruptibleExperts
 from .last_run import save_last_run
 from .preflight import Preflight, cache_capacity, line_bytes, preflight, release_free_memory
 from .report import engine_report, notes_on
+from .routing import Change, Routing, apply, counts_of, prepare
 from .runtime.amounts import format_bytes
 from .runtime.errors import BudgetError, NotFoundError, TemplateError, UsageError
 from .runtime.format import PAGE_BYTES
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from .kv_cache import KVCache
     from .meter import Meter
     from .models.moe import OnRoute
+    from .models.rules import RoutingCounts
     from .models.steps import Steps
     from .runtime.executor import Executor, StepStats
     from .runtime.observe import Observation
@@ -52,6 +54,8 @@ class Engine:
     def __init__(self, config: EngineConfig, checked: Preflight) -> None:
         self.config, self.path, self._full_plan = config, checked.path, checked.plan
         self.active_set: ActiveSet | None = checked.active_set  # changed by `use_set`
+        self._routing, self._prepared = config.routing, checked.routing
+        self._change = Change.of(self.active_set, self._routing)
         self.args, self._index = checked.args, checked.index
         self.plan = plan_with_set(checked.plan, self._index, self.active_set)
         self.context, self.chunk_tokens = self.plan.context, self.plan.chunk
@@ -91,9 +95,10 @@ class Engine:
         set: str | None = None,
         set_mode: str | None = None,
         set_threshold: float | None = None,
+        routing: Routing | None = None,
     ) -> "Engine":
         """Open a store (None: the bundled demo model); `memory` such as "4GiB" bounds the process.
-        `set`, `set_mode` and `set_threshold` as in `use_set`.
+        `set`, `set_mode` and `set_threshold` as in `use_set`; `routing` as in `use_routing`.
 
         Raises BudgetError where the budget is below the floor, before any weight is read;
         NotFoundError, FormatError, UnsupportedModelError, UsageError.
@@ -114,6 +119,7 @@ class Engine:
             set=set,
             set_mode=set_mode,
             set_threshold=set_threshold,
+            routing=routing,
         )
         if path is None:
             path = DEMO
@@ -175,6 +181,8 @@ class Engine:
             self._model.set_bodies(self._index.layer_to_bodies)
         self.prefetch = self._make_prefetch()
         self.notes += notes_on(self)
+        if not self._routing.is_plain:
+            apply(self._prepared, self._model, self._executor)
         if self.active_set is not None:
             mask_routers(self._model, self.active_set)
             warm_up(self.cache, self.active_set, args.top_k)
@@ -246,10 +254,24 @@ class Engine:
         return self._model.decode
 
     @property
-    def routing(self) -> ActiveSet | None:
-        """The set that changes what the routers choose, and so the output; None: nothing does."""
-        active = self.active_set
-        return active if active is not None and active.changes_output else None
+    def routing(self) -> Change | None:
+        """What changes the routes of tokens, and so the output; None: nothing does."""
+        return self._change
+
+    def routing_counts(self) -> "RoutingCounts":
+        """How many experts tokens went through since the start, where `routing` is not None."""
+        return counts_of(self._model, self._executor)
+
+    def use_routing(self, routing: Routing | None) -> None:
+        """From the next token on, choose experts by this; None: as the model does. Raises
+        UsageError, NotFoundError, FormatError; then nothing has changed."""
+        if self.closed:
+            raise UsageError("this engine is closed")
+        with self._lock, self._interrupt.deferred():
+            routing = routing or Routing()
+            prepared = prepare(routing, self._index, self.args, self.active_set)
+            apply(prepared, self._model, self._executor)
+            self._routing, self._change = routing, Change.of(self.active_set, routing)
 
     def use_set(
         self, name: str | None, mode: str = "exact", threshold: float | None = None
@@ -265,8 +287,9 @@ class Engine:
             active = None
             if name is not None:
                 active = find_set(self._index, self.args, name, mode, threshold)
+                prepare(self._routing, self._index, self.args, active)
             mask_routers(self._model, active)
-            self.active_set = active
+            self.active_set, self._change = active, Change.of(active, self._routing)
             self.plan = plan_with_set(self._full_plan, self._index, active)
             if active is not None:
                 warm_up(self.cache, active, self.args.top_k)
@@ -318,7 +341,9 @@ class Engine:
     def use_executor(self, make: "Callable[[Executor], Executor]") -> None:
         """Put the executor that `make` makes of the present one in its place, for good: it runs
         the experts of prompts, and of tokens that are not given as a list of one."""
+        cold = self._executor.cold
         self._experts.executor = self._executor = make(self._executor)
+        self._executor.cold = cold
 
     def warm_up(self) -> int:
         """Wait until the warm start has read what it knows to be wanted and what fits; returns its

@@ -3,6 +3,7 @@
 import time
 from typing import TYPE_CHECKING, Any
 
+from .models.rules import RoutingCounts
 from .stats import GenerationStats
 
 if TYPE_CHECKING:
@@ -21,6 +22,7 @@ class Meter:
         self._first = self._last = 0.0
         self._result: GenerationStats | None = None
         self._guesses_before = engine.prefetch.stats()
+        self._routed_before = engine.routing_counts() if engine.routing else None
         names = ("hits", "misses", "bytes_read", "stall_s", "compute_s", "native_s", "guessed")
         self._sums = dict.fromkeys(names, 0)
 
@@ -48,6 +50,9 @@ class Meter:
         return self._result
 
     def _stats(self) -> GenerationStats:
+        change, routed = self._engine.routing, RoutingCounts()
+        if change is not None and not change.routing.is_plain:
+            routed = self._engine.routing_counts() - (self._routed_before or routed)
         return GenerationStats(
             prompt_tokens=self.prompt_tokens,
             cached_tokens=self.cached_tokens,
@@ -59,7 +64,9 @@ class Meter:
             peak_memory_bytes=self._engine.peak_memory_bytes(),
             budget_bytes=self._engine.plan.budget_bytes,
             seed=self.seed,
-            routing=routing.label if (routing := self._engine.routing) else None,
+            routing=None if change is None else change.label,
+            active_experts=routed.mean_active,
+            dropped=routed.num_dropped,
             prefetch=self._engine.prefetch.report(since=self._guesses_before),
             **self._sums,
         )

@@ -13,6 +13,7 @@ from .active_set import ActiveSet, find_set, plan_with_set
 from .config import DEFAULT_CONTEXT, EngineConfig
 from .models import store_args
 from .models.args import ModelArgs
+from .routing import Prepared, prepare
 from .runtime.amounts import MIB, format_bytes
 from .runtime.budget import RUNTIME_BYTES, MemoryPlan, ModelDims, make_plan
 from .runtime.errors import BudgetError, FormatError, UsageError
@@ -35,6 +36,7 @@ class Preflight:
     args: ModelArgs
     plan: MemoryPlan
     active_set: ActiveSet | None
+    routing: Prepared
     tokenizer: Tokenizer | None
 
 
@@ -63,10 +65,11 @@ def preflight(path: Path, config: EngineConfig) -> Preflight:
     plan = plan_now()
     import_runtime(config)
     tokenizer = Tokenizer.load(path)
+    routing = prepare(config.routing, index, args, active)
     release_free_memory()
     if runtime_bytes() > plan.lines[0].num_bytes:
         plan = plan_now()
-    return Preflight(path, index, args, plan, active, tokenizer)
+    return Preflight(path, index, args, plan, active, routing, tokenizer)
 
 
 def runtime_bytes() -> int:

@@ -57,7 +57,22 @@ def engine_report(engine: "Engine") -> dict[str, Any]:
         "resident": engine.cache.capacity_bytes >= plan.max_cache_bytes,
         "lossless": engine.routing is None,  # the output is that of the full model, bit for bit
         "set": active.to_dict() if active else None,
+        "routing": _routing(engine),
         "memory_bytes": engine.memory_bytes(),
         "chat_template": template,
         "notes": [*engine.notes, *([worker.note] if worker.note else [])],
+    }
+
+
+def _routing(engine: "Engine") -> dict[str, Any] | None:
+    """What changes routes and how often it did, None: nothing does."""
+    change = engine.routing
+    if change is None:
+        return None
+    counts = engine.routing_counts()
+    return {
+        **change.routing.to_dict(),
+        "label": change.label,
+        "mean_active_experts": counts.mean_active,
+        "dropped": counts.num_dropped,
     }

@@ -36,7 +36,9 @@ class GenerationStats:
     peak_memory_bytes: int = 0
     budget_bytes: int | None = None
     seed: int | None = None
-    routing: str | None = None  # a pruned set that changed the output: `set code, hard`
+    routing: str | None = None  # what changed the output: `set code, hard`, `3 active experts`
+    active_experts: float | None = None  # then: of a token and layer, mean
+    dropped: int = 0  # records that were left out since they were not in memory
 
     @property
     def tokens_per_s(self) -> float:
@@ -78,6 +80,10 @@ class GenerationStats:
         parts.append(f"{self.memory_bytes / GIB:.1f}{budget} GiB")
         if self.routing:
             parts.append(self.routing)
+        if self.active_experts is not None:
+            parts.append(f"{self.active_experts:.2f} experts a layer")
+        if self.dropped:
+            parts.append(f"{self.dropped} dropped")
         return " · ".join(parts)
 
     def to_dict(self) -> dict[str, Any]:

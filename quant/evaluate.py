@@ -115,6 +115,9 @@ def compare(
     caches = [KVCache.for_model(each.args, size, kv_bits) for each in every]
     sums = [Sums(number > 0) for number in range(len(every))]
     step = max(1, _LOGITS_BYTES // (4 * reference.args.vocab))
+    changes = [getattr(each, "routing", None) for each in every]
+    if any(change is not None and change.routing.depends_on_memory for change in changes):
+        step = 1  # it is decoding that differs
     progress.start("tokens", sum(len(window.ids) for window in windows), unit="tok")
     for window in windows:
         for cache in caches:

@@ -70,6 +70,6 @@ class Passes:
             y, place = None, self._place.get(layer)
             if place is not None:
                 chosen[begin : begin + chunk, place] = routed.expert_ids.numpy()
-                y = layers.experts.run(layer, *routed)
+                y = layers.experts.run(layer, layers.expert_inputs(layer, routed), *routed[1:])
             layers.finish(layer, part, routed, y)
             kv_cache.advance(len(part))

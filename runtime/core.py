@@ -23,22 +23,20 @@ from .core_cache import (
     PrefetchOptions,
     PrefetchStats,
 )
+from .core_decoder import (
+    DecodeArgs,
+    Format,
+    KvCache,
+    Model,
+    RoutingRule,
+    RoutingStats,
+)
 
 ABI_VERSION = 4  # em_abi_version() this file was written for
 ERR_ROOM, ERR_STOPPED = -10004, -10005
 _FILE = {"win32": "edgemoe_core.dll", "darwin": "libedgemoe_core.dylib"}.get(
     sys.platform, "libedgemoe_core.so"
 )
-
-
-class Format(ctypes.Structure):
-    """em_format."""
-
-    _fields_ = [("bits", c_int32), ("group_size", c_int32), ("mode", c_int32)]
-
-    @classmethod
-    def of(cls, spec: layout.QuantSpec) -> "Format":
-        return cls(spec.bits, spec.group_size, layout.MODES.index(spec.mode))
 
 
 class Record(ctypes.Structure):
@@ -103,97 +101,6 @@ class MoeArgs(ctypes.Structure):
     ]
 
 
-class Matrix(ctypes.Structure):
-    """em_matrix."""
-
-    _fields_ = [
-        ("rows", c_int64),
-        ("cols", c_int64),
-        ("format", Format),
-        ("num_parts", c_int32),
-        ("packed", c_void_p * 3),
-    ]
-
-
-class Block(ctypes.Structure):
-    """em_block."""
-
-    _fields_ = [
-        ("input_norm", c_void_p),
-        ("post_norm", c_void_p),
-        ("qkv", Matrix * 3),
-        ("qkv_bias", c_void_p),
-        ("q_norm", c_void_p),
-        ("k_norm", c_void_p),
-        ("output", Matrix),
-        ("output_bias", c_void_p),
-        ("window", c_int64),
-        ("router", Matrix),
-        ("first_key", c_int64),
-        ("expert_width", c_int64),
-        ("gate_up", Matrix * 2),
-        ("down", Matrix),
-        ("shared_weight", Matrix),
-    ]
-
-
-class Model(ctypes.Structure):
-    """em_model."""
-
-    _fields_ = [
-        *((name, c_int64) for name in ("num_layers", "hidden", "num_heads", "num_kv_heads")),
-        *((name, c_int64) for name in ("head_dim", "rotary_dim", "top_k")),
-        ("qk_norm", c_int32),
-        ("renormalise", c_int32),
-        ("rms_eps", c_float),
-        ("clip", c_float),
-        ("embedding", Matrix),
-        ("lm_head", Matrix),
-        ("norm", c_void_p),
-        ("layers", POINTER(Block)),
-    ]
-
-
-class RoutingRule(ctypes.Structure):
-    """em_routing."""
-
-    _fields_ = [("active_experts", c_int32), ("top_p", c_float)]
-
-
-class KvCache(ctypes.Structure):
-    """em_kv_cache."""
-
-    _fields_ = [
-        ("data", c_void_p),
-        ("scales", c_void_p),
-        ("capacity", c_int64),
-        ("position", c_int64),
-        ("kv_bits", c_int64),
-    ]
-
-
-class DecodeArgs(ctypes.Structure):
-    """em_decode_args."""
-
-    _fields_ = [
-        ("token_id", c_int64),
-        ("kv", KvCache),
-        ("cos", c_void_p),
-        ("sin", c_void_p),
-        ("stop", c_void_p),
-        ("on_sigint", c_int32),
-        ("routes", c_void_p),
-        ("routing_weights", c_void_p),
-        *((name, c_void_p) for name in ("forced_ids", "forced_weights")),
-        ("num_forced", c_int64),
-        ("prefetch", c_void_p),
-        ("guesses", c_void_p),
-        ("num_guesses", c_int64),
-        ("logits", c_void_p),
-        *((name, c_int64) for name in ("best_id", "num_places", "failed_key")),
-    ]
-
-
 _P, _I32, _I64 = c_void_p, c_int32, c_int64
 _SIGNATURES: dict[str, tuple[object, list[object]]] = {
     "em_abi_version": (_I32, []),
@@ -250,6 +157,9 @@ _SIGNATURES: dict[str, tuple[object, list[object]]] = {
     "em_decoder_set_bodies": (_I32, [_P, _I64, _P]),
     "em_decoder_set_gains": (_I32, [_P, _I64, _P]),
     "em_decoder_set_routing": (_I32, [_P, POINTER(RoutingRule)]),
+    "em_decoder_set_theta": (_I32, [_P, _I64, _P]),
+    "em_decoder_expert_inputs": (_I32, [_P, _I64, _P, _P]),
+    "em_decoder_get_routing_stats": (None, [_P, POINTER(RoutingStats)]),
     "em_decoder_embed": (_I32, [_P, _I64, _P, _P]),
     "em_decoder_attend": (_I32, [_P, _I64, POINTER(KvCache), _P, _P, _I64, _P, _P, _P, _P]),
     "em_decoder_finish": (_I32, [_P, _I64, _I64, _P, _P, _P]),

@@ -17,6 +17,7 @@ import numpy as np
 from . import core
 from .budget import moe_workspace_bytes, wave_pairs
 from .cache import COMPUTE_NS, STALL_NS, ExpertCache
+from .cold import ColdRule
 from .errors import EdgeMoeError, UsageError
 from .format import LINE_BYTES, RecordLayout
 from .waves import Wave, cut_waves
@@ -72,6 +73,7 @@ class Executor:
         self._weight_address = self._pair_weight.ctypes.data
         self._one_each = np.arange(top_k + 1)  # where each expert has one pair
         self._observe = None  # of observe.py
+        self.cold = ColdRule()  # for one token at a time
         self._told, self._told_native_s = cache.place_stats.sum(axis=0), cache.native_s
         self._args = core.MoeArgs()
         if self._backend == "native":
@@ -130,7 +132,12 @@ class Executor:
         y = x.new_zeros(x.shape)
         if not num_tokens * top_k:
             return y
-        keys, begins = self._group(layer, expert_ids.numpy(), routing_weights.numpy())
+        ids, weights = expert_ids.numpy(), routing_weights.numpy()
+        if self.cold.share and num_tokens == 1:
+            first_key = self.table.first_key[layer]
+            row = self.cold.left_of(ids[0], weights[0], self.cache.addresses, first_key)
+            ids, weights = (part[None] for part in row)
+        keys, begins = self._group(layer, ids, weights)
         if not keys:
             self.cache.begin_layer(layer, num_tokens)
             return y

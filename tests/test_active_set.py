@@ -265,11 +265,11 @@ def test_the_chat_command(path, capsys):
         assert "no set (there are: code, prose)" in capsys.readouterr().err
         handle(conversation, "/set set code hard")
         assert "set code, hard" in capsys.readouterr().err
-        assert engine.routing.expert_set.name == "code"
+        assert engine.active_set.expert_set.name == "code"
         for line in ("/set set nothing", "/set set code hrad", "/set set code soft much"):
             with pytest.raises(Exception, match="nothing|hrad|much"):
                 handle(conversation, line)
-        assert engine.routing.mode == "hard"  # a refusal changes nothing
+        assert engine.active_set.mode == "hard"  # a refusal changes nothing
         handle(conversation, "/set set code soft 0.25")
         assert "soft 0.25" in capsys.readouterr().err
         handle(conversation, "/set set off")

@@ -7,18 +7,19 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 FLOORS = {
-    0: """runtime: __init__ amounts budget checksum core core_cache errors extents files format
-        index io
+    0: """runtime: __init__ amounts budget checksum core core_cache core_decoder errors extents
+        files format index io
         kernels memory packing process python_reader read_tasks records reference slots
         sets throttle trace
         waves
         profile profile_sums transitions governor pressure""",
     1: """runtime: cache executor native_cache policy store
         policy_forecast policy_lowest policy_s3fifo replay
-        observe predictors prefetch""",
+        observe predictors prefetch cold""",
     2: """edgemoe: kv_cache models""",
     3: """edgemoe: active_set chat_template config control_tokens engine interrupts meter preflight
-        recorder report sampling session stats stop_strings template_worker tokenizer
+        recorder report routing routing_files sampling session stats stop_strings template_worker
+        tokenizer
         tokenizer_files last_run warm_start governed_cache""",
     4: """quant: *""",
     5: """edgemoe: __init__ __main__ cli""",

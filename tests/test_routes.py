@@ -8,7 +8,8 @@ from stores_small import make_store
 from edgemoe.engine import Engine
 from edgemoe.kv_cache import KVCache
 from edgemoe.models.moe import Router
-from edgemoe.models.routes import Rule, choose
+from edgemoe.models.routes import choose
+from edgemoe.models.rules import Rule
 from edgemoe.runtime import core
 from edgemoe.runtime.errors import UsageError
 from edgemoe.runtime.profile import Profile
@@ -115,7 +116,7 @@ def test_the_core_decodes_ragged_routes(path, prefetch):
 
 
 @NATIVE
-@pytest.mark.parametrize("rule", [Rule(), Rule(2), Rule(1), Rule(0, 0.5), Rule(2, 0.7)])
+@pytest.mark.parametrize("rule", [Rule(), Rule(2), Rule(1), Rule(top_p=0.5), Rule(2, top_p=0.7)])
 def test_a_rule_changes_neither_bits_nor_counts_by_path(path, rule):
     """Prompt and decoded tokens agree, for every capacity; demand is of active experts."""
     seen = {}
@@ -150,7 +151,7 @@ def test_top_p_in_torch_is_the_paper_s_rule(p, renormalise):
     logits = 3 * torch.randn((200, 12), generator=torch.Generator().manual_seed(4))
     logits[::3, 5] = logits[::3, 2]
     scores = torch.softmax(logits, dim=-1)
-    ids, weights = choose(Rule(0, p), scores, torch.arange(12), 4, renormalise)
+    ids, weights = choose(Rule(top_p=p), scores, torch.arange(12), 4, renormalise)
     for t, row in enumerate(scores.tolist()):
         order = sorted(range(12), key=lambda e, row=row: (-row[e], e))[:4]
         taken, total = [], 0.0
@@ -236,7 +237,7 @@ def test_the_core_maps_rows_as_torch_does(tmp_path, monkeypatch, renormalise):
 
         monkeypatch.setattr(engine._executor, "run", watch)
         engine._model.set_bodies({0: BODIES, 1: BODIES})
-        for rule in (Rule(), Rule(2), Rule(0, 0.6)):
+        for rule in (Rule(), Rule(2), Rule(top_p=0.6)):
             engine._model.set_rule(rule)
             for tuned in ({}, {1: gains}):
                 engine._model.set_gains(tuned)

@@ -64,6 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", type=options.count, metavar="N", help="compute threads")
     options.add_set_options(parser)
     options.add_numeric_options(parser)
+    options.add_routing_options(parser)
     parser.add_argument(
         "--throttle",
         type=options.rate,

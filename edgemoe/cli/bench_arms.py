@@ -17,6 +17,7 @@ from .decode import Decoded, greedy
 from .plan import store_plan
 from .render import note, one_line, output_hash
 from .replay import Recorded, fit, replay
+from .routing_options import routing_argument
 
 SCHEMA = 2
 WARM_UP_TOKENS = 8
@@ -218,12 +219,13 @@ def _measure_one(
             set=args.set,
             set_mode=args.set_mode,
             set_threshold=args.set_threshold,
+            **routing_argument(args),
         ) as engine:
             for line in engine.notes:
                 note(f"note: {arm.name}: {line}")
             cache_bytes = engine.cache.capacity_bytes
             routing = engine.routing
-            if arm.is_resident and not (routing and routing.mode == "hard"):
+            if arm.is_resident and args.set_mode != "hard":
                 engine.cache.preload()
             decoded, cost = _decode(engine, prompt, args.tokens)
     return {

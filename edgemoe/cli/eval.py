@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ..runtime.errors import UsageError
 from . import options
 from .render import note, open_output, table
+from .routing_options import add_routing_options
 
 if TYPE_CHECKING:
     from ..engine import Engine
@@ -19,7 +20,7 @@ USAGE = "%(prog)s [STORE] [STORE2] --text FILE [--text FILE ...] [options]"
 EPILOG = """Every token but the first of a text is scored once, by the tokens before it in its
 window. With a second store, usually the same model at more bits, both read the same windows: mean
 KL divergence from STORE2, and how often both put the same token first. A .npy file holds token ids.
---set is for STORE alone: what it costs is measured against the same store twice.
+--set and the routing are for STORE alone: what they cost is measured against the same store twice.
 
   edgemoe eval olmoe-3.edgemoe olmoe-8.edgemoe --text wiki.txt --tokens 50k
   edgemoe eval olmoe.edgemoe olmoe.edgemoe --set code --set-mode hard --text code.txt
@@ -40,6 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--threads", type=options.count, metavar="N", help="compute threads")
     options.add_set_options(group)
     options.add_numeric_options(group)
+    add_routing_options(parser)
     parser.add_argument("--json", action="store_true", help="one JSON object instead of a table")
 
 
@@ -116,8 +118,8 @@ def _open(
 
     given: dict[str, Any] = options.engine_arguments(args) | {"warm_start": "off"}
     memory = given.pop("memory", None)
-    if first is not None:  # of two, only STORE runs with a set
-        for name in ("set", "set_mode", "set_threshold"):
+    if first is not None:  # of two, only STORE runs with a set and another routing
+        for name in ("set", "set_mode", "set_threshold", "routing"):
             given.pop(name, None)
     if memory is not None:
         given["memory"] = int(memory * (share or 1.0))

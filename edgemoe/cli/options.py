@@ -8,6 +8,7 @@ from typing import Any, NoReturn
 
 from ..runtime.errors import NotFoundError, UsageError
 from ..runtime.sets import SET_MODES
+from .routing_options import add_routing_options, routing_argument
 
 POLICIES = ("forecast", "cycle", "lru", "lfu", "fifo")  # the first is the default
 PREDICTORS = ("auto", "none", "previous", "profile", "router")
@@ -107,6 +108,7 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
     )
     add_set_options(group)
     add_numeric_options(group)
+    add_routing_options(parser)
 
 
 def add_prefetch_option(group: Any) -> None:
@@ -158,7 +160,8 @@ def engine_arguments(args: argparse.Namespace) -> dict[str, Any]:
     """The keyword arguments of `Engine.from_pretrained` that the options name."""
     names = ("memory", "context", "policy", "prefetch", "threads", "backend", "kv_bits", "io")
     names += ("warm_start", "chat_template", "set", "set_mode", "set_threshold")
-    return {name: getattr(args, name) for name in names if getattr(args, name, None) is not None}
+    given = {name: getattr(args, name) for name in names if getattr(args, name, None) is not None}
+    return given | routing_argument(args)
 
 
 SAMPLING = {

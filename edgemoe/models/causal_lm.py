@@ -15,7 +15,7 @@ from . import load_module
 from .args import ModelArgs
 from .moe import Experts, OnRoute
 from .native import NativeLayers
-from .routes import Rule
+from .rules import RoutingCounts, Rule
 from .steps import ForcedRoutes, Steps
 from .torch_layers import TorchLayers
 from .trunk import ReadTensor, Trunk
@@ -81,6 +81,15 @@ class CausalLM:
         """From the next token on, how many of the experts that routers choose a token goes
         through."""
         self._layers.set_rule(rule)
+
+    def set_thetas(self, thetas: Mapping[int, Tensor]) -> None:
+        """By what experts stand in for themselves as auxiliary ones: by MoE layer fp32 [E, D]."""
+        for layer in self.args.moe_layers:
+            self._layers.set_theta(layer, thetas.get(layer))
+
+    def routing_counts(self) -> RoutingCounts:
+        """How many experts tokens went through since the start."""
+        return self._layers.routing_counts()
 
     @property
     def steps(self) -> Steps:

@@ -43,7 +43,7 @@ def observe_routers(
             routes[:, place] = routed.expert_ids.numpy()
             for ahead, target in enumerate(moe_layers[place : place + depth + 1]):
                 scores[place + ahead][ahead] = router_scores(args, layers.weights[target], x)
-            y = layers.experts.run(layer, *routed)
+            y = layers.experts.run(layer, layers.expert_inputs(layer, routed), *routed[1:])
         layers.finish(layer, x, routed, y)
     kv_cache.advance(len(ids))
     return routes, scores

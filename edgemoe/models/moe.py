@@ -16,7 +16,8 @@ from ..runtime.native_cache import NativeCache
 from ..runtime.records import RecordTable
 from .args import ModelArgs
 from .layers import DenseMlp, sigmoid
-from .routes import Rule, choose
+from .routes import choose, input_scale
+from .rules import Rule
 from .trunk import LayerWeights, Linear
 
 # Called with (layer, expert_ids int64 [T, K], routing_weights fp32 [T, K]) for every router that
@@ -43,7 +44,10 @@ class Router:
         self._threshold = 0.0
         self._bodies: Tensor | None = None
         self._gains: Tensor | None = None
+        self._theta: Tensor | None = None
         self.rule = Rule()
+        self._scales: list[Tensor] = []  # of the last call's tokens, [T, D] together; empty: 1
+        self.num_routed = self.num_active = 0  # tokens, and their experts
 
     def set_mask(self, mask: np.ndarray | None, threshold: float) -> None:
         """Leave the experts that `mask` u8 [E] has 0 for out; at least K have 1. None: all are in.
@@ -62,9 +66,23 @@ class Router:
         """Multiply routing weights by fp32 [E]; an expert with 0 is out of the choice."""
         self._gains = None if gains is None else torch.from_numpy(gains)
 
+    def set_theta(self, theta: Tensor | None) -> None:
+        """fp32 `[E, D]` by which experts stand in for themselves as auxiliary ones."""
+        self._theta = theta
+
     def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x `[T, D]` -> expert_ids int64 `[T, K]`, ascending, routing_weights fp32 `[T, K]`."""
-        logits = self._weight.linear(x)
+        self._scales.clear()
+        ids, weights = self._routes(self._weight.linear(x))
+        self.num_routed += len(ids)
+        self.num_active += int((ids >= 0).sum())
+        return ids, weights
+
+    def expert_inputs(self, x: Tensor) -> Tensor:
+        """What the experts of the tokens that were routed last take of their x `[T, D]`."""
+        return x * torch.cat(self._scales) if self._scales else x
+
+    def _routes(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         is_in = self._mask
         if self._gains is not None:
             is_on = self._gains > 0
@@ -87,6 +105,9 @@ class Router:
         """Of logits `[T, n]` of the rows `kept` `[n]`, None: all."""
         scores = torch.softmax(logits, dim=-1)
         rows = torch.arange(scores.shape[1]) if kept is None else kept
+        if self._theta is not None and self.rule.num_auxiliary:
+            scale = input_scale(self.rule, scores, rows, self._top_k, self._theta)
+            self._scales.append(scale)
         is_whole = self._bodies is None and self._gains is None and len(rows) >= self._top_k
         if not self.rule.is_plain or not is_whole:
             options = (self._bodies, self._gains)

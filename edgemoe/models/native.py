@@ -22,10 +22,10 @@ from ..runtime.prefetch import Prefetcher
 from . import steps
 from .args import ModelArgs
 from .moe import Experts, OnRoute
+from .native_routing import NativeRouting, check_step
 from .native_tables import model_table
 from .recorded import check_guesses, check_routes
 from .rope import Rotary
-from .routes import Rule
 from .steps import ForcedRoutes, Routed
 from .trunk import LayerWeights, Linear
 
@@ -35,7 +35,7 @@ _Angles = tuple[int, int, int, int, int, tuple[Tensor, Tensor] | None]
 _MAIN_THREAD = threading.main_thread().ident
 
 
-class NativeLayers:
+class NativeLayers(NativeRouting):
     """All layers of a model in the core, which gives their scratch back with the last reference.
 
     The experts are asked for their tables at the first call: an engine makes them after the trunk.
@@ -56,6 +56,7 @@ class NativeLayers:
         self._weights = (layers, embed, norm, lm_head)  # the core's tables point into them
         self._rotary = Rotary(args.rope)
         self._handle: int | None = None
+        super().__init__()
         self._stop = ctypes.c_int32()  # written by a signal while a token is decoded
         self._angles: _Angles = (0, 0, 0, 0, 0, None)
         self._angle_bytes = args.rope.rotary_dim // 2 * 4  # of one position
@@ -75,27 +76,6 @@ class NativeLayers:
         if self._handle:
             core.lib.em_decoder_destroy(self._handle)
 
-    def set_mask(self, layer: int, mask: np.ndarray | None, threshold: float) -> None:
-        """Leave the experts that `mask` u8 [E] has 0 for out; see `em_decoder_set_mask`."""
-        kept = None if mask is None else mask.ctypes.data
-        _check(core.lib.em_decoder_set_mask(self._decoder(), layer, kept, threshold))
-
-    def set_bodies(self, layer: int, bodies: np.ndarray | None) -> None:
-        """Let row e of a layer's router stand for body `bodies[e]`, i32 [E]; see
-        `em_decoder_set_bodies`."""
-        address = None if bodies is None else bodies.ctypes.data
-        _check(core.lib.em_decoder_set_bodies(self._decoder(), layer, address))
-
-    def set_gains(self, layer: int, gains: np.ndarray | None) -> None:
-        """Multiply a layer's routing weights by fp32 [E]; see `em_decoder_set_gains`."""
-        address = None if gains is None else gains.ctypes.data
-        _check(core.lib.em_decoder_set_gains(self._decoder(), layer, address))
-
-    def set_rule(self, rule: Rule) -> None:
-        """How many of the experts that routers choose a token goes through."""
-        table = core.RoutingRule(rule.active_experts, rule.top_p)
-        _check(core.lib.em_decoder_set_routing(self._decoder(), table))
-
     # ---- many tokens ---------------------------------------------------------------------------
 
     def run(
@@ -111,7 +91,9 @@ class NativeLayers:
     def embed(self, ids: Tensor) -> Tensor:
         ids = ids.to(torch.int32)
         x = torch.empty((len(ids), self.args.hidden))
-        _check(core.lib.em_decoder_embed(self._decoder(), len(ids), ids.data_ptr(), x.data_ptr()))
+        check_step(
+            core.lib.em_decoder_embed(self._decoder(), len(ids), ids.data_ptr(), x.data_ptr())
+        )
         return x
 
     def attend(self, layer: int, x: Tensor, kv_cache: KVCache, routed: Routed) -> None:
@@ -121,7 +103,7 @@ class NativeLayers:
             self._prompt_angles = (place, *self._rotary.angles(*place))
         _, cos, sin = self._prompt_angles
         kv_cache.view.position = offset
-        _check(
+        check_step(
             core.lib.em_decoder_attend(
                 self._decoder(),
                 layer,
@@ -135,7 +117,7 @@ class NativeLayers:
         )
 
     def finish(self, layer: int, x: Tensor, routed: Routed, y: Tensor | None) -> None:
-        _check(
+        check_step(
             core.lib.em_decoder_finish(
                 self._decoder(),
                 layer,
@@ -150,7 +132,9 @@ class NativeLayers:
         """x `[T, D]` -> fp32 logits `[T, vocab]`."""
         x = x.contiguous()
         out = torch.empty((len(x), self.args.vocab))
-        _check(core.lib.em_decoder_logits(self._decoder(), len(x), x.data_ptr(), out.data_ptr()))
+        check_step(
+            core.lib.em_decoder_logits(self._decoder(), len(x), x.data_ptr(), out.data_ptr())
+        )
         return out
 
     def guess_with(self, prefetch: Prefetcher) -> None:
@@ -279,8 +263,3 @@ class NativeLayers:
             raise EdgeMoeError("the core refused the sizes of this model's layers")
         self._cache = self.experts.cache
         return handle
-
-
-def _check(status: int) -> None:
-    if status:
-        raise EdgeMoeError("the core refused a step of the decoder", f"status {status}")

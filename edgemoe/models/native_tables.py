@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from ..runtime import core
+from ..runtime import core_decoder
 from ..runtime.kernels import PackedMatrix
 from ..runtime.records import RecordTable
 from .args import QK_NORMS, ModelArgs
@@ -22,9 +22,9 @@ def model_table(
     norm: Tensor,
     lm_head: Linear,
     records: RecordTable,
-) -> core.Model:
+) -> core_decoder.Model:
     """em_model of all layers, whose experts are these records."""
-    tables = (core.Block * args.num_layers)()
+    tables = (core_decoder.Block * args.num_layers)()
     for number, (table, weights) in enumerate(zip(tables, layers, strict=True)):
         for name in ("input_norm", "post_norm", "qkv_bias", "q_norm", "k_norm", "output_bias"):
             setattr(table, name, _address(getattr(weights, name)))
@@ -39,7 +39,7 @@ def model_table(
         if weights.router is not None:
             table.first_key = records.first_key[number]
             table.expert_width = records.width[number]
-    return core.Model(
+    return core_decoder.Model(
         num_layers=args.num_layers,
         hidden=args.hidden,
         num_heads=args.num_heads,
@@ -62,14 +62,14 @@ def _address(vector: Tensor | None) -> int | None:
     return None if vector is None else vector.data_ptr()
 
 
-def _matrix(matrix: Linear | None) -> core.Matrix:
+def _matrix(matrix: Linear | None) -> core_decoder.Matrix:
     if matrix is None:
-        return core.Matrix()
+        return core_decoder.Matrix()
     parts = matrix.parts if isinstance(matrix, Fp32Matrix) else [matrix]
-    return core.Matrix(
+    return core_decoder.Matrix(
         rows=matrix.rows,
         cols=matrix.cols,
-        format=core.Format.of(parts[0].spec),
+        format=core_decoder.Format.of(parts[0].spec),
         num_parts=len(parts),
         packed=(ctypes.c_void_p * 3)(*(part.data.data_ptr() for part in parts)),
     )

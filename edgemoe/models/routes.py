@@ -5,29 +5,12 @@ of equal ones the lowest; of those the shortest run that adds up to more than `t
 divided where the model does; gains; rows of one body summed up, null experts dropped.
 """
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
+from .rules import Rule
+
 NO_BODY = -1
-
-
-@dataclass(frozen=True, slots=True)
-class Rule:
-    """How many of the K experts that a router chooses a token goes through; see em_routing.
-
-    `active_experts` 0: K (SEER-MoE's override, 2404.05089). `top_p` 0 or 1: all of those; below, no
-    more than it takes for shares of the softmax that add up to more than `top_p`, one at least,
-    whose weights stay as they are without it (2403.07652).
-    """
-
-    active_experts: int = 0
-    top_p: float = 0.0
-
-    @property
-    def is_plain(self) -> bool:
-        return self.active_experts == 0 and not 0 < self.top_p < 1
 
 
 def choose(
@@ -68,3 +51,15 @@ def choose(
     ids[:, : places.shape[1]] = places[:, :top_k]
     is_none = ids == num_bodies
     return ids.masked_fill(is_none, NO_BODY), sums.gather(-1, ids).masked_fill(is_none, 0.0)
+
+
+def input_scale(rule: Rule, scores: Tensor, rows: Tensor, top_k: int, theta: Tensor) -> Tensor:
+    """What the input of a token's experts is multiplied with, `[T, D]`: 1 + sum of a (theta - 1)
+    over its auxiliary ones, a being the share of each among them; thetas of 1 change no bit.
+    scores, rows as in `choose`; theta fp32 `[E, D]`."""
+    active = rule.active_experts or top_k
+    order = scores.argsort(dim=-1, descending=True, stable=True)
+    order = order[:, active : active + rule.num_auxiliary]
+    shares = scores.gather(-1, order)
+    shares = shares / shares.sum(dim=-1, keepdim=True)
+    return 1.0 + (shares[:, :, None] * (theta[rows[order]] - 1.0)).sum(dim=1)

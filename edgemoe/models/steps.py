@@ -55,6 +55,10 @@ class Steps(Protocol):
         offset, and fill in `routed`."""
         ...
 
+    def expert_inputs(self, layer: int, routed: Routed) -> Tensor:
+        """What the experts of a layer take, `[T, D]`, of the tokens that it attended to last."""
+        ...
+
     def finish(self, layer: int, x: Tensor, routed: Routed, y: Tensor | None) -> None:
         """Add the experts' y `[T, D]` and a shared expert, or the dense MLP (y None), to x."""
         ...
@@ -84,7 +88,8 @@ def run(
                 expert_ids, weights = (torch.from_numpy(part) for part in parts)
             if on_route is not None:
                 on_route(layer, expert_ids.long(), weights.clone())
-            y = layers.experts.run(layer, routed.normed, expert_ids, weights)
+            inputs = layers.expert_inputs(layer, routed)
+            y = layers.experts.run(layer, inputs, expert_ids, weights)
         layers.finish(layer, x, routed, y)
     kv_cache.advance(len(ids))
     return x

@@ -12,7 +12,7 @@ from .args import ModelArgs
 from .layers import Attention, DenseMlp, RMSNorm
 from .moe import Experts, MoEBlock, OnRoute
 from .rope import Rotary
-from .routes import Rule
+from .rules import RoutingCounts, Rule
 from .steps import ForcedRoutes, Routed
 from .trunk import LayerWeights, Linear
 
@@ -62,6 +62,20 @@ class TorchLayers:
     def set_gains(self, layer: int, gains: np.ndarray | None) -> None:
         """Multiply a layer's routing weights by fp32 [E]; 0 takes an expert out of the choice."""
         self._layers[layer].moe.router.set_gains(gains)
+
+    def set_theta(self, layer: int, theta: Tensor | None) -> None:
+        """By what a layer's experts stand in for themselves as auxiliary ones, fp32 [E, D]."""
+        self._layers[layer].moe.router.set_theta(theta)
+
+    def routing_counts(self) -> RoutingCounts:
+        """Sums of all layers since the start."""
+        routers = [part.moe.router for part in self._layers if part.moe is not None]
+        counts = ([r.num_routed for r in routers], [r.num_active for r in routers])
+        return RoutingCounts(*map(sum, counts))
+
+    def expert_inputs(self, layer: int, routed: Routed) -> Tensor:
+        """What the experts of a layer take, `[T, D]`, of the tokens that it attended to last."""
+        return self._layers[layer].moe.router.expert_inputs(routed.normed)
 
     def set_rule(self, rule: Rule) -> None:
         """How many of the experts that routers choose a token goes through."""

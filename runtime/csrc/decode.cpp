@@ -195,7 +195,7 @@ int32_t Decoder::run_experts(const em_block &layer, Cache &cache, em_decode_args
   run.hidden = hidden;
   run.width = layer.expert_width;
   run.num_experts = num;
-  run.x = normed;
+  run.x = experts_x_ != nullptr ? experts_x_ : normed;
   run.y = y;
   run.keys = keys_.data();
   run.data = data_.data();
@@ -261,8 +261,11 @@ int32_t Decoder::run_layer(int64_t number, Cache &cache, em_decode_args &args, f
     return status;
   }
   args.num_places = place + 1;
-  const int32_t *ids = args.routes + place * top_k;
-  const int64_t num = num_active(ids, top_k);
+  int32_t *ids = args.routes + place * top_k;
+  int64_t num = num_active(ids, top_k);
+  if (rule_.cold_share > 0) {
+    num = drop_cold(layer, cache, ids, args.routing_weights + place * top_k, num);
+  }
   for (int64_t k = 0; k < num; ++k) keys_[k] = static_cast<int32_t>(layer.first_key + ids[k]);
   if (between_ != nullptr) between_->spoken(place, ids, args.routing_weights + place * top_k, num);
   int64_t num_misses = 0;
@@ -374,8 +377,27 @@ int32_t em_decoder_set_gains(em_decoder *decoder, int64_t layer, const float *ga
                     [&](em::LayerRouting &routing) { return routing.set_gains(gains); });
 }
 
+int32_t em_decoder_set_theta(em_decoder *decoder, int64_t layer, const float *theta) {
+  return em::change(decoder, layer, [&](em::LayerRouting &routing) {
+    routing.theta = theta;
+    return true;
+  });
+}
+
 int32_t em_decoder_set_routing(em_decoder *decoder, const em_routing *routing) {
   return decoder && decoder->set_routing(routing) ? 0 : EM_ERR_ARG;
+}
+
+int32_t em_decoder_expert_inputs(em_decoder *decoder, int64_t num_tokens, const float *normed,
+                                 float *x) {
+  if (!decoder || num_tokens < 0 || !normed || !x) return EM_ERR_ARG;
+  const float *inputs = decoder->expert_inputs() ? decoder->expert_inputs() : normed;
+  std::copy_n(inputs, num_tokens * decoder->model().hidden, x);
+  return 0;
+}
+
+void em_decoder_get_routing_stats(const em_decoder *decoder, em_routing_stats *stats) {
+  *stats = decoder->routing_counts();
 }
 
 int32_t em_decoder_embed(em_decoder *decoder, int64_t num_tokens, const int32_t *ids, float *x) {

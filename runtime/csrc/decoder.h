@@ -48,6 +48,9 @@ class Decoder {
   LayerRouting &routing_of(int64_t layer) { return routing_[layer]; }
   const LayerRouting &routing_of(int64_t layer) const { return routing_[layer]; }
   bool set_routing(const em_routing *routing);
+  const em_routing_stats &routing_counts() const { return counts_; }
+  // [T, D] what the experts take, of the tokens routed last; null: what went into their router.
+  const float *expert_inputs() const { return experts_x_; }
 
   int32_t embed(int64_t num_tokens, const int32_t *ids, float *x);
   int32_t attend(int64_t layer, const em_kv_cache &kv, const float *cos, const float *sin,
@@ -75,6 +78,8 @@ class Decoder {
                    int64_t token) const;
   int32_t route(int64_t number, const float *normed, int64_t num_tokens, int32_t *ids,
                 float *weights);
+  int64_t drop_cold(const em_block &layer, const Cache &cache, int32_t *ids, float *weights,
+                    int64_t num);
   int64_t num_routes(const em_decode_args &args) const {
     return args.forced_ids ? args.num_forced : model_.top_k;
   }
@@ -91,10 +96,13 @@ class Decoder {
   std::vector<em_block> layers_;
   std::vector<LayerRouting> routing_;  // by layer
   em_routing rule_ = {};
+  em_routing_stats counts_ = {};
+  int64_t num_picks_ = 0;             // of which some may have been dropped as cold
+  const float *experts_x_ = nullptr;  // in inputs_
   em_pool *pool_;
   float attention_scale_;
   Scratch parts_, qkv_, mixed_, projected_, attention_, scores_, masked_, gate_up_, mlp_, shares_;
-  Scratch token_, workspace_, ahead_;
+  Scratch token_, workspace_, ahead_, inputs_;
   // One token's em_moe_args.
   std::vector<int32_t> keys_, pair_token_, own_ids_;
   std::vector<float> own_weights_;  // of a router whose routes are not taken, as own_ids_

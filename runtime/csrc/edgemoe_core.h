@@ -445,11 +445,32 @@ EM_API int32_t em_decoder_set_gains(em_decoder *decoder, int64_t layer, const fl
  * layers. NULL: all of them. */
 typedef struct em_routing {
   int32_t active_experts; /* the largest 1 .. K (SEER-MoE, 2404.05089); 0: K */
-  float top_p; /* of those, largest first, no more than it takes for shares of the softmax that add up
-                  to more than top_p, one at least; weights stay as they are without it, so that they
+  int32_t num_auxiliary;  /* the next largest so many, K together at most, stand in the input of those
+                             with their theta alone; see em_decoder_set_theta */
+  float top_p; /* of the active, largest first, no more than it takes for shares of the softmax that add
+                  up to more than top_p, one at least; weights stay as they are without it, so that they
                   may add up to less (2403.07652). Up to 1; 0 and 1: all */
+  /* em_decode alone: an absent record whose share of the token's routing weights is below cold_share
+   * (0: none) is neither read nor computed, the others' weights staying as they are, as long as no
+   * more than max_dropped of all records are left out so; the largest stays. What the output then is
+   * depends on what was in memory. */
+  float cold_share, max_dropped;
 } em_routing;
 EM_API int32_t em_decoder_set_routing(em_decoder *decoder, const em_routing *routing);
+/* Compressed experts (2503.00634): with auxiliary experts, those that a token goes through take x * sum
+ * over its auxiliary ones of a theta, element by element, where a is the share of each among them.
+ * theta fp32 [E, D], the caller's; NULL: none. */
+EM_API int32_t em_decoder_set_theta(em_decoder *decoder, int64_t layer, const float *theta);
+/* x [T, D] = what the experts take of normed [T, D], for the layer and the tokens that
+ * em_decoder_attend has just routed: where thetas are used, else a copy. */
+EM_API int32_t em_decoder_expert_inputs(em_decoder *decoder, int64_t num_tokens, const float *normed,
+                                        float *x);
+/* Sums since the decoder was made, while anything but plain top-k was set: tokens times layers; the
+ * experts that they went through; records that were left out as cold. */
+typedef struct em_routing_stats {
+  int64_t num_routed, num_active, num_dropped;
+} em_routing_stats;
+EM_API void em_decoder_get_routing_stats(const em_decoder *decoder, em_routing_stats *stats);
 /* x [T, D] = the embedding rows of ids [T]. */
 EM_API int32_t em_decoder_embed(em_decoder *decoder, int64_t num_tokens, const int32_t *ids, float *x);
 /* The attention half of a layer, in place of x [T, D], for T tokens at kv->position on: x += attention

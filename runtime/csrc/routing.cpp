@@ -1,5 +1,7 @@
 #include "routing.h"
 
+#include <algorithm>
+#include <cerrno>
 #include <cmath>
 #include <cstring>
 #include <utility>
@@ -141,12 +143,12 @@ void LayerRouting::shares_of_bodies(const float *shares, float *scores) const {
   }
 }
 
-void Routes::choose(const LayerRouting &layer, const float *scores, const int32_t *kept, int64_t num,
-                    int32_t *order, int32_t *ids, float *weights) const {
+int64_t Routes::choose(const LayerRouting &layer, const float *scores, const int32_t *kept,
+                       int64_t num, int32_t *order, int32_t *ids, float *weights) const {
   const auto row_of = [kept](int32_t position) { return kept ? kept[position] : position; };
-  int64_t count = rule_.active_experts > 0 ? rule_.active_experts : top_k_;
-  count = count < num ? count : num;
-  rank_largest(scores, num, count, order);
+  const int64_t count = std::min(num_active(), num);
+  const int64_t num_auxiliary = std::min<int64_t>(rule_.num_auxiliary, num - count);
+  rank_largest(scores, num, count + num_auxiliary, order);
   int64_t used = count;
   if (rule_.top_p > 0 && rule_.top_p < 1) {
     double sum = 0;
@@ -192,16 +194,36 @@ void Routes::choose(const LayerRouting &layer, const float *scores, const int32_
     ids[num_ids] = -1;
     weights[num_ids] = 0.0f;
   }
+  return num_auxiliary;
 }
 
 bool Decoder::set_routing(const em_routing *routing) {
   const em_routing next = routing == nullptr ? em_routing{} : *routing;
-  if (next.active_experts < 0 || next.active_experts > model_.top_k || !(next.top_p >= 0) ||
-      !(next.top_p <= 1)) {
+  const int64_t num_active = next.active_experts > 0 ? next.active_experts : model_.top_k;
+  const auto is_share = [](float share) { return share >= 0 && share <= 1; };
+  if (next.active_experts < 0 || next.num_auxiliary < 0 ||
+      num_active + next.num_auxiliary > model_.top_k || !is_share(next.top_p) ||
+      !is_share(next.cold_share) || !is_share(next.max_dropped)) {
     return false;
   }
   rule_ = next;
   return true;
+}
+
+// The input of the experts of a token from its normed row [D]: x * (1 + sum of a (theta - 1)) over the
+// auxiliary ones, in which thetas of 1 change no bit.
+static void scale_input(const float *theta, const float *scores, const int32_t *kept,
+                        const int32_t *auxiliary, int64_t num, const float *normed, int64_t hidden,
+                        float *x) {
+  float sum = 0.0f;
+  for (int64_t i = 0; i < num; ++i) sum += scores[auxiliary[i]];
+  std::fill_n(x, hidden, 1.0f);
+  for (int64_t i = 0; i < num; ++i) {
+    const float share = scores[auxiliary[i]] / sum;
+    const int64_t row = kept ? kept[auxiliary[i]] : auxiliary[i];
+    for (int64_t d = 0; d < hidden; ++d) x[d] += share * (theta[row * hidden + d] - 1.0f);
+  }
+  for (int64_t d = 0; d < hidden; ++d) x[d] *= normed[d];
 }
 
 int32_t Decoder::route(int64_t number, const float *normed, int64_t num_tokens, int32_t *ids,
@@ -210,7 +232,12 @@ int32_t Decoder::route(int64_t number, const float *normed, int64_t num_tokens, 
   const LayerRouting &routing = routing_[number];
   const int64_t num_rows = layer.router.rows, top_k = model_.top_k;
   const bool renormalise = model_.renormalise != 0;
-  const bool is_plain = routing.is_plain() && rule_.active_experts == 0 && !(rule_.top_p > 0);
+  const bool is_plain = routing.is_plain() && rule_.active_experts == 0 && !(rule_.top_p > 0) &&
+                        !(rule_.cold_share > 0);
+  const bool has_auxiliary = !is_plain && rule_.num_auxiliary > 0 && routing.theta != nullptr;
+  float *inputs = has_auxiliary ? inputs_.floats(num_tokens * model_.hidden) : nullptr;
+  if (has_auxiliary && inputs == nullptr) return -ENOMEM;
+  experts_x_ = inputs;
   const int64_t room = 2 * num_rows + top_k;  // of a token that is not plain
   float *scores = scores_.floats(num_tokens * num_rows);
   float *scratch = is_plain ? nullptr : masked_.floats(num_tokens * room);
@@ -235,9 +262,47 @@ int32_t Decoder::route(int64_t number, const float *normed, int64_t num_tokens, 
       row_kernels().softmax(row, num_rows);
       kept = nullptr;
     }
-    routes.choose(routing, row, kept, num, order, ids + t * top_k, weights + t * top_k);
+    const int64_t num_auxiliary =
+        routes.choose(routing, row, kept, num, order, ids + t * top_k, weights + t * top_k);
+    if (inputs == nullptr) return;
+    const int64_t at = t * model_.hidden;
+    scale_input(routing.theta, row, kept, order + routes.num_active(), num_auxiliary, normed + at,
+                model_.hidden, inputs + at);
   });
+  if (is_plain) return 0;
+  counts_.num_routed += num_tokens;
+  for (int64_t t = 0; t < num_tokens; ++t) counts_.num_active += num_active(ids + t * top_k, top_k);
   return 0;
+}
+
+// Leaves absent records of little weight out of a token's routes, the coldest first; returns how many
+// entries are left.
+int64_t Decoder::drop_cold(const em_block &layer, const Cache &cache, int32_t *ids, float *weights,
+                           int64_t num) {
+  float sum = 0.0f, largest = 0.0f;
+  for (int64_t k = 0; k < num; ++k) {
+    sum += weights[k];
+    largest = std::max(largest, weights[k]);
+  }
+  num_picks_ += num;
+  for (int64_t left = num; left > 1; --left) {
+    const double limit = static_cast<double>(rule_.max_dropped) * static_cast<double>(num_picks_);
+    if (static_cast<double>(counts_.num_dropped + 1) > limit) return left;
+    int64_t coldest = -1;
+    for (int64_t k = 0; k < left; ++k) {
+      const bool is_cold = weights[k] < rule_.cold_share * sum && weights[k] < largest &&
+                           cache.is_absent(static_cast<int32_t>(layer.first_key + ids[k]));
+      if (is_cold && (coldest < 0 || weights[k] < weights[coldest])) coldest = k;
+    }
+    if (coldest < 0) return left;
+    std::copy(ids + coldest + 1, ids + left, ids + coldest);
+    std::copy(weights + coldest + 1, weights + left, weights + coldest);
+    ids[left - 1] = -1;
+    weights[left - 1] = 0.0f;
+    ++counts_.num_dropped;
+    --counts_.num_active;
+  }
+  return std::min<int64_t>(num, 1);
 }
 
 int32_t Decoder::look_ahead(int64_t number, const float *x, float *scores) {

@@ -41,6 +41,7 @@ class LayerRouting {
   // -1: none.
   int32_t body_of(int32_t row) const { return bodies_.empty() ? row : bodies_[row]; }
   float gain_of(int32_t row) const { return gains_.empty() ? 1.0f : gains_[row]; }
+  const float *theta = nullptr;  // [E, D], not owned
 
  private:
   bool is_off(int64_t row) const { return !gains_.empty() && gains_[row] == 0.0f; }
@@ -61,9 +62,11 @@ class Routes {
   Routes(const em_routing &rule, int64_t top_k, bool renormalise)
       : rule_(rule), top_k_(top_k), renormalise_(renormalise) {}
 
-  // Writes ids, weights [K]: bodies, ascending, then -1 with weight 0. order [K]: scratch.
-  void choose(const LayerRouting &layer, const float *scores, const int32_t *kept, int64_t num,
-              int32_t *order, int32_t *ids, float *weights) const;
+  // Writes ids, weights [K]: bodies, ascending, then -1 with weight 0. order [K]: afterwards, the
+  // positions of auxiliary experts at num_active .. num_active + (what is returned).
+  int64_t choose(const LayerRouting &layer, const float *scores, const int32_t *kept, int64_t num,
+                 int32_t *order, int32_t *ids, float *weights) const;
+  int64_t num_active() const { return rule_.active_experts > 0 ? rule_.active_experts : top_k_; }
 
  private:
   const em_routing &rule_;
