@@ -1,8 +1,10 @@
 """Pruned sets at run time: what exact, soft and hard mean, reads, switching, labels."""
 
 import hashlib
+import io
 import json
 import shutil
+import sys
 
 import numpy as np
 import pytest
@@ -274,6 +276,25 @@ def test_the_chat_command(path, capsys):
         assert "soft 0.25" in capsys.readouterr().err
         handle(conversation, "/set set off")
         assert engine.active_set is None
+
+
+def test_a_chat_switches_and_its_footers_say_so(path, capsys, monkeypatch):
+    """One running session: the full model, a hard set, a soft one, exact, the full model again."""
+    switches = ("off", "code hard", "code soft 0.25", "code exact", "off")
+    script = "".join(f"/set set {words}\n/clear\nwhich way?\n" for words in switches)
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(script.encode())))
+    assert main(["chat", str(path), "-n", "8", "--context", "128"]) == 0
+    printed = capsys.readouterr()
+    footers = [line for line in printed.err.splitlines() if " tok · " in line]
+    labels = [line.rsplit(" GiB", 1)[1] for line in footers]
+    assert labels == ["", " · set code, hard", " · set code, soft 0.25", "", ""]
+    with Engine.from_pretrained(path, context=128) as engine:
+        asked = [{"role": "user", "content": "which way?"}]
+        full = engine.generate(asked, SamplingParams(max_tokens=8)).text
+        engine.use_set("code", "hard")
+        hard = engine.generate(asked, SamplingParams(max_tokens=8)).text
+    assert full != hard and printed.out.startswith(f"{full}\n{hard}\n")
+    assert printed.out.endswith(f"{full}\n{full}\n")
 
 
 def test_commands_label_what_they_print(path, tmp_path, capsys, monkeypatch):

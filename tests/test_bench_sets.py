@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from pictures import drawn
 from sets_small import make_set
 from stores_small import make_store
 
@@ -126,6 +127,12 @@ def test_the_tables_say_it_all(document: dict) -> None:
     document = json.loads(json.dumps(document))
     rows_of(document)["code, exact"]["rounds"][0]["output_hash"] = "0" * 16
     assert "NOT IDENTICAL: code, exact" in tables(document)
+
+
+def test_the_picture(document: dict, tmp_path: Path) -> None:
+    text = drawn(tmp_path, sets=document)["sets"]
+    assert all(row["arm"] in text for row in document["rows"])
+    assert "in domain" in text and "elsewhere" in text and "tokens/s" in text
 
 
 def test_one_text_and_no_questions(folder: Path, capsys, monkeypatch) -> None:

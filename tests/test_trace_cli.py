@@ -1,14 +1,15 @@
 """edgemoe trace record, replay and compare on a tiny store."""
 
 import json
-from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 import pytest
+from pictures import drawn
 from stores_small import make_store
 
 from edgemoe import cli
+from edgemoe.cli import draw
 from edgemoe.engine import Engine
 from edgemoe.runtime import core
 from edgemoe.runtime.trace import DECODE, PREFILL, Trace
@@ -142,13 +143,25 @@ def test_replay_refuses(recorded, run, arguments, message):
     assert code in (1, 2, 4) and not out and message in err and "Traceback" not in err
 
 
-def test_a_plot_is_drawn_or_refused_by_name(recorded, run, tmp_path):
-    code, _, err = run("replay", recorded, "--policy", "lru", "--plot", tmp_path / "p.svg")
-    if find_spec("matplotlib") is None:
-        assert code == 2 and "needs matplotlib" in err and "edgemoe[plot]" in err
-    else:
-        assert code == 0 and (tmp_path / "p.svg").read_text().startswith("<?xml")
-        assert run("replay", recorded, "--plot", tmp_path / "p.txt")[0] == 2
+def test_plots_are_drawn(recorded, run, tmp_path):
+    """Of what both commands say of a recording; their words are in the picture."""
+    code, out, _ = run("replay", recorded, recorded, "--policy", "lru,belady", "--json")
+    replayed = json.loads(out)["traces"]
+    code, out, _ = run("compare", recorded, "--policy", "lru,fifo", "--json")
+    texts = drawn(tmp_path, replayed=replayed, compared=json.loads(out))
+    assert all(word in texts["replayed"] for word in ("belady", "lru", replayed[0]["model"]))
+    assert all(f"{recorded.stem}, {policy}" in texts["compared"] for policy in ("lru", "fifo"))
+
+
+def test_what_cannot_be_drawn_is_refused_by_name(recorded, run, tmp_path, monkeypatch):
+    monkeypatch.setattr(draw, "find_spec", lambda name: None)
+    for words in (("replay", recorded), ("compare", recorded, "--policy", "lru,fifo")):
+        code, out, err = run(*words, "--plot", tmp_path / "p.svg")
+        assert code == 2 and not out and "needs matplotlib" in err and "edgemoe[plot]" in err
+    monkeypatch.setattr(draw, "find_spec", lambda name: True)
+    assert "is no picture" in run("replay", recorded, "--plot", tmp_path / "p.txt")[2]
+    missing = tmp_path / "none" / "p.svg"
+    assert "its folder is not there" in run("replay", recorded, "--plot", missing)[2]
 
 
 def test_compare_two_traces_and_two_policies(recorded, run, tmp_path):

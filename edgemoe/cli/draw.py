@@ -12,6 +12,7 @@ from ..runtime.amounts import format_bytes
 from ..runtime.errors import UsageError
 
 ENDINGS = (".svg", ".png", ".pdf")
+_LEAST_KL = 1e-5  # what is drawn for less, on a logarithmic axis
 
 
 def need_matplotlib(path: str) -> None:
@@ -36,6 +37,7 @@ def _figure(path: str, rows: int, columns: int, width: float, height: float) -> 
     import matplotlib
 
     matplotlib.use("Agg")
+    matplotlib.rcParams["svg.fonttype"] = "none"  # words stay words
     from matplotlib import pyplot
 
     figure, panels = pyplot.subplots(
@@ -104,7 +106,7 @@ def sets(document: dict[str, Any], path: str) -> None:
         hits.legend(fontsize="small")
         reads.set(ylabel="read per token, KiB", ylim=(0, None))
         _bars_of_speed(speed, rows)
-        _bars_of_price(price, rows)
+        _points_of_price(price, rows)
         cache = format_bytes(document["expert_cache_bytes"])
         figure.suptitle(f"{document['model']}, expert cache {cache} ({cached:.0f} %, dotted)")
 
@@ -130,18 +132,20 @@ def _bars_of_speed(panel: Any, rows: list[dict[str, Any]]) -> None:
         panel.text(1.02 * max(each), place, limiter_of(row), va="center", fontsize="small")
 
 
-def _bars_of_price(panel: Any, rows: list[dict[str, Any]]) -> None:
+def _points_of_price(panel: Any, rows: list[dict[str, Any]]) -> None:
     """KL from the full model, in its own domain and elsewhere."""
+    from .sets_report import OTHER
+
     changed = [row for row in rows if row["losses"]["text"]["kl"] is not None]
-    names = [name for name in ("text", "other") if name in rows[0]["losses"]]
-    height = 0.8 / len(names)
-    for number, name in enumerate(names):
-        places = [place + (number - (len(names) - 1) / 2) * height for place in range(len(changed))]
-        kl = [max(row["losses"][name]["kl"], 1e-5) for row in changed]
-        label = {"text": "in domain", "other": "elsewhere"}[name]
-        panel.barh(places, kl, height=0.9 * height, label=label, alpha=0.7)
+    for name, marker in zip(OTHER, "os", strict=True):
+        if name not in rows[0]["losses"]:
+            continue
+        kl = [max(row["losses"][name]["kl"], _LEAST_KL) for row in changed]
+        panel.plot(kl, range(len(changed)), marker, label=OTHER[name], ms=8, alpha=0.8)
     panel.set_yticks(range(len(changed)), [row["arm"] for row in changed])
+    panel.margins(y=0.2)
     panel.invert_yaxis()
+    panel.grid(axis="y", lw=0.5)
     panel.set(xlabel="KL from the full model, nats a token", xscale="log")
     panel.legend(fontsize="small")
 
