@@ -140,7 +140,10 @@ def test_one_text_and_no_questions(folder: Path, capsys, monkeypatch) -> None:
     monkeypatch.setattr(bench_limits, "sweep_bytes", lambda: 8 << 20)
     words = [folder / "tiny.edgemoe", "--with", folder / "small.edgemoe", "-p", 8, "-n", 8, "-r", 1]
     words += ["--memory", "2GiB", "--no-control", "--eval-tokens", 32, "--curve-tokens", 32]
+    words += ["--active-experts", 1]
     code, out, _ = bench(capsys, *words)
+    (line,) = [line for line in out.splitlines() if line.startswith("| 1 active experts | 24 |")]
+    assert line.split("|")[-3].strip() == "changed"
     assert code == 0 and "the built-in text" in out and "elsewhere" not in out
     assert "right answers" not in out and "2.00 GiB for the process" in out
 

@@ -174,26 +174,28 @@ def _measure_rounds(
         limits.append(limits_now())
         around = mean_limits(limits[-2], limits[-1])
         for arm in arms:
-            touched = touched_bytes(arm.index, num_prompt + num_tokens // 2, args.kv_bits)
+            active = arm.routing.active_experts if arm.routing is not None else None
+            touched = touched_bytes(arm.index, num_prompt + num_tokens // 2, args.kv_bits, active)
             run = rows[arm.name]["rounds"][-1]
-            run |= limiter(run, around, touched, without_reads.get(arm.path))
+            run |= limiter(run, around, touched, without_reads.get((arm.path, arm.routing)))
     return limits
 
 
 def _controls(
     arms: list[Arm], tokens: list[int], num_prompt: int, args: argparse.Namespace
-) -> dict[Path, float]:
-    """Seconds a token by store, where nothing has to be read; of those that fit into memory."""
+) -> dict[tuple[Path, Any], float]:
+    """Seconds a token by store and routing, where nothing has to be read; of those that fit into
+    memory."""
     import psutil
 
     from .plan import store_plan
 
     found = {}
     for arm in arms if args.control else ():
-        if arm.path in found:
+        if (arm.path, arm.routing) in found:
             continue
         needed = store_plan(arm.index, None, len(tokens), args.kv_bits).resident_budget_bytes
         if needed <= psutil.virtual_memory().available:
             note(f"without reads: {arm.path.name}")
-            found[arm.path] = control(arm, tokens, num_prompt, args)
+            found[arm.path, arm.routing] = control(arm, tokens, num_prompt, args)
     return found

@@ -1,4 +1,4 @@
-"""The arms of `bench --sets`: the full model, its pruned sets by mode, other stores of it."""
+"""The arms of `bench --sets`: the full model, sets by mode, other routes, other stores of it."""
 
 import argparse
 from dataclasses import dataclass, field
@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 from ..runtime.errors import UsageError
 from . import options
+from .routing_options import routing_argument
 
 if TYPE_CHECKING:
     from ..active_set import ActiveSet
+    from ..routing import Routing
     from ..runtime.index import StoreIndex
 
 FULL = "full"
@@ -50,6 +52,11 @@ class Arm:
             pairs = self.active.expert_set.pairs
             return sum(self.index.records[pair].num_bytes for pair in pairs)
         return self.index.expert_bytes
+
+    @property
+    def routing(self) -> "Routing | None":
+        """What else changes its routes."""
+        return self.options.get("routing")
 
     @property
     def is_lossless(self) -> bool:
@@ -102,6 +109,9 @@ def make_arms(path: Path, args: argparse.Namespace) -> list[Arm]:
     arms = [Arm(FULL, index)]
     for word in args.sets or ():
         arms += _of_set(word, index, store_args(index))
+    given = routing_argument(args)
+    if given:
+        arms.append(Arm(given["routing"].label, index, None, given))
     for other in args.others or ():
         arms.append(_of_store(Path(str(options.existing(other))), index))
     names = [arm.name for arm in arms]

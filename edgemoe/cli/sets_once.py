@@ -1,7 +1,7 @@
 """What `bench --sets` measures once: losses, answers, and what caches of several sizes would read.
 
-None of it depends on the budget. The sets of a store share one engine; another store is opened
-beside it, since the distance is measured token by token.
+None of it depends on the budget. The sets of a store share one engine; another store, or one
+with other routes, is opened beside it, since the distance is measured token by token.
 """
 
 import argparse
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from ..engine import Engine
     from ..quant.answers import Answered, Conversation
     from ..quant.masked import Masked
+    from ..routing import Routing
     from ..runtime.index import StoreIndex
 
 CURVE = (0.0625, 0.125, 0.25, 0.375, 0.5, 0.75)  # caches, as shares of the full model's experts
@@ -46,30 +47,35 @@ def measure_once(
             routes = first.routes(_windows(base, ids[: args.curve_tokens]))
             for arm in arms:
                 rows[arm.name].setdefault("removed_picks", {})[name] = removed(routes, arm.kept)
-        own = [arm for arm in arms if arm.path == arms[0].path]
-        reference = _answers(base, None, conversations)
+        own = [arm for arm in arms if arm.path == arms[0].path and arm.routing is None]
+        reference = _answers(base, None, conversations, arms[0].name)
         for arm, model in _models(base, own):
             _curve(rows[arm.name], model, base, texts["text"], sizes, args)
-            held = reference if arm.active is None else _answers(base, arm, conversations)
+            held = reference if arm.active is None else _answers(base, arm, conversations, arm.name)
             _score(rows[arm.name], conversations, held, reference)
         _losses(rows, first, _models(base, own)[1:], texts, base, args)
         for arm in arms[len(own) :]:
-            with _open(arm.index, budget, args) as engine:
+            with _open(arm.index, budget, args, arm.routing) as engine:
                 pairs = _models(engine, [arm])
                 _losses(rows, first, pairs, texts, engine, args)
                 _curve(rows[arm.name], pairs[0][1], engine, texts["text"], sizes, args)
-                held = _answers(engine, None, conversations)
+                held = _answers(engine, None, conversations, arm.name)
                 _score(rows[arm.name], conversations, held, reference)
 
 
-def _open(index: "StoreIndex", budget: Budget, args: argparse.Namespace) -> "Engine":
+def _open(
+    index: "StoreIndex",
+    budget: Budget,
+    args: argparse.Namespace,
+    routing: "Routing | None" = None,
+) -> "Engine":
     """An engine for windows and conversations, with the arms' expert cache but no other bound."""
     from ..engine import Engine
     from ..models import parse_config
 
     context = min(parse_config(index.config).max_context, MAX_CONTEXT)
-    options = engine_options(context, args)
-    return Engine.from_pretrained(index.path, cache_bytes=budget.cache_bytes, **options)
+    options = engine_options(context, args) | {"cache_bytes": budget.cache_bytes}
+    return Engine.from_pretrained(index.path, routing=routing, **options)
 
 
 def _models(engine: "Engine", arms: Sequence[Arm]) -> "list[tuple[Arm, Masked]]":
@@ -151,7 +157,7 @@ def _curve(
 
 
 def _answers(
-    engine: "Engine", arm: Arm | None, conversations: "list[Conversation]"
+    engine: "Engine", arm: Arm | None, conversations: "list[Conversation]", name: str
 ) -> "list[Answered]":
     """The conversations as the arm holds them; afterwards the engine is the full model again."""
     from ..quant.answers import hold
@@ -159,7 +165,7 @@ def _answers(
 
     if not conversations:
         return []
-    note(f"questions: {arm.name if arm is not None else engine.path.name}")
+    note(f"questions: {name}")
     active = None if arm is None else arm.active
     if active is not None:
         engine.use_set(*(arm.options[name] for name in ("set", "set_mode", "set_threshold")))

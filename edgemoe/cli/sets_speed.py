@@ -69,10 +69,11 @@ def run_arm(
 
 
 def control(arm: Arm, tokens: list[int], num_prompt: int, args: argparse.Namespace) -> float:
-    """Seconds a token of the arm's store, every expert in memory and all in use."""
+    """Seconds a token of the arm's store, every expert in memory and in use, by its own routes."""
     from ..engine import Engine
 
-    with Engine.from_pretrained(arm.path, **engine_options(len(tokens), args)) as engine:
+    options = engine_options(len(tokens), args) | {"routing": arm.routing}
+    with Engine.from_pretrained(arm.path, **options) as engine:
         engine.cache.preload()
         return 1 / _decode(engine, tokens, num_prompt)["decode_tokens_per_s"]
 
