@@ -21,7 +21,8 @@ UNTRAINED = (
     "costs less (docs/sets.md): compare with --method reap"
 )
 FIRST_LAYER = (
-    "UNCURL's authors saw no groups of like experts in the first MoE layer: --keep-first-layer"
+    "the first MoE layer is merged too: UNCURL's authors saw no groups of like experts in it, and "
+    "the demo model lost most there (docs/sets.md)"
 )
 
 

@@ -334,7 +334,7 @@ def test_the_command_finds_the_families(tmp_path, text, capsys, method):
     noisy = make_families(tmp_path / method, noise=0.05, row_noise=0.05)
     out = tmp_path / f"{method}.edgemoe"
     arguments = ["prune", str(noisy), "--method", method, "--experts", "4", "--text", str(text)]
-    assert main([*arguments, "--out", str(out), "--json"]) == 0
+    assert main([*arguments, "--no-keep-first-layer", "--out", str(out), "--json"]) == 0
     captured = capsys.readouterr()
     document = json.loads(captured.out)
     assert "made for training" in captured.err and "merged" in captured.err
@@ -360,7 +360,11 @@ def test_the_command_finds_the_families(tmp_path, text, capsys, method):
 def test_a_dry_run_writes_nothing(path, text, tmp_path, capsys):
     arguments = ["prune", str(path), "--method", "uncurl", "--keep", "50%", "--text", str(text)]
     assert main([*arguments, "--dry-run"]) == 0
-    assert "merges 24 experts into 12" in capsys.readouterr().out
+    captured = capsys.readouterr()  # the first layer stays whole, as in both papers
+    assert "merges 24 experts into 16" in captured.out and "first MoE layer" not in captured.err
+    assert main([*arguments, "--dry-run", "--no-keep-first-layer"]) == 0
+    captured = capsys.readouterr()
+    assert "merges 24 experts into 12" in captured.out and "first MoE layer" in captured.err
     assert not list(tmp_path.iterdir())
 
 

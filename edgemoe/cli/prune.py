@@ -60,7 +60,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "reads is taken from its share of the score (default: 0)",
     )
     group.add_argument(
-        "--keep-first-layer", action="store_true", help="all of the first MoE layer, besides"
+        "--keep-first-layer",
+        action=argparse.BooleanOptionalAction,
+        help="all of the first MoE layer, besides (default: with uncurl and msmoe)",
     )
     group = parser.add_argument_group("what is known of the task")
     group.add_argument(
@@ -200,7 +202,7 @@ def _make(path: Path, args: argparse.Namespace, stack: ExitStack) -> "tuple[Expe
         "fit_bytes": args.fit,
         "across_layers": args.across,
         "spare_reads": args.spare_reads,
-        "keep_first_layer": args.keep_first_layer,
+        "keep_first_layer": bool(args.keep_first_layer),
         "profile": profile.name,
         "tokens": profile.num_tokens,
         "texts": profile.texts,
@@ -225,11 +227,11 @@ def _amount(index: "StoreIndex", args: argparse.Namespace) -> "Amount":
     from .plan import store_plan
 
     if args.fit is None:
-        return Amount(args.keep, args.experts, keep_first=args.keep_first_layer)
+        return Amount(args.keep, args.experts, keep_first=bool(args.keep_first_layer))
     plan = store_plan(index, args.fit, args.context, args.kv_bits)
     if plan.is_resident:
         note("note: all experts fit into this budget; nothing has to go")
-    return Amount(num_bytes=plan.cache_bytes, keep_first=args.keep_first_layer)
+    return Amount(num_bytes=plan.cache_bytes, keep_first=bool(args.keep_first_layer))
 
 
 def _shares(counts: Any, ids: tuple[int, ...]) -> tuple[float, ...]:
