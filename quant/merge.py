@@ -1,10 +1,10 @@
 """Which experts become one: the groups of every layer, from what is known of a task.
 
 - uncurl (UNCURL, 2409.01483): spectral clusters of the router's logits, as many of every layer; the
-  head of a group is its most picked expert, whose order of neurons the others take.
+  head of a group is its most picked expert.
 - msmoe (M-SMoE, 2310.01334): the most picked experts of all layers together are dominant, so that
   layers differ; every other joins the dominant expert of its layer whose logits are most like its
-  own; all of a layer take the order of neurons of its most picked expert.
+  own.
 - diversify (2407.09590): spectral clusters of the experts' outputs on the same inputs; the rows of
   the router are merged like the experts.
 
@@ -39,11 +39,9 @@ class Group:
 
 @dataclass(frozen=True, slots=True)
 class LayerMerge:
-    """The groups of a layer by ascending head: the order of the merged experts. `anchor`: the
-    expert whose order of neurons all merged ones take; None: each group that of its head."""
+    """The groups of a layer by ascending head: the order of the merged experts."""
 
     groups: tuple[Group, ...]
-    anchor: int | None = None
 
     @property
     def num_experts(self) -> int:
@@ -157,7 +155,7 @@ def _by_dominant(
             _group(np.flatnonzero(joins == number), picks[layer], head)
             for number, head in enumerate(heads)
         )
-        merge[layer] = LayerMerge(_ordered(groups), int(picks[layer].argmax()))
+        merge[layer] = LayerMerge(_ordered(groups))
     return merge
 
 

@@ -2,7 +2,9 @@
 
 A gated expert down(silu(gate x) * (up x)) does the same with its F neurons in any order, which is
 one permutation of the rows of gate and up and of the columns of down. Two experts are compared in
-the order of neurons in which they are most alike (UNCURL 2409.01483, M-SMoE 2310.01334).
+the order of neurons in which they are most alike (UNCURL 2409.01483, M-SMoE 2310.01334). M-SMoE's
+code brings all experts of a layer into the order of one of them; the order of the expert that they
+are merged into loses less (docs/sets.md).
 """
 
 from collections.abc import Callable
@@ -31,20 +33,18 @@ def aligned(target: Body, body: Body) -> Body:
     return gate[order], up[order], down[:, order]
 
 
-def merged_body(group: Group, read: Callable[[int], Body], anchor: Body | None = None) -> Body:
-    """The average of a group by its weights, every member in the order of neurons of the `anchor`,
-    None: of the head. In memory are three experts and the anchor.
+def merged_body(group: Group, read: Callable[[int], Body]) -> Body:
+    """The average of a group by its weights, every member in the order of neurons of the head. In
+    memory are three experts.
 
     Differences from the head are averaged, so that equal members give the head bit for bit.
     """
     head = fp32(read(group.head))
-    if anchor is not None:
-        head = aligned(anchor, head)
     total = tuple(part.clone() for part in head)
     for expert, weight in zip(group.members, group.weights, strict=True):
         if expert == group.head or not weight:
             continue
-        member = aligned(anchor or head, fp32(read(expert)))
+        member = aligned(head, fp32(read(expert)))
         for sum_, part, base in zip(total, member, head, strict=True):
             sum_.add_(part - base, alpha=weight)
     return total

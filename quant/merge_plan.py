@@ -79,7 +79,7 @@ def make_merge_plan(
         )
     counts = [LayerPlan(each.layer, each.num_experts, each.num_merged, 0, 0) for each in layers]
     warnings = [UNTRAINED, *warnings_on(counts, profile.top_k)]
-    if method != "diversify" and not keeps_first:
+    if not keeps_first:
         warnings.insert(1, FIRST_LAYER)
     return MergePlan(
         method=method,

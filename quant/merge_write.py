@@ -31,7 +31,7 @@ from .bitplan import BitPlan
 from .checkpoint import Checkpoint
 from .journal import Crcs, Partial, check_target, finish_published, partial_path, write_error
 from .merge import LayerMerge, Merge
-from .merge_bodies import fp32, merged_body
+from .merge_bodies import merged_body
 from .merge_trunk import write_trunk
 from .options import ExpertSpec
 from .pack import checked, in_order, pack_expert
@@ -210,17 +210,13 @@ def _records(
     num_threads: int,
 ) -> Iterator[tuple[int, np.ndarray, tuple[int, int]]]:
     """Number of members, record and checksums of every group of a layer."""
-    is_merged = any(len(group.members) > 1 for group in merge.groups)
-    anchor = None
-    if merge.anchor is not None and is_merged:
-        anchor = fp32(bodies.expert(layer, merge.anchor))
 
     def make(number: int) -> tuple[int, np.ndarray, tuple[int, int]]:
         group, layout = merge.groups[number], layouts[layer, number]
         if len(group.members) == 1:
             record, pair = checked(own.record(layer, group.head, layout), layout)
         else:
-            body = merged_body(group, lambda expert: bodies.expert(layer, expert), anchor)
+            body = merged_body(group, lambda expert: bodies.expert(layer, expert))
             record, pair = pack_expert(body, layout, specs(layer, group.head))
         return len(group.members), record, pair
 

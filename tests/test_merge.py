@@ -139,7 +139,7 @@ def test_uncurl_finds_the_families_and_their_heads():
     first, second = merge[0], merge[1]
     assert [group.members for group in first.groups] == [(0, 1), (2, 3), (4, 5), (6, 7)]
     assert first.heads == (0, 3, 4, 6) and second.heads == (1, 3, 5, 7)
-    assert first.anchor is None and first.bodies == (0, 0, 1, 1, 2, 2, 3, 3)
+    assert first.bodies == (0, 0, 1, 1, 2, 2, 3, 3)
     assert first.groups[0].weights == (0.9, 0.1)
     assert first.groups[2].weights == (0.5, 0.5)  # nobody was picked
     whole = choose_groups(
@@ -161,7 +161,7 @@ def test_msmoe_counts_differ_by_layer_and_others_join_the_most_alike():
     profile = profile_of([50, 2, 30, 2, 8, 4, 2, 2], [12, 13, 12, 13, 12, 13, 12, 13])
     merge = choose_groups("msmoe", profile, similarities(profile), TOP_K, Amount(experts=4))
     assert merge[0].heads == (0, 2) and len(merge[1].groups) == 6
-    assert merge[1].heads == (0, 1, 2, 3, 5, 7) and merge[1].anchor == 1
+    assert merge[1].heads == (0, 1, 2, 3, 5, 7)
     assert merge[0].bodies[:4] == (0, 0, 1, 1)  # by likeness
     members = {group.head: group.members for group in merge[1].groups}
     assert members[5] == (4, 5) and members[7] == (6, 7)
@@ -204,15 +204,13 @@ def test_alignment_is_one_permutation_of_all_three_matrices():
     assert all(torch.equal(a, b) for a, b in zip(aligned(body, copy), body, strict=True))
 
 
-@pytest.mark.parametrize("anchor", [None, 9], ids=["its head's order", "an anchor's order"])
-def test_an_expert_and_its_permuted_copy_are_the_expert(anchor):
+def test_an_expert_and_its_permuted_copy_are_the_expert():
     bodies = {0: random_body(0)}
     for expert in (1, 2):
         rng = torch.Generator().manual_seed(expert)
         bodies[expert] = permuted(bodies[0], torch.randperm(WIDTH, generator=rng))
     group = Group(0, (0, 1, 2), (0.6, 0.3, 0.1))
-    anchored = None if anchor is None else random_body(anchor)
-    merged = merged_body(group, bodies.__getitem__, anchored)
+    merged = merged_body(group, bodies.__getitem__)
     x = torch.randn((50, 64), generator=torch.Generator().manual_seed(7))
     assert (output_of(merged, x) - output_of(bodies[0], x)).abs().max() <= 1e-5
     plain = merged_body(Group(0, (0, 1), (0.5, 0.5)), {0: bodies[0], 1: bodies[1]}.__getitem__)

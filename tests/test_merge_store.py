@@ -137,11 +137,11 @@ def test_aliases_that_cannot_be(merged, tmp_path, aliases):
 def test_a_merge_that_was_interrupted_goes_on(path, merged, tmp_path, monkeypatch):
     out, seen = tmp_path / "again.edgemoe", []
 
-    def stop(group, read, anchor=None):
+    def stop(group, read):
         seen.append(group.head)
         if len(seen) == 7:
             raise KeyboardInterrupt
-        return merged_body(group, read, anchor)
+        return merged_body(group, read)
 
     monkeypatch.setattr("edgemoe.quant.merge_write.merged_body", stop)
     with pytest.raises(KeyboardInterrupt):
@@ -358,7 +358,10 @@ def test_the_command_finds_the_families(tmp_path, text, capsys, method):
 
 @native
 def test_a_dry_run_writes_nothing(path, text, tmp_path, capsys):
-    arguments = ["prune", str(path), "--method", "uncurl", "--keep", "50%", "--text", str(text)]
+    profile = str(text.with_name("profile.safetensors"))
+    command = ["calibrate", str(path), "--text", str(text), "--out", profile]
+    assert main([*command, "--tokens", "200"]) == 0
+    arguments = ["prune", str(path), "--method", "uncurl", "--keep", "50%", "--profile", profile]
     assert main([*arguments, "--dry-run"]) == 0
     captured = capsys.readouterr()  # the first layer stays whole, as in both papers
     assert "merges 24 experts into 16" in captured.out and "first MoE layer" not in captured.err

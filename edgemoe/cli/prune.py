@@ -62,7 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--keep-first-layer",
         action=argparse.BooleanOptionalAction,
-        help="all of the first MoE layer, besides (default: with uncurl and msmoe)",
+        help="all of the first MoE layer, besides (default: where experts are merged)",
     )
     group = parser.add_argument_group("what is known of the task")
     group.add_argument(

@@ -50,8 +50,8 @@ def run(path: Path, args: argparse.Namespace) -> int:
 
     router = router_of(args.method, args.router)
     _check(args)
-    if args.keep_first_layer is None:  # as both papers do; a checkpoint cannot
-        args.keep_first_layer = args.method != "diversify" and router != "untrained"
+    if args.keep_first_layer is None:  # a checkpoint has as many experts in every layer
+        args.keep_first_layer = router != "untrained"
     target = None if args.out is None else Path(args.out)
     if target is not None and not args.dry_run:
         from ..quant.journal import check_target
