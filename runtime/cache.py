@@ -198,12 +198,15 @@ class ExpertCache:
             self._settle(wait=False)
         address = self._address
         absent = [key for key in keys if not address[key]]
+        index = np.array(keys, dtype=np.int64)
         if absent:
-            if not self.fits(keys) or not self._read(keys, absent):
+            if not self.fits(keys):
+                return None
+            self._policy.expect(index)
+            if not self._read(keys, absent):
                 return None
         else:
             self._pin(keys)
-        index = np.array(keys, dtype=np.int64)
         self._policy.touch(index, self._step, self._num_tokens, counts)
         num_bytes = 0
         for key in absent:
@@ -245,7 +248,7 @@ class ExpertCache:
 
     def seed(self, keys: Sequence[int], counts: NDArray[np.floating]) -> None:
         """Let the policy start as if each of `keys` had been wanted `counts` times just now."""
-        self._policy.touch(np.array(keys, dtype=np.int64), self._step, counts=counts)
+        self._policy.seed(np.array(keys, dtype=np.int64), self._step, counts)
 
     def preload(self, keys: Sequence[int] | None = None) -> int:
         """Read absent records as long as they fit without an eviction: those of `keys`, in this

@@ -1,10 +1,11 @@
 """The default eviction policy: forecasts from what tokens like this one were followed by. Floor 1.
 
 A record's worth is its probability of use when its layer comes next, plus that of its later turns
-as far as the pool is large enough to keep it, over the distance to that turn (as in `cycle`). The
-probability is a logistic regression, learned while it runs: each time a layer has run, its E
-experts are E examples of used or not used. Its inputs, each the logarithm of a ratio to the
-average expert, so that equal knowledge of all experts is 0:
+as far as the pool is large enough to keep it, over the time that it takes: the distance to that
+turn and, since most stay longer than that, one cycle. `policy_guard` bounds what a wrong forecast
+may lose against plain LRU. The probability is a logistic regression, learned while it runs: each
+time a layer has run, its E experts are E examples of used or not used. Its inputs, each the
+logarithm of a ratio to the average expert, so that equal knowledge of all experts is 0:
 
 - four frequencies that halve every 1, 4, 16 and 128 tokens: recency, habit, and what is between;
 - what followed the past tokens whose routing was most like that of the last ones (`_Memory`).
@@ -19,6 +20,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from .policy_guard import Guard
 from .policy_lowest import ByDistance
 
 F32 = np.float32
@@ -126,14 +128,16 @@ class _Memory:
 
 
 class Forecast(ByDistance):
-    """Evicts the record with the lowest forecast of use / distance to its layer.
+    """Evicts the record with the lowest forecast of use / (distance to its layer + one cycle), as
+    far as its guard allows.
 
     `share`: of all experts that the pool holds; what is later than the next turn counts for
-    1 - (1 - share) ** 2. On recorded routings 1 - (1 - share) ** n was flat from n = 1 to 3.
+    1 - (1 - share) ** 4.
     """
 
     def __init__(self, layer_of_key: Sequence[int], num_layers: int, share: float = 0.0) -> None:
-        super().__init__(layer_of_key, num_layers)
+        super().__init__(layer_of_key, num_layers, offset=num_layers)
+        self.guard = Guard(len(layer_of_key))
         places = np.asarray(layer_of_key, dtype=np.int64)
         self._first = np.searchsorted(places, np.arange(num_layers + 1))
         counts = np.diff(self._first)
@@ -151,7 +155,9 @@ class Forecast(ByDistance):
 
     def set_share(self, share: float) -> None:
         """The pool has changed its size."""
+        super().set_share(share)
         rest = F32(1.0) - F32(share)
+        rest *= rest
         self._patience = min(F32(1.0) - rest * rest, _MAX_SHARE)
         self._value[:] = self._worth(self._now, self._later)
 

@@ -6,6 +6,8 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from .policy_guard import Guard
+
 NO_VICTIM = -1
 
 
@@ -25,6 +27,12 @@ class Policy(Protocol):
         demands of one token one after the other, no key in two of them.
         """
 
+    def expect(self, keys: NDArray[np.int64]) -> None:
+        """`keys` [n] will be touched together, as soon as there is room for those absent."""
+
+    def seed(self, keys: NDArray[np.int64], step: int, counts: NDArray[np.floating]) -> None:
+        """Each of `keys` counts as if it had been wanted so often just now."""
+
     def insert(self, key: int) -> None:
         """The key was given memory."""
 
@@ -42,7 +50,12 @@ class Policy(Protocol):
 
 
 class Lowest:
-    """Evicts the key with the lowest score; ties go to the one not used for longest."""
+    """Evicts the key with the lowest score; ties go to the one not used for longest.
+
+    With a `guard`, records that it would keep go last while it says so.
+    """
+
+    guard: Guard | None = None
 
     def __init__(self, layer_of_key: Sequence[int], num_layers: int) -> None:
         self._layer_of_key = np.asarray(layer_of_key, dtype=np.int64)
@@ -66,15 +79,30 @@ class Lowest:
             clocks = np.arange(self._clock + 1, self._clock + 1 + len(keys))
             self._last_use[keys] = clocks[:, None]
             self._clock += len(keys)
+        if self.guard is not None:
+            for row in keys.reshape(-1, keys.shape[-1]):
+                self.guard.touch(row)
+
+    def expect(self, keys: NDArray[np.int64]) -> None:
+        if self.guard is not None:
+            self.guard.expect(keys)
+
+    def seed(self, keys: NDArray[np.int64], step: int, counts: NDArray[np.floating]) -> None:
+        guard, self.guard = self.guard, None  # nothing is demanded
+        self.touch(keys, step, counts=counts)
+        self.guard = guard
 
     def insert(self, key: int) -> None:
-        pass
+        if self.guard is not None:
+            self.guard.insert(key)
 
     def remove(self, key: int) -> None:
-        pass
+        if self.guard is not None:
+            self.guard.remove(key)
 
     def set_share(self, share: float) -> None:
-        pass
+        if self.guard is not None:
+            self.guard.set_share(share)
 
     def scores(self, layer: int) -> NDArray[np.float64]:
         """By key, while `layer` runs; the array is used again by the next call."""
@@ -94,11 +122,16 @@ class Lowest:
         self._score(layer, scores)
         np.copyto(scores, np.inf, where=blocked)
         while True:
-            key = int(scores.argmin())
-            lowest = scores[key]
+            spared = scores
+            if self.guard is not None and not self.guard.is_free:
+                spared = np.where(self.guard.in_shadow, np.inf, scores)
+                if spared.min() == np.inf:  # of a demand larger than the pool
+                    spared = scores
+            key = int(spared.argmin())
+            lowest = spared[key]
             if lowest == np.inf:
                 return
-            is_lowest = scores == lowest
+            is_lowest = spared == lowest
             if np.count_nonzero(is_lowest) > 1:
                 ties = is_lowest.nonzero()[0]
                 key = int(ties[self._last_use[ties].argmin()])
@@ -115,16 +148,17 @@ class ByDistance(Lowest):
 
     Distance d = (layer of the record - running layer) mod L, and L for the running layer itself:
     what runs next stays, what has just run goes (EdgeMoE's term, in the direction of its prose).
+    `offset`: layers added to every distance.
     """
 
-    def __init__(self, layer_of_key: Sequence[int], num_layers: int) -> None:
+    def __init__(self, layer_of_key: Sequence[int], num_layers: int, offset: int = 0) -> None:
         super().__init__(layer_of_key, num_layers)
         self._value = np.zeros(len(self._layer_of_key), dtype=np.float64)
         self._nearness = np.empty(len(self._layer_of_key), dtype=np.float64)
         self._nearness_layer = -1
         # 1 / distance from the layer at position L, twice around: a slice of it serves any layer.
         cycle = np.concatenate(([num_layers], np.arange(1, num_layers)))
-        self._inverse = 1.0 / np.concatenate((cycle, cycle))
+        self._inverse = 1.0 / (np.concatenate((cycle, cycle)) + offset)
 
     def _score(self, layer: int, scores: NDArray[np.float64]) -> None:
         if layer != self._nearness_layer:

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from .errors import UsageError
 from .policy import POLICIES, Fifo
 from .policy_forecast import Forecast
+from .policy_guard import Guard
 from .policy_s3fifo import S3Fifo
 from .trace import DECODE, Trace
 
@@ -88,6 +89,11 @@ def replay(demand: Demand, policy: str, capacities: Sequence[int]) -> list[Outco
         kind(demand.place_of_key, demand.num_places)
         for _ in range(len(pools) if looks_at_pool else 1)
     ]
+    if kind is Forecast:
+        for pool in pools:
+            pool.guard = Guard(len(demand.sizes))
+            pool.guard.set_share(pool.share)
+        policies[0].guard = None
     for step, place, keys in demand.steps:
         for i, pool in enumerate(pools):
             pool.demand(place, keys, policies[i if looks_at_pool else 0])
@@ -101,7 +107,8 @@ class _Pool:
         self.capacity, self.free = capacity, capacity
         self.hits = self.bytes_read = 0
         self._sizes, self._smallest = demand.sizes, int(demand.sizes.min())
-        self._share = capacity / int(demand.sizes.sum())
+        self.share = min(1.0, capacity / int(demand.sizes.sum()))
+        self.guard: Guard | None = None
         self._is_resident = np.zeros(len(demand.sizes), dtype=np.bool_)
 
     def demand(self, place: int, keys: NDArray[np.int64], policy: object) -> None:
@@ -109,48 +116,57 @@ class _Pool:
         is_hit = is_resident[keys]
         num_hits = int(np.count_nonzero(is_hit))
         self.hits += num_hits
-        if num_hits == len(keys):
-            return
-        missing = keys[~is_hit]
-        needed = int(self._sizes[missing].sum())
-        self.bytes_read += needed
-        if needed > self.free:
-            held = keys[is_hit]
-            is_resident[held] = False
-            self._evict(place, needed - self.free, policy)
-            is_resident[held] = True
-        if needed > self.free:  # a pool that does not hold one layer's demand
-            missing = missing[np.cumsum(self._sizes[missing]) <= self.free]
+        if num_hits < len(keys):
+            missing = keys[~is_hit]
             needed = int(self._sizes[missing].sum())
-        is_resident[missing] = True
-        self.free -= needed
-        for key in missing.tolist():
-            policy.insert(key)
+            self.bytes_read += needed
+            if self.guard is not None:
+                self.guard.expect(keys)
+            if needed > self.free:
+                held = keys[is_hit]
+                is_resident[held] = False
+                self._evict(place, needed - self.free, policy)
+                is_resident[held] = True
+            if needed > self.free:  # a pool that does not hold one layer's demand
+                missing = missing[np.cumsum(self._sizes[missing]) <= self.free]
+                needed = int(self._sizes[missing].sum())
+            is_resident[missing] = True
+            self.free -= needed
+            for key in missing.tolist():
+                (self.guard or policy).insert(key)
+        if self.guard is not None:
+            self.guard.touch(keys)
 
     def _evict(self, place: int, num_bytes: int, policy: object) -> None:
         if isinstance(policy, S3Fifo):
             for key in policy.victims(place, ~self._is_resident):
-                self._drop(np.array([key]), policy)
-                num_bytes -= int(self._sizes[key])
+                num_bytes -= self._drop(key, policy)
                 if num_bytes <= 0:
                     return
             return
         keys = self._is_resident.nonzero()[0]
-        policy.set_share(self._share)
+        policy.set_share(self.share)
         scores = policy.scores(place)[keys]
-        most = -(-num_bytes // self._smallest)
-        if most < len(keys):
-            lowest = scores <= np.partition(scores, most - 1)[most - 1]
-            keys, scores = keys[lowest], scores[lowest]
+        if self.guard is None:
+            most = -(-num_bytes // self._smallest)
+            if most < len(keys):
+                lowest = scores <= np.partition(scores, most - 1)[most - 1]
+                keys, scores = keys[lowest], scores[lowest]
         keys = keys[np.lexsort((policy.last_use[keys], scores))]
-        enough = int(np.searchsorted(np.cumsum(self._sizes[keys]), num_bytes)) + 1
-        self._drop(keys[:enough], policy)
+        order = keys.tolist()
+        while num_bytes > 0 and order:
+            number = 0
+            if self.guard is not None and not self.guard.is_free:
+                number = next(
+                    (i for i, key in enumerate(order) if not self.guard.in_shadow[key]), 0
+                )
+            num_bytes -= self._drop(order.pop(number), policy)
 
-    def _drop(self, keys: NDArray[np.int64], policy: object) -> None:
-        self._is_resident[keys] = False
-        self.free += int(self._sizes[keys].sum())
-        for key in keys.tolist():
-            policy.remove(key)
+    def _drop(self, key: int, policy: object) -> int:
+        self._is_resident[key] = False
+        self.free += int(self._sizes[key])
+        (self.guard or policy).remove(key)
+        return int(self._sizes[key])
 
 
 def _belady(demand: Demand, capacity: int) -> Outcome:

@@ -52,6 +52,7 @@ def replay_hits(trace: Trace, capacity: int, policy: Policy, num_keys: int) -> i
         hits += sum(key in resident for key in keys)
         missing = [key for key in keys if key not in resident]
         blocked[keys] = True
+        policy.expect(np.array(keys))
         for key in missing:
             if len(resident) >= capacity:
                 victim = policy.victim(layer, blocked)

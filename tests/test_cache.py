@@ -125,6 +125,7 @@ def replay(steps, sizes, capacity, policy_name):
         last = layer
         missing = [key for key in keys if key not in resident]
         blocked[keys] = True
+        policy.expect(np.array(keys))
         for key in missing:
             while sum(resident.values()) + sizes[key] > capacity:
                 victim = policy.victim(layer, blocked)

@@ -20,27 +20,34 @@ Victims::Victims(const Cycle &cycle, Policy &policy, const std::vector<uint8_t> 
       blocks_(policy.blocks()),
       blocked_(blocked),
       lowest_(static_cast<size_t>(blocks_.num()), kNever),
+      unguarded_(lowest_),
       num_places_(cycle.num_places()) {
   for (int64_t ahead = 0; ahead <= num_places_; ++ahead) {
     nearness_.push_back(ahead == 0 ? 0.0 : policy.nearness(ahead));
   }
 }
 
-double Victims::measure(int64_t block) const {
+void Victims::measure(int64_t block) {
   const double *values = policy_.values();
-  double lowest = kNever;
+  const Guard *guard = policy_.guard();
+  double lowest = kNever, unguarded = kNever;
   for (int32_t key = blocks_.first(block); key < blocks_.end(block); ++key) {
     const double value = blocked_[key] ? kNever : values[key];
     lowest = value < lowest ? value : lowest;
+    if (guard == nullptr) continue;
+    const double other = guard->in_shadow(key) ? kNever : value;
+    unguarded = other < unguarded ? other : unguarded;
   }
-  return lowest;
+  lowest_[block] = lowest;
+  unguarded_[block] = unguarded;
 }
 
 // Of the keys with that score the one not used for longest, then the lowest.
-int32_t Victims::oldest(int64_t block, double score, double nearness) const {
+int32_t Victims::oldest(int64_t block, double score, double nearness, bool is_free) const {
   int32_t found = -1;
   for (int32_t key = blocks_.first(block); key < blocks_.end(block); ++key) {
-    if (!blocked_[key] && policy_.values()[key] * nearness == score &&
+    if (!blocked_[key] && (is_free || !policy_.guard()->in_shadow(key)) &&
+        policy_.values()[key] * nearness == score &&
         (found < 0 || policy_.last_use(key) < policy_.last_use(found))) {
       found = key;
     }
@@ -48,26 +55,34 @@ int32_t Victims::oldest(int64_t block, double score, double nearness) const {
   return found;
 }
 
-// Rounding keeps the order of products, so that the lowest value has the lowest score of its block.
 int32_t Victims::next(int64_t running) {
+  for (int64_t block = 0; block < blocks_.num(); ++block) {
+    if (!blocks_.has_changed(block)) continue;
+    blocks_.clear(block);
+    measure(block);
+  }
+  const bool is_free = policy_.guard() == nullptr || policy_.guard()->is_free();
+  const int32_t found = lowest(running, is_free);
+  return found < 0 && !is_free ? lowest(running, true) : found;
+}
+
+// Rounding keeps the order of products, so that the lowest value has the lowest score of its block.
+int32_t Victims::lowest(int64_t running, bool is_free) const {
+  const std::vector<double> &values = is_free ? lowest_ : unguarded_;
   const auto nearness = [&](int64_t block) {
     const int64_t ahead = blocks_.place(block) - running;
     return nearness_[ahead > 0 ? ahead : ahead + num_places_];
   };
   double best = kNever;
   for (int64_t block = 0; block < blocks_.num(); ++block) {
-    if (blocks_.has_changed(block)) {
-      blocks_.clear(block);
-      lowest_[block] = measure(block);
-    }
-    const double score = lowest_[block] * nearness(block);
+    const double score = values[block] * nearness(block);
     best = score < best ? score : best;
   }
   if (best == kNever) return -1;
   int32_t found = -1;
   for (int64_t block = 0; block < blocks_.num(); ++block) {
-    if (lowest_[block] * nearness(block) != best) continue;
-    const int32_t key = oldest(block, best, nearness(block));
+    if (values[block] * nearness(block) != best) continue;
+    const int32_t key = oldest(block, best, nearness(block), is_free);
     if (found < 0 || policy_.last_use(key) < policy_.last_use(found)) found = key;
   }
   return found;
@@ -154,6 +169,7 @@ int32_t Cache::hint(int64_t n, const int32_t *keys, const double *counts,
     pin(n, keys);
   } else {
     if (!fits(n, keys)) return 0;
+    policy_->expect(keys, n);
     const int32_t status = read(n, keys);
     if (status <= 0) return status;
   }

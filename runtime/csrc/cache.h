@@ -22,17 +22,20 @@ namespace em {
 class Victims {
  public:
   Victims(const Cycle &cycle, Policy &policy, const std::vector<uint8_t> &blocked);
-  // The key with the lowest score of those not blocked while place `running` runs, or -1.
+  // The key with the lowest score of those not blocked while place `running` runs, or -1. Those that
+  // the policy's guard keeps only where there is no other.
   int32_t next(int64_t running);
 
  private:
-  double measure(int64_t block) const;
-  int32_t oldest(int64_t block, double score, double nearness) const;
+  void measure(int64_t block);
+  int32_t lowest(int64_t running, bool is_free) const;
+  int32_t oldest(int64_t block, double score, double nearness, bool is_free) const;
 
   Policy &policy_;
   Blocks &blocks_;
   const std::vector<uint8_t> &blocked_;
   std::vector<double> lowest_;    // by block: the lowest value of those not blocked, else infinite
+  std::vector<double> unguarded_;  // the same of those that the policy's guard would not keep
   std::vector<double> nearness_;  // by distance
   const int64_t num_places_;
 };
@@ -99,7 +102,7 @@ class Cache {
   };
   // Let the policy start as if each key had been wanted so often just now.
   void seed(int64_t n, const int32_t *keys, const double *counts) {
-    policy_->touch(keys, n, counts, step_, 1);
+    policy_->seed(keys, n, counts, step_);
   }
   // Start reading those absent that fit without an eviction, in this order; counts neither as
   // demand nor as use. Writes the keys into placed [n]; returns their number, or a negative status.

@@ -227,12 +227,20 @@ class Forecast : public ByDistance {
       weights_[i] = 0.25f;
       decay_[i] = std::pow(base_, -1.0 / kHalfLives[i]);
     }
+    guard_ = std::make_unique<Guard>(cycle.num_keys(), blocks_);
     weights_[kMemory] = 0.5f;
     squares_.fill(1.0f);
   }
 
+  // Most records stay longer than to their next turn: one cycle more.
+  double nearness(int64_t ahead) const override {
+    return 1.0 / static_cast<double>(ahead + cycle_.num_places());
+  }
+
   void set_share(double share) override {
-    const float rest = 1.0f - static_cast<float>(share);
+    Policy::set_share(share);
+    float rest = 1.0f - static_cast<float>(share);
+    rest *= rest;
     patience_ = std::min(1.0f - rest * rest, kMaxShare);
     for (size_t key = 0; key < value_.size(); ++key) value_[key] = worth(now_[key], later_[key]);
     blocks_.change_all();

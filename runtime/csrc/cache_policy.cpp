@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <utility>
 
 namespace em {
 namespace {
@@ -85,6 +86,13 @@ void Policy::touch(const int32_t *keys, int64_t n, const double *, int64_t, int6
     last_use_[keys[i]] = clock_;
     blocks_.change(keys[i]);
   }
+  if (guard_) guard_->touch(keys, n);
+}
+
+void Policy::seed(const int32_t *keys, int64_t n, const double *counts, int64_t step) {
+  std::unique_ptr<Guard> guard = std::move(guard_);  // nothing is demanded
+  touch(keys, n, counts, step, 1);
+  guard_ = std::move(guard);
 }
 
 Blocks::Blocks(const Cycle &cycle) : of_key_(static_cast<size_t>(cycle.num_keys())) {

@@ -9,6 +9,8 @@
 #include <string>
 #include <vector>
 
+#include "cache_guard.h"
+
 namespace em {
 
 // Keys first_key[place] .. first_key[place + 1] - 1 belong to a place in the cycle of MoE layers.
@@ -54,9 +56,22 @@ class Policy {
   // [n]: how many of those tokens want each, null: one each.
   virtual void touch(const int32_t *keys, int64_t n, const double *counts, int64_t step,
                      int64_t num_tokens);
-  virtual void insert(int32_t) {}  // the key was given memory
-  virtual void remove(int32_t) {}  // it lost it; what is known of its demand stays known
-  virtual void set_share(double) {}  // the capacity has become this share of all records
+  // n keys will be touched together, as soon as there is room for those absent.
+  void expect(const int32_t *keys, int64_t n) {
+    if (guard_) guard_->expect(keys, n);
+  }
+  // Each key counts as if it had been wanted so often just now.
+  void seed(const int32_t *keys, int64_t n, const double *counts, int64_t step);
+  virtual void insert(int32_t key) {  // the key was given memory
+    if (guard_) guard_->insert(key);
+  }
+  virtual void remove(int32_t key) {  // it lost it; what is known of its demand stays known
+    if (guard_) guard_->remove(key);
+  }
+  virtual void set_share(double share) {  // the capacity has become this share of all records
+    if (guard_) guard_->set_share(share);
+  }
+  const Guard *guard() const { return guard_.get(); }  // null: none
   // Of a place `ahead` of the running one, 1 .. num_places.
   virtual double nearness(int64_t) const { return 1.0; }
   const double *values() const { return value_.data(); }  // by key
@@ -69,6 +84,7 @@ class Policy {
   std::vector<double> value_;      // by key
   std::vector<int64_t> last_use_;  // by key: number of the demand, -1: none
   int64_t clock_ = 0;
+  std::unique_ptr<Guard> guard_;
 };
 
 // Scores are values / distance to the layer.

@@ -1,0 +1,43 @@
+// A bound on what an eviction policy may lose against plain LRU. Twin of runtime/policy_guard.py,
+// which gives the reasons.
+#pragma once
+#include <cstdint>
+#include <vector>
+
+namespace em {
+
+class Blocks;
+
+class Guard {
+ public:
+  // blocks: told of every key whose in_shadow changes.
+  Guard(int64_t num_keys, Blocks &blocks);
+
+  bool in_shadow(int32_t key) const { return in_shadow_[key] != 0; }
+  // Whether a record may be evicted that the shadow has.
+  bool is_free() const { return (debt_ - credit_) * kEvictionsPerLoss <= num_evicted_; }
+  void set_share(double share);
+  // The keys are demanded together; before room is made for those absent.
+  void expect(const int32_t *keys, int64_t n);
+  void touch(const int32_t *keys, int64_t n);  // the demand has been met
+  void insert(int32_t key);
+  void remove(int32_t key);
+
+ private:
+  static constexpr int64_t kEvictionsPerLoss = 32;
+
+  void link(int32_t key, int32_t after);
+  void unlink(int32_t key);
+  void set_shadow(int32_t key, bool is_in);
+  void forget();  // the one not used for longest
+
+  Blocks &blocks_;
+  const int32_t end_;                     // of the list: between the newest and the oldest
+  std::vector<int32_t> newer_, older_;    // [num_keys + 1]; of what is in the shadow
+  std::vector<uint8_t> in_shadow_, is_resident_, is_expected_;
+  std::vector<int32_t> new_;              // of `expect`
+  std::vector<uint8_t> is_hit_;
+  int64_t capacity_ = 0, num_in_shadow_ = 0, credit_ = 0, debt_ = 0, num_evicted_ = 0;
+};
+
+}  // namespace em
