@@ -1,6 +1,7 @@
 """Merging without a store: assignment, clusters, groups, averages (papers.md 2.5, 3.1, 3.4)."""
 
 from itertools import permutations
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from edgemoe.quant.merge import (
     router_of,
 )
 from edgemoe.quant.merge_bodies import aligned, merged_body, merged_rows, neuron_order
+from edgemoe.quant.merge_outputs import output_similarities
 from edgemoe.quant.merge_plan import merged_routes
 from edgemoe.quant.prune import Amount
 from edgemoe.runtime.errors import UsageError
@@ -181,6 +183,31 @@ def test_amounts_and_routers_that_cannot_be():
     ):
         with pytest.raises(UsageError, match="does not go with"):
             router_of(method, router)
+
+
+def test_outputs_are_compared_and_every_expert_is_read_once():
+    """A permuted copy computes the same (1), a scaled one is as alike, strangers are not."""
+    first, second = random_body(0), random_body(1)
+    order = torch.randperm(WIDTH, generator=torch.Generator().manual_seed(2))
+    scaled = (second[0], second[1], 3 * second[2])
+    bodies, read = [first, second, permuted(first, order), scaled], []
+
+    class Source:
+        args = SimpleNamespace(num_experts=4)
+
+        def expert(self, layer, expert):
+            read.append((layer, expert))
+            return bodies[expert]
+
+    rng = torch.Generator().manual_seed(3)
+    inputs = {layer: torch.randn((200, 64), generator=rng) for layer in (1, 4)}
+    alike = output_similarities(Source(), inputs)
+    assert read == [(layer, expert) for layer in (1, 4) for expert in range(4)]
+    for found in alike.values():
+        assert np.array_equal(found, found.T)
+        assert found[0, 2] == pytest.approx(1, abs=1e-5) == found[1, 3]
+        assert found[0, 1] < 0.9
+        assert np.array_equal(spectral_clusters(found, 2), [0, 1, 0, 1])
 
 
 def test_merged_routes_name_each_body_once():
