@@ -86,12 +86,20 @@ bool ReadQueue::cancel(int32_t key) {
   return true;
 }
 
-Request ReadQueue::next() {
+bool ReadQueue::is_lone() const {
+  for (const Task &task : tasks_) {
+    if (task.priority > 0) break;
+    if (task.key != next_key()) return false;
+  }
+  return true;
+}
+
+Request ReadQueue::next(int64_t most) {
   const Task first = *tasks_.begin();
   Read &read = reads_[first.key];
   int64_t &issued = read.issued[first.section];
   const int64_t left = unissued_bytes(first.key, first.section);
-  const int64_t num_bytes = std::min(left, first.priority == 0 ? kDemandBytes : kGuessBytes);
+  const int64_t num_bytes = std::min(left, first.priority == 0 ? most : kGuessBytes);
   const int64_t begin =
       issued + (first.section == kDown ? (*records_)[first.key].down_offset : 0);
   issued += num_bytes;

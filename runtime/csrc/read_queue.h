@@ -11,6 +11,7 @@ namespace em {
 
 constexpr int32_t kNumPriorities = 3;
 constexpr int64_t kDemandBytes = int64_t{16} << 20;  // a demanded section is one request
+constexpr int64_t kLoneBytes = int64_t{5} << 18;     // of the only demanded record: see em_store
 constexpr int64_t kGuessBytes = int64_t{1} << 20;    // a guess can be cancelled between two of them
 
 enum Section : int32_t { kGateUp = 0, kDown = 1 };
@@ -40,7 +41,13 @@ class ReadQueue {
 
   bool empty() const { return tasks_.empty(); }
   int32_t top_priority() const { return tasks_.begin()->priority; }
-  Request next();  // of a queue that is not empty
+  // The first task, of a queue that is not empty: its record, its section, and whether all other
+  // demands that wait are of the same record.
+  int32_t next_key() const { return tasks_.begin()->key; }
+  int32_t next_section() const { return tasks_.begin()->section; }
+  bool is_lone() const;
+  // A request of it: of a demand the rest of its section, but `most` bytes.
+  Request next(int64_t most = kDemandBytes);
 
   // The bytes of a request are there, or `error` is negative: then the rest is not read. True where
   // they complete a section, whose checksum is now due.

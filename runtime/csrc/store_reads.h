@@ -1,5 +1,6 @@
 // The reads of a store: by reader threads, or by whoever submits, pumps or waits, through a ring.
 #pragma once
+#include <algorithm>
 #include <atomic>
 #include <cerrno>
 #include <chrono>
@@ -236,16 +237,30 @@ struct em_store {
                     records[request.key].offset + request.begin + flight.num_bytes, tag);
   }
 
+  // Whether the first task and what is under way are all that is demanded of one record.
+  bool is_lone() const {
+    if (!queue.is_lone()) return false;
+    for (const em::Flight &flight : flights) {
+      const em::Request &request = flight.request;
+      if (flight.is_used && request.priority == 0 && request.key != queue.next_key()) return false;
+    }
+    return true;
+  }
+
   // Start what the depth allows: half of it for guesses, and guesses under way do not keep a demand
-  // waiting.
+  // waiting. A drive serves its requests side by side. So a lone record's gate|up section goes first, in
+  // two requests, and the other section when the first of these has ended: it arrives while gate|up is
+  // computed, and the drive is not idle in between.
   void start() {
-    while (!queue.empty() && (queue.top_priority() == 0 ? num_demands < depth
-                                                        : num_flights < (depth + 1) / 2)) {
+    while (!queue.empty()) {
+      const bool is_demand = queue.top_priority() == 0, is_alone = is_demand && is_lone();
+      const bool is_last = is_alone && queue.next_section() == em::kDown;
+      if (is_demand ? num_demands >= (is_last ? std::min(2, depth) : depth) : num_flights >= (depth + 1) / 2) return;
       uint64_t tag = 0;
       while (flights[tag].is_used) ++tag;
       em::Flight &flight = flights[tag];
       flight = em::Flight();
-      flight.request = queue.next();
+      flight.request = queue.next(is_alone ? em::kLoneBytes : em::kDemandBytes);
       flight.begin_ns = em::monotonic_ns();
       flight.is_used = true;
       ++num_flights;

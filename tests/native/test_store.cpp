@@ -4,6 +4,7 @@
 #include <thread>
 
 #include "check.h"
+#include "read_queue.h"
 #include "store.h"
 #include "store_folder.h"
 
@@ -245,4 +246,28 @@ TEST(checksums_are_those_of_crc32c) {
   for (const int64_t at : {1, 7, 8, 100, 4095, 4999}) {  // in two parts, not aligned
     CHECK_EQUAL(em_crc32c(em_crc32c(0, bytes.data(), at), bytes.data() + at, 5000 - at), whole);
   }
+}
+
+TEST(a_lone_record_is_known_as_such) {
+  std::vector<em_record> records(3);
+  for (em_record &record : records) {
+    record.down_offset = 2 * em::kLoneBytes - 4096;
+    record.num_bytes = 3 * em::kLoneBytes;
+  }
+  em::ReadQueue queue;
+  queue.open(&records);
+  const int32_t keys[] = {0, 1, 2};
+  char memory[1];
+  void *const dst[] = {memory, memory, memory};
+  queue.add(1, keys, dst, 0);
+  queue.add(1, keys + 2, dst + 2, 1);  // a guess is no demand
+  CHECK(queue.is_lone());
+  CHECK_EQUAL(queue.next(em::kLoneBytes).num_bytes, em::kLoneBytes);
+  CHECK_EQUAL(queue.next(em::kLoneBytes).num_bytes, em::kLoneBytes - 4096);
+  CHECK(queue.is_lone() && queue.next_key() == 0 && queue.next_section() == em::kDown);
+  queue.add(1, keys + 1, dst + 1, 0);
+  CHECK(!queue.is_lone());
+  CHECK_EQUAL(queue.next().key, 1);  // its gate|up goes before the other's down, in one piece
+  CHECK_EQUAL(queue.next().num_bytes, records[0].num_bytes - records[0].down_offset);
+  CHECK(queue.is_lone() && queue.next_key() == 1);
 }
