@@ -10,6 +10,8 @@ from sets_small import make_set
 from stores_small import make_store
 
 from edgemoe.cli import main
+from edgemoe.cli.chat_commands import handle
+from edgemoe.cli.conversation import Conversation
 from edgemoe.engine import Engine
 from edgemoe.kv_cache import KVCache
 from edgemoe.models.fingerprint import checkpoint_fingerprint
@@ -275,8 +277,31 @@ def test_labels(path, tmp_path, capsys):
     assert main([*words, "--json", "--active-experts", "2"]) == 0
     document = json.loads(capsys.readouterr().out)
     assert document["routing"] == "2 active experts" and document["kl"] > 0
+    assert document["mean_active_experts"] == 2 and document["dropped"] == 0
     assert main([*words, "--json", "--drop-cold", "0.9"]) == 0  # all are in memory, once read
     assert json.loads(capsys.readouterr().out)["routing"] == "cold experts below 0.9 dropped"
+
+
+@NATIVE
+def test_the_chat_command(path, capsys):
+    with opened(path) as engine:
+        conversation = Conversation(engine, SamplingParams(max_tokens=3))
+        handle(conversation, "/set routing")
+        assert "the model's own routes" in capsys.readouterr().err
+        handle(conversation, "/set routing active-experts 2 drop-cold 0.1")
+        assert "2 active experts, cold experts below 0.1" in capsys.readouterr().err
+        before = engine.routing
+        for line, message in (
+            ("top-p 0.9", "`top-p` cannot be set so"),
+            ("drop-cold", "`drop-cold` cannot be set so"),
+            ("drop-cold much", "is no number"),
+            ("active-experts 9", "9 active experts are too many"),
+        ):
+            with pytest.raises(EdgeMoeError, match=message):
+                handle(conversation, f"/set routing {line}")
+        assert engine.routing == before
+        handle(conversation, "/set routing off")
+        assert engine.routing is None
 
 
 @pytest.mark.parametrize(

@@ -228,9 +228,12 @@ def _measure_one(
             if arm.is_resident and args.set_mode != "hard":
                 engine.cache.preload()
             decoded, cost = _decode(engine, prompt, args.tokens)
+            counts = engine.routing_counts() if routing else None
     return {
         "expert_cache_bytes": cache_bytes,
         "routing": routing.label if routing else None,
+        "mean_active_experts": counts and counts.mean_active,
+        "dropped": counts and counts.num_dropped,
         **speeds(decoded, args.prompt_tokens),
         **cost,
         "prefetch": engine.prefetch.report(),

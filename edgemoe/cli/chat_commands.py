@@ -8,6 +8,7 @@ from ..runtime.sets import set_names
 from .conversation import Conversation
 from .options import SAMPLING
 from .render import note, one_line
+from .routing_options import routing_of
 
 HELP = '''  /help              this list
   /bye               leave (also Ctrl-D)
@@ -15,6 +16,7 @@ HELP = '''  /help              this list
   /system [TEXT]     show or set the system message; `/system off` removes it
   /set [NAME VALUE]  show or change sampling, such as /set temperature 0.7
   /set set [NAME]    show or change the pruned set: /set set code hard, /set set off
+  /set routing [...] show or change the routes: /set routing drop-cold 0.1, /set routing off
   /stats             memory, expert cache and speed so far
   /regen             answer the last question again
   """                begins and ends a text of several lines
@@ -57,6 +59,8 @@ def _set(conversation: Conversation, rest: str) -> None:
     name, _, value = rest.partition(" ")
     if name == "set":
         return _expert_set(conversation, value.split())
+    if name == "routing":
+        return _routing(conversation, value.split())
     if name:
         conversation.set(name, value.strip())
     names = [name.replace("-", "_")] if name else [*SAMPLING, "stop"]
@@ -76,6 +80,16 @@ def _expert_set(conversation: Conversation, words: list[str]) -> None:
         engine.use_set(None if words == ["off"] else words[0], *words[1:2], threshold=threshold)
     names = ", ".join(set_names(engine.path)) or "none"
     note(f"{engine.active_set.label if engine.active_set else 'no set'} (there are: {names})")
+
+
+def _routing(conversation: Conversation, words: list[str]) -> None:
+    """`OPTION VALUE ...`, as on the command line without its dashes, or `off`."""
+    engine = conversation.engine
+    if words:
+        engine.use_routing(None if words == ["off"] else routing_of(words))
+    change = engine.routing
+    is_plain = change is None or change.routing.is_plain
+    note("the model's own routes" if is_plain else change.routing.label)
 
 
 def _stats(conversation: Conversation, rest: str) -> None:

@@ -89,10 +89,13 @@ def run(args: argparse.Namespace) -> int:
         stack.callback(progress.close)
         figures = Figures.of(evaluate(engine, windows, other, progress, args.kv_bits))
         peak, routing = engine.peak_memory_bytes(), engine.routing
+        counts = engine.routing_counts() if routing else None
     document = {
         "store": str(path),
         "other": None if other_path is None else str(other_path),
         "routing": None if routing is None else routing.label,
+        "mean_active_experts": counts and counts.mean_active,
+        "dropped": counts and counts.num_dropped,
         "window": size,
         "stride": args.stride or max(1, size // 2),
         "num_windows": len(windows),

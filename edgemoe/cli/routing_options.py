@@ -1,7 +1,13 @@
 """Options that change the routes of a token."""
 
 import argparse
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from ..runtime.errors import UsageError
+
+if TYPE_CHECKING:
+    from ..routing import Routing
 
 
 def add_routing_options(parser: Any) -> None:
@@ -53,3 +59,21 @@ def routing_argument(args: argparse.Namespace) -> dict[str, Any]:
     from ..routing import Routing
 
     return {"routing": Routing(**values)}
+
+
+def routing_of(words: Sequence[str]) -> "Routing":
+    """`OPTION VALUE ...`, as on the command line without its dashes."""
+    from ..routing import Routing
+
+    values: dict[str, Any] = {}
+    for name, value in zip(words[::2], [*words[1::2], None], strict=False):
+        field = _FIELDS.get(name.replace("-", "_"))
+        if field is None or value is None:
+            known = ", ".join(each.replace("_", "-") for each in _FIELDS)
+            raise UsageError(f"`{name}` cannot be set so", f"expected one of {known} and a value")
+        try:
+            kind = {"active_experts": int, "tune": str, "compressed": str}.get(field, float)
+            values[field] = kind(value)
+        except ValueError:
+            raise UsageError(f"`{name}`: `{value}` is no number") from None
+    return Routing(**values)
