@@ -106,6 +106,7 @@ TEST(a_gate_opens_for_what_pays) {
   CHECK(!gate.is_open(gate.odds(1, 0, 3), kRecord, 0, 1.5e6));
   CHECK(!gate.is_open(1.0, kRecord, 0, 0));                  // the router is about to speak
   CHECK(!gate.is_open(1.0, kRecord, 8 * kRecord, 1.5e6));    // others are read until then
+  CHECK(!gate.is_open(1.0, 32 << 10, 0, 1.5e6));  // 16 us: read in less time than a guess takes
   em::Gate idle(1, 4);
   for (int i = 0; i < 100; ++i) {
     idle.saw_reading(1 << 20, 500 * 1000);
