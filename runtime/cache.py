@@ -97,6 +97,7 @@ class ExpertCache:
         self._num_bytes_of = table.num_bytes
         self._max_record_bytes = max(table.num_bytes, default=0)
         self._policy = make_policy(policy, table.place_of_key, max(1, len(table.first_key)))
+        self._policy.set_sizes(table.num_bytes)
         self._arena = arena
         self._status = reader.status
         pages = whole_pages(capacity_bytes, arena)

@@ -137,7 +137,7 @@ class Forecast(ByDistance):
 
     def __init__(self, layer_of_key: Sequence[int], num_layers: int, share: float = 0.0) -> None:
         super().__init__(layer_of_key, num_layers, offset=num_layers)
-        self.guard = Guard(len(layer_of_key))
+        self.guard = Guard([1] * len(layer_of_key))
         places = np.asarray(layer_of_key, dtype=np.int64)
         self._first = np.searchsorted(places, np.arange(num_layers + 1))
         counts = np.diff(self._first)

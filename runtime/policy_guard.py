@@ -1,6 +1,7 @@
 """A bound on what an eviction policy may lose against plain LRU. Floor 1.
 
-Beside the pool runs the account of an LRU pool of as many records (`shadow`). Two numbers decide:
+Beside the pool runs the account of an LRU pool of as many bytes (`shadow`). Two numbers decide,
+both in bytes:
 
 - credit: hits of the pool minus hits of the shadow, so far;
 - debt: records that the shadow has and the pool has not. Each can become a hit of the shadow that
@@ -19,6 +20,7 @@ were wrong stayed an LRU pool for good at up to 33 of 630 points of recorded rou
 """
 
 from collections import OrderedDict
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,57 +29,57 @@ _EVICTIONS_PER_LOSS = 32
 
 
 class Guard:
-    """Twin of runtime/csrc/cache_guard.h."""
+    """Twin of runtime/csrc/cache_guard.h. `sizes`: bytes by key."""
 
-    def __init__(self, num_keys: int) -> None:
-        self.in_shadow = np.zeros(num_keys, dtype=np.bool_)
+    def __init__(self, sizes: Sequence[int] | NDArray[np.int64]) -> None:
+        self._sizes = [int(size) for size in sizes]
+        self.in_shadow = np.zeros(len(sizes), dtype=np.bool_)
         self._shadow: OrderedDict[int, None] = OrderedDict()  # the one not used for longest first
-        self._is_resident = [False] * num_keys
-        self._is_expected = [False] * num_keys  # demanded, and what is read for it not yet told
-        self._capacity = 0
-        self._credit = self._debt = self._num_evicted = 0
+        self._is_resident = [False] * len(sizes)
+        self._is_expected = [False] * len(sizes)  # demanded, and what is read for it not yet told
+        self._capacity = self._used = 0  # of the shadow
+        self._credit = self._debt = self._evicted = 0
 
     @property
     def is_free(self) -> bool:
         """Whether a record may be evicted that the shadow has."""
-        return (self._debt - self._credit) * _EVICTIONS_PER_LOSS <= self._num_evicted
+        return (self._debt - self._credit) * _EVICTIONS_PER_LOSS <= self._evicted
 
     def set_share(self, share: float) -> None:
-        self._capacity = int(share * len(self._is_resident) + 1e-6)
-        while len(self._shadow) > self._capacity:
+        self._capacity = int(share * sum(self._sizes) + 0.5)
+        while self._used > self._capacity:
             self._forget()
 
     def expect(self, keys: NDArray[np.int64]) -> None:
         """`keys` are demanded together; before room is made for those absent."""
         new = [key for key in keys.tolist() if not self._is_expected[key]]
-        if not new:
-            return
         is_hit = [bool(self.in_shadow[key]) for key in new]
-        num_hits = sum(is_hit)
+        needed = 0
         for key, hit in zip(new, is_hit, strict=True):
+            size, is_resident = self._sizes[key], self._is_resident[key]
             self._is_expected[key] = True
-            self._credit += self._is_resident[key] - hit
+            self._credit += size * (is_resident - hit)
             if hit:
-                del self._shadow[key]
-                self._debt -= not self._is_resident[key]
-        room = self._capacity - num_hits
-        while self._shadow and len(self._shadow) > room - (len(new) - num_hits):
-            self._forget()
-            self._num_evicted += 1
-        room -= len(self._shadow)
+                del self._shadow[key]  # and stays in _used
+                self._debt -= 0 if is_resident else size
+            else:
+                needed += size
+        while self._shadow and self._used + needed > self._capacity:
+            self._evicted += self._forget()
         for key, hit in zip(new, is_hit, strict=True):
-            if not hit and room > 0:
-                room -= 1
-                self.in_shadow[key] = hit = True
-            if hit:
-                self._shadow[key] = None
+            if not hit and self._used + self._sizes[key] > self._capacity:
+                continue
+            self._used += 0 if hit else self._sizes[key]
+            self.in_shadow[key] = True
+            self._shadow[key] = None
 
     def touch(self, keys: NDArray[np.int64]) -> None:
         """The demand has been met."""
         self.expect(keys)
         for key in keys.tolist():
             self._is_expected[key] = False
-            self._debt += bool(self.in_shadow[key]) and not self._is_resident[key]
+            if self.in_shadow[key] and not self._is_resident[key]:
+                self._debt += self._sizes[key]
 
     def insert(self, key: int) -> None:
         """What is read unasked (warm start, guess) is lent to the shadow while it has room."""
@@ -87,8 +89,9 @@ class Guard:
         if self._is_expected[key]:
             return
         if self.in_shadow[key]:
-            self._debt -= 1
-        elif len(self._shadow) < self._capacity:
+            self._debt -= self._sizes[key]
+        elif self._used + self._sizes[key] <= self._capacity:
+            self._used += self._sizes[key]
             self.in_shadow[key] = True
             self._shadow[key] = None
             self._shadow.move_to_end(key, last=False)
@@ -97,9 +100,14 @@ class Guard:
         if not self._is_resident[key]:
             return
         self._is_resident[key] = False
-        self._debt += bool(self.in_shadow[key]) and not self._is_expected[key]
+        if self.in_shadow[key] and not self._is_expected[key]:
+            self._debt += self._sizes[key]
 
-    def _forget(self) -> None:
+    def _forget(self) -> int:
         key, _ = self._shadow.popitem(last=False)
+        size = self._sizes[key]
+        self._used -= size
         self.in_shadow[key] = False
-        self._debt -= not (self._is_resident[key] or self._is_expected[key])
+        if not (self._is_resident[key] or self._is_expected[key]):
+            self._debt -= size
+        return size

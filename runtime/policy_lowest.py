@@ -39,6 +39,9 @@ class Policy(Protocol):
     def remove(self, key: int) -> None:
         """The key lost its memory. What is known of its demand stays known."""
 
+    def set_sizes(self, sizes: Sequence[int]) -> None:
+        """Bytes of the record of each key; without a call all are equal."""
+
     def set_share(self, share: float) -> None:
         """The capacity has become this share of all records."""
 
@@ -99,6 +102,10 @@ class Lowest:
     def remove(self, key: int) -> None:
         if self.guard is not None:
             self.guard.remove(key)
+
+    def set_sizes(self, sizes: Sequence[int]) -> None:
+        if self.guard is not None:
+            self.guard = Guard(sizes)
 
     def set_share(self, share: float) -> None:
         if self.guard is not None:

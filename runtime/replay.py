@@ -91,7 +91,7 @@ def replay(demand: Demand, policy: str, capacities: Sequence[int]) -> list[Outco
     ]
     if kind is Forecast:
         for pool in pools:
-            pool.guard = Guard(len(demand.sizes))
+            pool.guard = Guard(demand.sizes)
             pool.guard.set_share(pool.share)
         policies[0].guard = None
     for step, place, keys in demand.steps:

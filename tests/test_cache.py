@@ -117,6 +117,7 @@ def random_steps(num_tokens, seed, top_k=2):
 def replay(steps, sizes, capacity, policy_name):
     """What a cache of bytes, without places, holds after each step; with hits and misses."""
     policy = make_policy(policy_name, [key // NUM_EXPERTS for key in range(len(sizes))], 4)
+    policy.set_sizes(sizes)
     policy.set_share(capacity / sum(sizes))
     resident, blocked = {}, np.ones(len(sizes), dtype=np.bool_)
     token, last = 0, 0

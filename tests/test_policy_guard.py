@@ -67,7 +67,7 @@ def test_without_it_the_forecast_alone_loses_more(monkeypatch):
 
 
 def test_only_what_lru_would_not_have_goes_while_nothing_is_earned():
-    guard = Guard(8)
+    guard = Guard([4096] * 8)
     guard.set_share(0.5)  # 4 records
     for key in (0, 1, 2, 3):
         guard.expect(np.array([key]))
@@ -86,7 +86,7 @@ def test_only_what_lru_would_not_have_goes_while_nothing_is_earned():
 
 
 def test_a_warm_start_is_lent_and_a_smaller_pool_forgets_the_oldest():
-    guard = Guard(8)
+    guard = Guard([4096] * 8)
     guard.set_share(0.5)
     for key in (5, 6):
         guard.insert(key)

@@ -117,9 +117,12 @@ Cache::Cache(em_store *store, const em_cache_config &config)
       is_unsettled_(static_cast<size_t>(num_keys()), 0),
       guess_of_(static_cast<size_t>(num_keys()), Guess::kNone),
       place_stats_(static_cast<size_t>(num_places())) {
+  std::vector<int64_t> sizes;
   for (int32_t key = 0; key < num_keys(); ++key) {
-    max_record_bytes_ = std::max(max_record_bytes_, slots_.num_bytes_of(key));
+    sizes.push_back(slots_.num_bytes_of(key));
+    max_record_bytes_ = std::max(max_record_bytes_, sizes.back());
   }
+  policy_->set_sizes(sizes);
   unsettled_.reserve(static_cast<size_t>(num_keys()));  // so that a release cannot fail
   set_share(config.capacity_bytes);
 }

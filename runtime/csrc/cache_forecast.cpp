@@ -227,7 +227,7 @@ class Forecast : public ByDistance {
       weights_[i] = 0.25f;
       decay_[i] = std::pow(base_, -1.0 / kHalfLives[i]);
     }
-    guard_ = std::make_unique<Guard>(cycle.num_keys(), blocks_);
+    guard_ = std::make_unique<Guard>(std::vector<int64_t>(value_.size(), 1), blocks_);
     weights_[kMemory] = 0.5f;
     squares_.fill(1.0f);
   }

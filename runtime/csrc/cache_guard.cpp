@@ -1,15 +1,18 @@
 #include "cache_guard.h"
 
+#include <utility>
+
 #include "cache_policy.h"
 
 namespace em {
 
-Guard::Guard(int64_t num_keys, Blocks &blocks)
-    : blocks_(blocks),
-      end_(static_cast<int32_t>(num_keys)),
-      newer_(static_cast<size_t>(num_keys + 1), end_),
+Guard::Guard(std::vector<int64_t> sizes, Blocks &blocks)
+    : sizes_(std::move(sizes)),
+      blocks_(blocks),
+      end_(static_cast<int32_t>(sizes_.size())),
+      newer_(sizes_.size() + 1, end_),
       older_(newer_),
-      in_shadow_(static_cast<size_t>(num_keys), 0),
+      in_shadow_(sizes_.size(), 0),
       is_resident_(in_shadow_),
       is_expected_(in_shadow_) {}
 
@@ -27,52 +30,52 @@ void Guard::unlink(int32_t key) {
 
 void Guard::set_shadow(int32_t key, bool is_in) {
   in_shadow_[key] = is_in;
-  num_in_shadow_ += is_in ? 1 : -1;
+  used_ += is_in ? sizes_[key] : -sizes_[key];
   blocks_.change(key);
 }
 
-void Guard::forget() {
+int64_t Guard::forget() {
   const int32_t oldest = newer_[end_];
   unlink(oldest);
   set_shadow(oldest, false);
-  debt_ -= !(is_resident_[oldest] || is_expected_[oldest]);
+  if (!is_resident_[oldest] && !is_expected_[oldest]) debt_ -= sizes_[oldest];
+  return sizes_[oldest];
 }
 
 void Guard::set_share(double share) {
-  capacity_ = static_cast<int64_t>(share * static_cast<double>(end_) + 1e-6);
-  while (num_in_shadow_ > capacity_) forget();
+  int64_t num_bytes = 0;
+  for (const int64_t size : sizes_) num_bytes += size;
+  capacity_ = static_cast<int64_t>(share * static_cast<double>(num_bytes) + 0.5);
+  while (used_ > capacity_) forget();
 }
 
 void Guard::expect(const int32_t *keys, int64_t n) {
   new_.clear();
   is_hit_.clear();
-  int64_t num_hits = 0;
+  int64_t needed = 0;
   for (int64_t i = 0; i < n; ++i) {
-    if (is_expected_[keys[i]]) continue;
-    new_.push_back(keys[i]);
-    is_hit_.push_back(in_shadow_[keys[i]]);
-    num_hits += in_shadow_[keys[i]];
+    const int32_t key = keys[i];
+    if (is_expected_[key]) continue;
+    const bool is_hit = in_shadow_[key] != 0;
+    new_.push_back(key);
+    is_hit_.push_back(is_hit);
+    is_expected_[key] = 1;
+    credit_ += sizes_[key] * (is_resident_[key] - is_hit);
+    if (is_hit) {
+      unlink(key);  // and stays in used_
+      debt_ -= is_resident_[key] ? 0 : sizes_[key];
+    } else {
+      needed += sizes_[key];
+    }
   }
-  if (new_.empty()) return;
+  while (newer_[end_] != end_ && used_ + needed > capacity_) evicted_ += forget();
   for (size_t i = 0; i < new_.size(); ++i) {
     const int32_t key = new_[i];
-    is_expected_[key] = 1;
-    credit_ += is_resident_[key] - is_hit_[i];
-    if (!is_hit_[i]) continue;
-    unlink(key);
-    debt_ -= !is_resident_[key];
-  }
-  // Hits stay in num_in_shadow_, though not in the list.
-  const int64_t num_new = static_cast<int64_t>(new_.size()) - num_hits;
-  while (newer_[end_] != end_ && num_in_shadow_ > capacity_ - num_new) {
-    forget();
-    ++num_evicted_;
-  }
-  for (size_t i = 0; i < new_.size(); ++i) {
-    const bool fits = is_hit_[i] || num_in_shadow_ < capacity_;
-    if (!fits) continue;
-    if (!is_hit_[i]) set_shadow(new_[i], true);
-    link(new_[i], older_[end_]);
+    if (!is_hit_[i]) {
+      if (used_ + sizes_[key] > capacity_) continue;
+      set_shadow(key, true);
+    }
+    link(key, older_[end_]);
   }
 }
 
@@ -80,7 +83,7 @@ void Guard::touch(const int32_t *keys, int64_t n) {
   expect(keys, n);
   for (int64_t i = 0; i < n; ++i) {
     is_expected_[keys[i]] = 0;
-    debt_ += in_shadow_[keys[i]] && !is_resident_[keys[i]];
+    if (in_shadow_[keys[i]] && !is_resident_[keys[i]]) debt_ += sizes_[keys[i]];
   }
 }
 
@@ -89,8 +92,8 @@ void Guard::insert(int32_t key) {
   is_resident_[key] = 1;
   if (is_expected_[key]) return;
   if (in_shadow_[key]) {
-    --debt_;
-  } else if (num_in_shadow_ < capacity_) {
+    debt_ -= sizes_[key];
+  } else if (used_ + sizes_[key] <= capacity_) {
     set_shadow(key, true);
     link(key, end_);
   }
@@ -99,7 +102,7 @@ void Guard::insert(int32_t key) {
 void Guard::remove(int32_t key) {
   if (!is_resident_[key]) return;
   is_resident_[key] = 0;
-  debt_ += in_shadow_[key] && !is_expected_[key];
+  if (in_shadow_[key] && !is_expected_[key]) debt_ += sizes_[key];
 }
 
 }  // namespace em

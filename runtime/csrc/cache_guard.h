@@ -10,12 +10,12 @@ class Blocks;
 
 class Guard {
  public:
-  // blocks: told of every key whose in_shadow changes.
-  Guard(int64_t num_keys, Blocks &blocks);
+  // sizes: bytes by key; blocks: told of every key whose in_shadow changes.
+  Guard(std::vector<int64_t> sizes, Blocks &blocks);
 
   bool in_shadow(int32_t key) const { return in_shadow_[key] != 0; }
   // Whether a record may be evicted that the shadow has.
-  bool is_free() const { return (debt_ - credit_) * kEvictionsPerLoss <= num_evicted_; }
+  bool is_free() const { return (debt_ - credit_) * kEvictionsPerLoss <= evicted_; }
   void set_share(double share);
   // The keys are demanded together; before room is made for those absent.
   void expect(const int32_t *keys, int64_t n);
@@ -29,15 +29,16 @@ class Guard {
   void link(int32_t key, int32_t after);
   void unlink(int32_t key);
   void set_shadow(int32_t key, bool is_in);
-  void forget();  // the one not used for longest
+  int64_t forget();  // the one not used for longest; its size
 
+  const std::vector<int64_t> sizes_;
   Blocks &blocks_;
   const int32_t end_;                     // of the list: between the newest and the oldest
   std::vector<int32_t> newer_, older_;    // [num_keys + 1]; of what is in the shadow
   std::vector<uint8_t> in_shadow_, is_resident_, is_expected_;
   std::vector<int32_t> new_;              // of `expect`
   std::vector<uint8_t> is_hit_;
-  int64_t capacity_ = 0, num_in_shadow_ = 0, credit_ = 0, debt_ = 0, num_evicted_ = 0;
+  int64_t capacity_ = 0, used_ = 0, credit_ = 0, debt_ = 0, evicted_ = 0;  // bytes
 };
 
 }  // namespace em

@@ -68,6 +68,10 @@ class Policy {
   virtual void remove(int32_t key) {  // it lost it; what is known of its demand stays known
     if (guard_) guard_->remove(key);
   }
+  // Bytes of the record of each key; without a call all are equal.
+  void set_sizes(const std::vector<int64_t> &sizes) {
+    if (guard_) guard_ = std::make_unique<Guard>(sizes, blocks_);
+  }
   virtual void set_share(double share) {  // the capacity has become this share of all records
     if (guard_) guard_->set_share(share);
   }
