@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from merge_small import FAMILIES, make_families, write_text
@@ -395,3 +396,27 @@ def test_a_dry_run_writes_nothing(path, text, tmp_path, capsys):
 def test_command_lines_that_cannot_be_meant(path, capsys, words, message):
     assert main(["prune", str(path), *words]) in (2, 4)
     assert message in capsys.readouterr().err
+
+
+@native
+def test_a_store_may_name_null_experts(merged, tmp_path):
+    """AdaMoE (2406.13233): a row without a body is chosen, then neither read nor computed; some
+    tokens go through fewer experts, and prompts and tokens agree for every capacity."""
+    copy = tmp_path / "nulls.edgemoe"
+    shutil.copytree(merged, copy)
+    document = json.loads((copy / "store.json").read_text())
+    for entry in document["layers"].values():
+        entry["aliases"] = [0, -1, 2, -1, 3, 1, 3, 2]  # a pair of equal rows each; one of nothing
+    (copy / "store.json").write_text(json.dumps(document))
+    bodies = {k: np.array(v) for k, v in load_index(copy).layer_to_bodies.items()}
+    rows, counts = [], []
+    for path, options in ((merged, {}), (copy, {}), (copy, {"cache_bytes": 1 << 16})):
+        with Engine.from_pretrained(path, context=64, **options) as engine:
+            if path is merged:
+                engine._model.set_bodies(bodies)
+            engine.on_route = lambda _, ids, w: counts.append((ids >= 0).sum(dim=-1))
+            with Session(engine) as session:
+                rows.append(session.logits(PROMPT))
+                rows.append(session.logits([*PROMPT, 7]))
+    assert all(torch.equal(rows[i], rows[i + 2]) for i in range(4))
+    assert {int(n) for part in counts for n in part} == {0, 1, 2}
