@@ -179,3 +179,16 @@ def test_the_promise_on_recorded_routings(name):
     check_promise(trace, 0.0, [0.01, 0.03, 0.2, 0.25, 0.35, 0.5, 0.9])
     if name == "qwen3-30b-a3b":
         assert hit_rates(trace, [0.03], ("forecast",))["forecast"][0] >= 0.25
+
+
+@pytest.mark.skipif(not TRACES, reason="EDGEMOE_TRACES names no folder of recorded routings")
+@pytest.mark.parametrize(
+    ("name", "percents"),
+    [("gpt-oss-120b", [*range(1, 29), 40, 90]), ("qwen3-30b-a3b", [2, 5, 35, 39, 42, 46, 49, 90])],
+)
+def test_no_budget_is_below_lru_on_recorded_routings(name, percents):
+    """A grid of 1 %; of the slower one where a pool is nearest to LRU."""
+    path = Path(TRACES or "") / f"{name}.npz"
+    if not path.is_file():
+        pytest.skip(f"EDGEMOE_TRACES has no {name}")
+    check_promise(Trace.load(path), 0.0, [percent / 100 for percent in percents])
