@@ -193,13 +193,14 @@ class Engine:
 
     def _make_prefetch(self) -> "Prefetcher":
         from .runtime.prefetch import Prefetcher
-        from .runtime.profile import Profile, profile_path
+        from .runtime.profile import profile_path
+        from .runtime.profile_parts import read_tables
 
         name, profile = self.config.prefetch, None
         if self.config.backend != "native":
             name = "none"
         elif name == "profile" and profile_path(self.path).is_file():
-            profile = Profile.load(profile_path(self.path))
+            profile = read_tables(profile_path(self.path))
             profile.check_model(self._index.layer_to_num_experts, self.args.top_k)
         prefetch = Prefetcher(name, len(self.args.moe_layers), profile)
         self._resources.callback(prefetch.close)

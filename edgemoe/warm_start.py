@@ -20,7 +20,8 @@ from .runtime.cache import ExpertCache
 from .runtime.errors import EdgeMoeError
 from .runtime.index import StoreIndex
 from .runtime.native_cache import NativeCache
-from .runtime.profile import PROFILE_FILE, read_popularity
+from .runtime.profile import PROFILE_FILE
+from .runtime.profile_parts import read_popularity
 
 STEP_S = 0.01  # of reading in one go; one record at least
 _PRIOR_TOKENS = 16 / np.log(2.0)  # what a frequency with a half-life of 16 tokens decays to

@@ -22,12 +22,12 @@ from torch import Tensor
 
 from ..runtime import kernels
 from ..runtime.format import QuantSpec, RecordLayout
-from .gptq import Curvature, quantize_calibrated
+from .gptq import Curvature, quantize_calibrated, stretched
 from .layer_pass import LayerPass, Share, expert_hidden
 from .options import ExpertSpec
 from .pack import Record, checked, coded, in_order, pack_expert
 from .plan import ConversionPlan
-from .quantize import dequantize
+from .quantize import Quantized, dequantize
 from .store_source import WeightSource
 
 CORRECTION_DAMPING = 0.03  # of the mean diagonal; .01 to .1 are alike
@@ -133,9 +133,9 @@ def expert_records(
     records = []
     for layout, spec in kinds:
         if spec.quantizer == "calibrated" and not layout.gate_up.is_16bit:
-            wide, curvature, wanted = inputs.front(layout.gate_up)
-            tall = quantize_calibrated(wanted, layout.down, curvature)
-            record = kernels.pack_record(*wide, coded(tall), layout)
+            front = inputs.front(layout.gate_up)
+            tall = coded(front.down(layout.down))
+            record = kernels.pack_record(*front.packed, tall, layout)
             records.append(checked(record, layout))
             continue
         if spec.quantizer == "search" and importance is None:
@@ -149,40 +149,61 @@ class _Inputs:
     """What an expert's tokens say about its matrices: x `[n, D]`, factors `[n, 1]`."""
 
     def __init__(self, weights: tuple[Tensor, Tensor, Tensor], x: Tensor, factors: Tensor) -> None:
-        self._gate, self._up, self._down = weights
+        gate, up, self._down = weights
+        self._wide = torch.cat((gate, up))
         self._x, self._factors = x, factors
-        self._fronts: dict[QuantSpec, tuple[list[Any], Curvature, Tensor]] = {}
+        self._fronts: dict[QuantSpec, _Front] = {}
         self._curvature: Curvature | None = None
 
-    def front(self, spec: QuantSpec) -> tuple[list[Any], Curvature, Tensor]:
-        """Gate and up by `spec` as the packer takes them, and for down behind them: the curvature
-        of its inputs, and the weights to round."""
+    def front(self, spec: QuantSpec) -> "_Front":
+        """Gate and up by `spec`, made once for all that have it."""
         if spec not in self._fronts:
-            if self._curvature is None:
-                scaled = self._x * self._factors
-                self._curvature = Curvature(scaled.T @ scaled)
-                self._exact = expert_hidden(self._x, self._gate, self._up).mul_(self._factors)
-            wide = quantize_calibrated(torch.cat((self._gate, self._up)), spec, self._curvature)
-            halves = dequantize(wide, spec).split(len(self._gate))
-            hidden = expert_hidden(self._x, *halves).mul_(self._factors)
-            moments = hidden.T @ hidden
-            wanted = _corrected(self._down, self._exact, hidden, moments)
-            first, second = slice(0, len(self._gate)), slice(len(self._gate), None)
-            packed = [
-                tuple(None if part is None else part[half] for part in coded(wide))
-                for half in (first, second)
-            ]
-            self._fronts[spec] = packed, Curvature(moments), wanted
+            self._fronts[spec] = self._make_front(spec)
         return self._fronts[spec]
 
+    def _make_front(self, spec: QuantSpec) -> "_Front":
+        if self._curvature is None:
+            scaled = self._x * self._factors
+            self._curvature = Curvature(scaled.T @ scaled)
+            exact = expert_hidden(self._x, *self._wide.chunk(2)).mul_(self._factors)
+            self._exact, self._output_power = exact, (exact @ self._down.T).square().sum(0)
+        found = quantize_calibrated(self._wide, spec, self._curvature)
+        hidden = expert_hidden(self._x, *dequantize(found, spec).chunk(2)).mul_(self._factors)
+        moments = hidden.T @ hidden
+        cross = (hidden.T @ self._exact) @ self._down.T
+        rows = len(self._wide) // 2
+        packed = [
+            tuple(None if part is None else part[half] for part in coded(found))
+            for half in (slice(0, rows), slice(rows, None))
+        ]
+        wanted = _corrected(self._down, cross, moments)
+        return _Front(packed, wanted, Curvature(moments), cross, self._output_power)
 
-def _corrected(down: Tensor, exact: Tensor, rounded: Tensor, moments: Tensor) -> Tensor:
-    """`down` `[D, F]`, moved to make up for the rounding in front of it: what comes nearest to down
-    x exact on the inputs that it gets. Inputs `[n, F]`; `moments` `[F, F]` of the rounded ones."""
+
+@dataclass(frozen=True, slots=True)
+class _Front:
+    """Gate and up as the packer takes them, and what they make of down: the weights to round, the
+    curvature of its inputs, and the outputs that there should be (`gptq.stretched`)."""
+
+    packed: list[Any]
+    wanted: Tensor
+    curvature: Curvature
+    cross: Tensor
+    power: Tensor
+
+    def down(self, spec: QuantSpec) -> Quantized:
+        found = quantize_calibrated(self.wanted, spec, self.curvature)
+        return stretched(found, spec, self.cross, self.power)
+
+
+def _corrected(down: Tensor, cross: Tensor, moments: Tensor) -> Tensor:
+    """`down` `[D, F]`, moved to make up for the rounding in front of it: what comes nearest to its
+    own outputs on the inputs that it gets. `cross` `[F, D]`: sum of those inputs x outputs;
+    `moments` `[F, F]` of those inputs."""
     damped = moments.clone()
     mean = float(moments.diagonal().mean())
     damped.diagonal().add_(CORRECTION_DAMPING * mean if mean > 0 else 1.0)
-    lost = (rounded.T @ (exact - rounded)) @ down.T
+    lost = cross - moments @ down.T
     return torch.cholesky_solve(lost, torch.linalg.cholesky(damped)).T.contiguous().add_(down)
 
 

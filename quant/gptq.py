@@ -14,12 +14,15 @@ import torch
 from torch import Tensor
 
 from ..runtime.format import QuantSpec
-from .quantize import Quantized
+from .quantize import Quantized, dequantize
 from .scales import MAX_FP16, Grid, search_grid, to_fp16
 
-DAMPING = 0.01  # of the mean diagonal, added to it
+# Of the mean diagonal, added to it. Inputs will be off by the rounding of the layers before: with
+# .1 an expert loses 5 % less on exact inputs, and the model 4 % more.
+DAMPING = 0.4
 _BLOCK = 64  # columns whose errors are pushed on together
 _TURNS = {2: 2, 3: 2, 4: 0, 8: 0}  # by bits
+_MAX_STRETCH = 1.4
 _REFIT_FLOATS = 1 << 22  # of temporaries
 
 
@@ -56,6 +59,23 @@ def quantize_calibrated(weight: Tensor, spec: QuantSpec, curvature: Curvature) -
     if _TURNS[spec.bits]:
         grid = _refit(weight, _in_place(codes, curvature), grid, spec, curvature.moments)
     return grid.quantized(_in_place(codes, curvature).to(torch.uint8), spec)
+
+
+def stretched(found: Quantized, spec: QuantSpec, cross: Tensor, power: Tensor) -> Quantized:
+    """With every row made longer until what comes out is of the right length in the mean: sum of
+    y y^ = sum of y y, over inputs x^ and the outputs y that there should be.
+
+    What loses least is too short, by as much as it loses, in all experts alike: an error that adds
+    up over experts and layers where others cancel. `cross` `[cols, rows]`: sum of x^ y; `power`
+    `[rows]`: sum of y y.
+    """
+    reached = (dequantize(found, spec).t() * cross).sum(0)
+    factor = (power / reached.clamp_min(1e-30)).clamp_(1.0, _MAX_STRETCH)
+    scales, mins = (
+        None if part is None else to_fp16(part.float() * factor[:, None]).to(torch.float16)
+        for part in (found.scales, found.mins)
+    )
+    return Quantized(found.codes, scales, mins)
 
 
 def _columns(grid: Grid, spec: QuantSpec, curvature: Curvature) -> Grid:

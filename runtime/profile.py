@@ -101,15 +101,7 @@ class Profile:
             )
         try:
             with safe_open(path, framework="numpy") as file:
-                metadata = file.metadata() or {}
-                if metadata.get("format") != FORMAT:
-                    raise FormatError(f"`{path}` is no profile")
-                if int(metadata["version"]) > VERSION:
-                    raise FormatError(
-                        f"`{path}` has profile version {metadata['version']}",
-                        f"this edgemoe reads up to version {VERSION}",
-                        "install a newer edgemoe, or calibrate again",
-                    )
+                metadata = check_metadata(file.metadata(), path)
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             profile = cls._parse(json.loads(metadata["profile"]), tensors)
         except FormatError:
@@ -257,29 +249,17 @@ class Profile:
         return {layer: sums.num_experts for layer, sums in self.layers.items()}
 
 
-def read_popularity(
-    path: str | Path, num_experts: Mapping[int, int], top_k: int
-) -> dict[int, NDArray[np.float64]]:
-    """Share of tokens that choose each expert, [E] by layer: the counts only, not a whole profile.
-    Raises FormatError, UsageError for another model."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="numpy") as file:
-            head = json.loads((file.metadata() or {})["profile"])
-            names = {layer: f"layers.{layer}.hard_count" for layer in num_experts}
-            known = set(file.keys())
-            layers = {
-                layer: LayerSums(file.get_tensor(name))
-                for layer, name in names.items()
-                if name in known
-            }
-        profile = Profile(layers, int(head["top_k"]), int(head["num_tokens"]))
-    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
-        raise FormatError(f"`{path}` is a damaged profile", str(error)) from error
-    profile.validate(str(path))
-    profile.check_model(num_experts, top_k)
-    return {layer: profile.popularity(place) for place, layer in enumerate(layers)}
+def check_metadata(metadata: Mapping[str, str] | None, path: str | Path) -> Mapping[str, str]:
+    """The metadata of a profile; raises FormatError for a file that is none, or a newer one."""
+    if not metadata or metadata.get("format") != FORMAT:
+        raise FormatError(f"`{path}` is no profile")
+    if int(metadata["version"]) > VERSION:
+        raise FormatError(
+            f"`{path}` has profile version {metadata['version']}",
+            f"this edgemoe reads up to version {VERSION}",
+            "install a newer edgemoe, or calibrate again",
+        )
+    return metadata
 
 
 def profile_path(store: str | Path, name: str | None = None) -> Path:

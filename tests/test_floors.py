@@ -12,7 +12,7 @@ FLOORS = {
         kernels memory packing process python_reader read_tasks records reference slots
         sets throttle trace
         waves
-        profile profile_sums transitions governor pressure""",
+        profile profile_parts profile_sums transitions governor pressure""",
     1: """runtime: cache executor native_cache policy store
         policy_forecast policy_guard policy_lowest policy_s3fifo replay
         observe predictors prefetch cold""",

@@ -26,6 +26,7 @@ from edgemoe.quant.evaluate import evaluate
 from edgemoe.quant.options import ConvertOptions, ExpertSpec
 from edgemoe.quant.planner_edgemoe import edgemoe_plan
 from edgemoe.quant.planner_fast import Costs, hull, upgrades, within_bytes, within_loss
+from edgemoe.quant.remembered import Remembered
 from edgemoe.quant.store_source import StoreSource
 from edgemoe.quant.variants import VariantModel
 from edgemoe.quant.windows import Window
@@ -72,6 +73,33 @@ def test_edgemoe_fills_up_to_the_loss(sensitivities: list[int], share: float) ->
     assert planted(one_more) - 1 == report["loss_of_one_more"]
     assert report["loss_of_one_more"] > max_loss
     assert edgemoe_plan(reversed(keys), 3, planted, max_loss) == found
+
+
+def test_a_search_goes_on_with_what_it_measured(tmp_path: Path) -> None:
+    """Stopped in the middle of a line; and nothing is taken over from other text."""
+    path, sensitivities = tmp_path / "measured.jsonl", list(range(1, 30))
+    whole = Planted(sensitivities)
+    keys = list(whole.cost)
+    expected = edgemoe_plan(keys, 3, whole, 1e-4)
+
+    def stopping(choice: Any) -> float:
+        if first.calls == 20:
+            raise KeyboardInterrupt
+        return first(choice)
+
+    first = Planted(sensitivities)
+    with pytest.raises(KeyboardInterrupt):
+        edgemoe_plan(keys, 3, Remembered(path, "a", stopping), 1e-4)
+    path.write_text(path.read_text()[:-9])
+    second = Planted(sensitivities)
+    remembered = Remembered(path, "a", second)
+    assert remembered.num_known == 19
+    assert edgemoe_plan(keys, 3, remembered, 1e-4) == expected
+    assert second.calls == whole.calls - 19
+    again = Remembered(path, "a", second)
+    assert edgemoe_plan(keys, 3, again, 1e-4) == expected and again.num_known == whole.calls
+    assert second.calls == whole.calls - 19
+    assert Remembered(path, "b", second).num_known == 0
 
 
 def test_a_loss_that_cannot_be_asked_for() -> None:

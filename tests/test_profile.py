@@ -8,6 +8,7 @@ import pytest
 
 from edgemoe.runtime.errors import EdgeMoeError, FormatError, NotFoundError, UsageError
 from edgemoe.runtime.profile import Profile, profile_path
+from edgemoe.runtime.profile_parts import read_tables
 from edgemoe.runtime.profile_sums import LayerSums
 from edgemoe.runtime.transitions import ALL_ENTRIES, StateCounts, count_pairs, path_keys
 
@@ -122,6 +123,37 @@ def test_a_file_holds_it_all(tmp_path: Path) -> None:
         for name in ("soft_count", "reap_sum", "weight_sum", "input_square_sum", "logit_gram"):
             np.testing.assert_array_equal(getattr(sums, name), getattr(again.layers[layer], name))
     assert [each.name for each in path.parent.iterdir()] == ["task.safetensors"]
+
+
+def test_an_engine_reads_the_tables_only(tmp_path: Path) -> None:
+    """All of them where they fit; else the states seen most, in no more bytes than given."""
+    profile = profile_of(routes_of(400))
+    path = profile_path(tmp_path)
+    profile.save(path)
+    whole, few = read_tables(path), read_tables(path, 6_000)
+    for place in range(len(EXPERTS)):
+        active, before = np.array([1, 4]), np.array([0, 3])
+        expected = profile.tables(place).scores(active, before, 2)
+        np.testing.assert_array_equal(whole.tables(place).scores(active, before, 2), expected)
+        assert whole.popularity(place).tolist() == profile.popularity(place).tolist()
+    assert all(sums.logit_gram is None for sums in whole.layers.values())
+    tables = [few.tables(place) for place in range(len(EXPERTS))]
+    parts = [part for t in tables for part in (t.tokens, t.paths)]
+    taken = sum(getattr(p, name).nbytes for p in parts for name in p.__slots__)
+    assert 1_000 < taken < 6_000 + 8 * len(parts)
+    kept = few.layers[1].paths
+    least = min(seen_of(kept).values())
+    lost = {k: n for k, n in seen_of(profile.layers[1].paths).items() if k not in seen_of(kept)}
+    assert lost and max(lost.values()) < least
+    path.write_bytes(path.read_bytes()[:300])
+    with pytest.raises(FormatError):
+        read_tables(path)
+
+
+def seen_of(counts: StateCounts) -> dict[int, int]:
+    """How often each state was seen."""
+    keys, rows = np.unique(counts.key, return_inverse=True)
+    return dict(zip(keys.tolist(), np.bincount(rows, counts.count).tolist(), strict=True))
 
 
 def test_damaged_files_are_refused(tmp_path: Path) -> None:

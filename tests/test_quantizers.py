@@ -160,15 +160,37 @@ def test_down_makes_up_for_gate_and_up() -> None:
     exact = torch.randn((500, 64), generator=generator)
     rounded = 0.8 * exact + 0.3 * exact.roll(1, 1) + 0.1 * torch.randn((500, 64))
     down = torch.randn((32, 64), generator=generator)
-    fitted = calibrated._corrected(down, exact, rounded, rounded.T @ rounded)
+    moments = rounded.T @ rounded
+    fitted = calibrated._corrected(down, rounded.T @ exact @ down.T, moments)
 
     def lost(matrix: Tensor) -> float:
         return float((exact @ down.T - rounded @ matrix.T).square().sum())
 
     assert lost(fitted) < 0.3 * lost(down)
-    same = calibrated._corrected(down, exact, exact, exact.T @ exact)
-    assert torch.equal(same, down)
-    assert torch.equal(calibrated._corrected(down, exact * 0, exact * 0, torch.zeros(64, 64)), down)
+    moments = exact.T @ exact
+    torch.testing.assert_close(calibrated._corrected(down, moments @ down.T, moments), down)
+    none = torch.zeros(64, 64)
+    assert torch.equal(calibrated._corrected(down, none @ down.T, none), down)
+
+
+@pytest.mark.parametrize("mode", ("sym", "asym"))
+def test_stretched_rows_are_right_in_the_mean(mode: str) -> None:
+    generator = torch.Generator().manual_seed(2)
+    inputs = real_inputs(2, 128, generator)
+    weight = torch.randn((48, 128), generator=generator)
+    weight[7] = 0
+    spec, moments = QuantSpec(2, 64, mode), inputs.T @ inputs
+    found = quantize_calibrated(weight, spec, Curvature(moments.clone()))
+    outputs = inputs @ weight.T
+    longer = gptq.stretched(found, spec, inputs.T @ outputs, outputs.square().sum(0))
+    shares = [
+        (outputs * (inputs @ dequantize(each, spec).T)).sum(0) / outputs.square().sum(0)
+        for each in (found, longer)
+    ]
+    used = torch.arange(48) != 7
+    assert (shares[0][used] < 0.99).float().mean() > 0.9
+    torch.testing.assert_close(shares[1][used], torch.ones(47), rtol=2e-3, atol=0)
+    assert not dequantize(longer, spec)[7].any()
 
 
 @pytest.mark.parametrize("quantizer", ("nearest", "search"))
