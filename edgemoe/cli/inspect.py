@@ -154,7 +154,10 @@ def _text(document: dict[str, Any], with_layers: bool) -> str:
 
 def _head(document: dict[str, Any]) -> str:
     shapes = document["shapes"]
-    largest = format_bytes(max(layer["record_bytes"] for layer in document["layers"]))
+    layers = document["layers"]
+    largest = format_bytes(max(layer["record_bytes"] for layer in layers))
+    if any(layer["bytes"] != layer["num_experts"] * layers[0]["record_bytes"] for layer in layers):
+        largest = f"up to {largest}"
     counts = sorted({layer["num_experts"] for layer in document["layers"]})
     experts = f"{counts[0]} to {counts[-1]}" if len(counts) > 1 else str(counts[0])
     experts += " a layer"
