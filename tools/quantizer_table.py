@@ -29,6 +29,10 @@ SPECS = (
     *(ExpertSpec(bits) for bits in (2, 3, 4, 8)),
     *(ExpertSpec(bits, quantizer="search") for bits in (2, 3, 4)),
     *(ExpertSpec(bits, quantizer="calibrated") for bits in (2, 3, 4)),
+    *(
+        ExpertSpec.of(width, "calibrated")
+        for width in ("2a64", "2a64/2a32", "2a64/3a32", "2a64/4a32", "3a64/4a32")
+    ),
 )
 
 
@@ -46,11 +50,18 @@ def rows(
             num_bytes = sum(model.record_bytes(key, variant) for key in model.keys)
             yield {
                 "quantizer": spec.quantizer,
-                "bits": spec.bits,
+                "width": spec.label,
                 "expert_bytes": num_bytes,
+                "unpadded_bytes": sum(_unpadded(model, key, variant) for key in model.keys),
                 "bpw": 8 * num_bytes / weights,
                 **asdict(figures),
             }
+
+
+def _unpadded(model: VariantModel, key: tuple[int, int], variant: int) -> int:
+    """Bytes of a record without the padding of its two parts."""
+    layout = model.index.records[key[0], key[1] * model.num_variants + variant].layout
+    return layout.gate_up_bytes + layout.down_bytes
 
 
 def main() -> None:
@@ -73,7 +84,7 @@ def main() -> None:
                 print(json.dumps(row), flush=True)
                 continue
             print(
-                f"{row['quantizer']:<10} {row['bits']} bits  {row['bpw']:.2f} bpw  "
+                f"{row['quantizer']:<10} {row['width']:<9} bits  {row['bpw']:.2f} bpw  "
                 f"{row['expert_bytes']:>12,} B  perplexity {row['perplexity']:.4f} "
                 f"({row['rise_percent']:+.3f} ± {row['rise_error_percent']:.3f} %)  "
                 f"KL {row['kl']:.5f} ± {row['kl_error']:.5f}  same first {row['agreement']:.4f}",
