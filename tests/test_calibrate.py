@@ -343,3 +343,11 @@ def test_a_text_without_tokens_is_refused(engine, tmp_path):
     np.save(tmp_path / "empty.npy", np.array([1]))
     with pytest.raises(UsageError, match="no text"):
         read_texts([tmp_path / "empty.npy"], engine.tokenizer)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_text_of_another_vocabulary_is_refused(store, tmp_path, backend):
+    with Engine.from_pretrained(store, backend=backend) as engine:
+        wrong = engine.args.vocab
+        with pytest.raises(UsageError, match=f"token id {wrong} is not in the vocabulary"):
+            calibrate(engine, [Text("wrong", "wrong", [0, wrong, 1])], tmp_path / "p.safetensors")

@@ -16,7 +16,7 @@ from .args import ModelArgs
 from .moe import Experts, OnRoute
 from .native import NativeLayers
 from .rules import RoutingCounts, Rule
-from .steps import ForcedRoutes, Steps
+from .steps import ForcedRoutes, Steps, check_token_ids
 from .torch_layers import TorchLayers
 from .trunk import ReadTensor, Trunk
 
@@ -118,7 +118,7 @@ class CausalLM:
             raise UsageError(f"`logits` must be last, all or none, got `{logits}`")
         if self.decodes(token_ids, logits):
             (token_id,) = token_ids
-            self._check(token_id, token_id)
+            check_token_ids(token_id, token_id, self.args.vocab)
             kv_cache.check_room(1)
             return self._layers.decode(token_id, kv_cache, on_route, forced, guesses)
         if guesses is not None:
@@ -151,7 +151,7 @@ class CausalLM:
         if not self.is_native:
             return self.forward([token_id], kv_cache)[0], None
         if not 0 <= token_id < self.args.vocab:
-            self._check(token_id, token_id)
+            check_token_ids(token_id, token_id, self.args.vocab)
         if kv_cache.offset >= kv_cache.capacity:
             kv_cache.check_room(1)
         return self._layers.step(token_id, kv_cache)
@@ -178,7 +178,7 @@ class CausalLM:
         ids = torch.as_tensor(token_ids, dtype=torch.int64)
         if ids.ndim != 1 or len(ids) == 0:
             raise UsageError("a step needs at least one token", f"got shape {list(ids.shape)}")
-        self._check(int(ids.min()), int(ids.max()))
+        check_token_ids(int(ids.min()), int(ids.max()), self.args.vocab)
         kv_cache.check_room(len(ids))
         start, rows = kv_cache.offset, []
         try:
@@ -194,10 +194,3 @@ class CausalLM:
         if logits == "last":
             return self._layers.logits(x[-1:])
         return torch.cat(rows) if rows else torch.empty((0, self.args.vocab))
-
-    def _check(self, low: int, high: int) -> None:
-        if low < 0 or high >= self.args.vocab:
-            wrong = low if low < 0 else high
-            raise UsageError(
-                f"token id {wrong} is not in the vocabulary", f"expected 0 to {self.args.vocab - 1}"
-            )

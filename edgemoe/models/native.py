@@ -89,6 +89,7 @@ class NativeLayers(NativeRouting):
         return steps.run(self, ids, kv_cache, on_route, forced)
 
     def embed(self, ids: Tensor) -> Tensor:
+        steps.check_token_ids(int(ids.min()), int(ids.max()), self.args.vocab)
         ids = ids.to(torch.int32)
         x = torch.empty((len(ids), self.args.hidden))
         check_step(

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..kv_cache import KVCache
+from ..runtime.errors import UsageError
 from .args import ModelArgs
 from .moe import Experts, OnRoute
 from .trunk import LayerWeights
@@ -47,7 +48,7 @@ class Steps(Protocol):
     weights: Sequence[LayerWeights]
 
     def embed(self, ids: Tensor) -> Tensor:
-        """ids `[T]` -> x `[T, D]`."""
+        """ids `[T]` -> x `[T, D]`. Raises UsageError as `check_token_ids`."""
         ...
 
     def attend(self, layer: int, x: Tensor, kv_cache: KVCache, routed: Routed) -> None:
@@ -62,6 +63,13 @@ class Steps(Protocol):
     def finish(self, layer: int, x: Tensor, routed: Routed, y: Tensor | None) -> None:
         """Add the experts' y `[T, D]` and a shared expert, or the dense MLP (y None), to x."""
         ...
+
+
+def check_token_ids(low: int, high: int, vocab: int) -> None:
+    """Raises UsageError where the lowest or highest id is not of the vocabulary."""
+    if low < 0 or high >= vocab:
+        wrong = low if low < 0 else high
+        raise UsageError(f"token id {wrong} is not in the vocabulary", f"expected 0 to {vocab - 1}")
 
 
 def run(

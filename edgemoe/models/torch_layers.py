@@ -94,6 +94,7 @@ class TorchLayers:
         return steps.run(self, ids, kv_cache, on_route, forced)
 
     def embed(self, ids: Tensor) -> Tensor:
+        steps.check_token_ids(int(ids.min()), int(ids.max()), self.args.vocab)
         return self._embed.rows_of(ids)
 
     def attend(self, layer: int, x: Tensor, kv_cache: KVCache, routed: Routed) -> None:
