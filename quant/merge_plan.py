@@ -8,12 +8,10 @@ from numpy.typing import NDArray
 
 from ..runtime.amounts import format_bytes
 from ..runtime.index import ExpertRecord, StoreIndex
-from ..runtime.policy import DEFAULT_POLICY
 from ..runtime.profile import Profile
-from ..runtime.replay import Demand, replay
 from .merge import Merge
 from .merge_write import merged_layouts
-from .prune_plan import BudgetRow, LayerPlan, columns, rows_text, trace_of, warnings_on
+from .prune_plan import BudgetRow, LayerPlan, columns, replayed_rows, rows_text, warnings_on
 from .prune_replay import NOBODY, pick_share_in_memory
 
 UNTRAINED = (
@@ -123,22 +121,8 @@ def replayed_merge_rows(
     """Full and merged store decoding the same recorded choices [T, places, K], token by token, in
     caches of these sizes, which are empty at first. What routers choose behind a merged layer will
     differ a little."""
-    small = merged_index(index, merge)
-    pairs = ((routes, index), (merged_routes(routes, merge), small))
-    full, merged = (
-        replay(Demand(trace_of(ids, of)), DEFAULT_POLICY, cache_sizes) for ids, of in pairs
-    )
-    return [
-        BudgetRow(
-            run.capacity_bytes,
-            run.capacity_bytes / index.expert_bytes,
-            run.hit_rate,
-            other.hit_rate,
-            run.bytes_per_token,
-            other.bytes_per_token,
-        )
-        for run, other in zip(full, merged, strict=True)
-    ]
+    merged = merged_routes(routes, merge)
+    return replayed_rows(routes, merged, index, cache_sizes, merged_index(index, merge))
 
 
 def counted_merge_rows(

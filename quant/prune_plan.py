@@ -134,15 +134,16 @@ def _layers(numbers: Sequence[int]) -> str:
 
 def replayed_rows(
     full: NDArray[np.integer],
-    pruned: NDArray[np.integer],
+    fewer: NDArray[np.integer],
     index: StoreIndex,
     cache_sizes: Sequence[int],
+    fewer_index: StoreIndex | None = None,
 ) -> list[BudgetRow]:
-    """Routings [T, places, K], -1 for none, of the full model and of the set, decoded token by
-    token in caches of these sizes, which are empty at first."""
-    full_runs, set_runs = (
-        replay(Demand(trace_of(routes, index)), DEFAULT_POLICY, cache_sizes)
-        for routes in (full, pruned)
+    """Routings [T, places, K], -1 for none, of the full model and of a set or a merged store
+    (`fewer_index`), decoded token by token in caches of these sizes, which are empty at first."""
+    full_runs, fewer_runs = (
+        replay(Demand(trace_of(routes, of)), DEFAULT_POLICY, cache_sizes)
+        for routes, of in ((full, index), (fewer, fewer_index or index))
     )
     return [
         BudgetRow(
@@ -153,7 +154,7 @@ def replayed_rows(
             run.bytes_per_token,
             other.bytes_per_token,
         )
-        for run, other in zip(full_runs, set_runs, strict=True)
+        for run, other in zip(full_runs, fewer_runs, strict=True)
     ]
 
 
