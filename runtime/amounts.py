@@ -41,7 +41,9 @@ def parse_rate(text: str | int) -> int:
 
 
 def format_rate(bytes_per_s: float) -> str:
-    """`550 MB/s`: in powers of 1000, as drives are sold."""
+    """`550 MB/s`, `12.9 GB/s`: in powers of 1000, as drives are sold."""
+    if bytes_per_s >= 9_999_500_000:  # five digits of MB
+        return f"{bytes_per_s / 1e9:.1f} GB/s"
     return f"{bytes_per_s / 1e6:,.4g} MB/s"
 
 

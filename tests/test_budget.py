@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from stores import HIDDEN, WIDTHS, make_store
 
 from edgemoe.runtime import core
-from edgemoe.runtime.amounts import GIB, MIB, format_bytes, parse_bytes
+from edgemoe.runtime.amounts import GIB, MIB, format_bytes, format_rate, parse_bytes
 from edgemoe.runtime.budget import (
     RUNTIME_BYTES,
     BelowFloorError,
@@ -104,6 +104,14 @@ def test_amounts_are_written(num_bytes, text):
 @given(st.integers(1, 1 << 50))
 def test_what_is_written_reads_back_to_three_digits(num_bytes):
     assert parse_bytes(format_bytes(num_bytes)) == pytest.approx(num_bytes, rel=0.006)
+
+
+@pytest.mark.parametrize(
+    ("rate", "text"),
+    [(550e6, "550 MB/s"), (1.2621e9, "1,262 MB/s"), (9.9999e9, "10.0 GB/s"), (26.4e9, "26.4 GB/s")],
+)
+def test_rates_are_written_as_drives_are_sold(rate, text):
+    assert format_rate(rate) == text
 
 
 def line(plan, name):
