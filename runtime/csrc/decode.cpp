@@ -446,7 +446,8 @@ int32_t em_decode(em_decoder *decoder, em_cache *cache, em_decode_args *args) {
       args->token_id >= decoder->model().embedding.rows ||
       (decoder->model().rotary_dim && (args->cos == nullptr || args->sin == nullptr)) ||
       !decoder->goes_with(*cache) || args->num_guesses < 0 ||
-      (args->prefetch != nullptr && !args->prefetch->bind(*decoder)) || !decoder->has_good_routes(*args)) {
+      (args->prefetch != nullptr && !args->prefetch->bind(*decoder)) ||
+      !decoder->has_good_routes(*args)) {
     return EM_ERR_ARG;
   }
   const em::Cache::Native native(*cache);

@@ -255,7 +255,8 @@ struct em_store {
     while (!queue.empty()) {
       const bool is_demand = queue.top_priority() == 0, is_alone = is_demand && is_lone();
       const bool is_last = is_alone && queue.next_section() == em::kDown;
-      if (is_demand ? num_demands >= (is_last ? std::min(2, depth) : depth) : num_flights >= (depth + 1) / 2) return;
+      const int32_t num_demanded = is_last ? std::min(2, depth) : depth;
+      if (is_demand ? num_demands >= num_demanded : num_flights >= (depth + 1) / 2) return;
       uint64_t tag = 0;
       while (flights[tag].is_used) ++tag;
       em::Flight &flight = flights[tag];
