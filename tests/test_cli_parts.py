@@ -11,6 +11,7 @@ import pytest
 
 from edgemoe import cli
 from edgemoe.cli import bench_memory, chat_input, options, render
+from edgemoe.cli.command_line import parse
 from edgemoe.runtime.errors import BudgetError, NotFoundError, UsageError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -45,10 +46,14 @@ sys.exit(code)"""
 
 
 @pytest.mark.parametrize("name", sorted(cli.COMMANDS))
-def test_every_command_has_help(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_command_has_help(
+    name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
     assert cli.main([*name.split(), "--help"]) == 0
     out = capsys.readouterr().out
     assert out.startswith(f"usage: edgemoe {name}")
+    assert max(map(len, (cli.help_text() + out).splitlines())) <= 80
     assert cli.main(["help", *name.split()]) == 0
     assert capsys.readouterr().out == out
 
@@ -120,7 +125,7 @@ def test_a_lone_word_of_run_is_a_prompt_unless_it_is_a_model(tmp_path: Path) -> 
 def parse_run(*arguments: str) -> SimpleNamespace:
     from edgemoe.cli import run
 
-    return options.parse("run", "about", run, arguments)
+    return parse("run", "about", run, arguments)
 
 
 def test_environment_fills_in_and_a_flag_wins(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -38,11 +38,11 @@ commands:
 {commands}
 
 options:
-  -h, --help     show this help; `edgemoe COMMAND --help` shows a command's options
+  -h, --help     show this help; `edgemoe COMMAND --help`, that of a command
   --version      show the version
   -v, --verbose  more detail on standard error
 
-Every option can be set as an environment variable: --memory is EDGEMOE_MEMORY. A flag wins.
+Every option has an environment variable: --memory, EDGEMOE_MEMORY. A flag wins.
 Without a model, run and chat use the small model that comes with edgemoe:
   edgemoe run "What is an expert?"
 """
@@ -111,7 +111,7 @@ def _dispatch(argv: list[str]) -> int:
     if rest and f"{name} {rest[0]}" in COMMANDS:
         name = f"{name} {rest.pop(0)}"
     module = _module(name)
-    from .options import parse
+    from .command_line import parse
 
     args = parse(name, COMMANDS[name][1], module, rest)
     args.verbose += verbose

@@ -19,7 +19,7 @@ least that works. Random prompts touch every expert alike, so that hits say noth
 are for finding limits, and labelled in the output.
 
   edgemoe bench NAME.edgemoe --memory floor,25%,50%,100% -p 512 -n 128 -r 3
-  edgemoe bench NAME.edgemoe --sets code --text code.txt --other-text prose.txt --plot code.svg
+  edgemoe bench NAME.edgemoe --sets code --text code.txt --plot code.svg
 """
 
 

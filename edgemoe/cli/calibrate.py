@@ -17,13 +17,13 @@ from .render import note, open_output, table
 if TYPE_CHECKING:
     from ..engine import Engine
 
-USAGE = "%(prog)s [STORE_OR_CHECKPOINT] --text FILE [--text FILE ...] [options]"
+USAGE = "%(prog)s [STORE_OR_CHECKPOINT] --text FILE ... [options]"
 EPILOG = """One pass over the text, in the memory given; killed at any moment, the same command goes
 on where it was. The profile is STORE/profile.safetensors, or STORE/profiles/NAME.safetensors.
 With --holdout FILE its tables are scored on text that they have not seen; without --text, those of
 the profile that is there.
 
-  edgemoe calibrate olmoe.edgemoe --text wiki.txt --holdout other.txt --tokens 200k
+  edgemoe calibrate olmoe.edgemoe --text wiki.txt --holdout other.txt
 """
 
 

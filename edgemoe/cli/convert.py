@@ -18,8 +18,8 @@ any moment, the same command goes on where it was. SOURCE is a Hugging Face fold
 more bits, whose trunk is taken over as it is.
 
   edgemoe convert OLMoE-1B-7B --out olmoe.edgemoe --bits 4
-  edgemoe convert OLMoE-1B-7B --out olmoe-3.edgemoe --bits 3 --calibration text.txt
-  edgemoe convert OLMoE-1B-7B --out olmoe-m.edgemoe --bits auto --max-loss 2% --calibration text.txt
+  edgemoe convert OLMoE-1B-7B --out o3.edgemoe --bits 3 --calibration text.txt
+  edgemoe convert OLMoE-1B-7B --out olmoe-m.edgemoe --bits auto --max-loss 2%
 """
 CALIBRATION_TOKENS = 65536
 

@@ -16,14 +16,14 @@ if TYPE_CHECKING:
     from ..engine import Engine
     from ..quant.evaluate import Figures
 
-USAGE = "%(prog)s [STORE] [STORE2] --text FILE [--text FILE ...] [options]"
+USAGE = "%(prog)s [STORE] [STORE2] --text FILE ... [options]"
 EPILOG = """Every token but the first of a text is scored once, by the tokens before it in its
 window. With a second store, usually the same model at more bits, both read the same windows: mean
 KL divergence from STORE2, and how often both put the same token first. A .npy file holds token ids.
 --set and the routing are for STORE alone: what they cost is measured against the same store twice.
 
-  edgemoe eval olmoe-3.edgemoe olmoe-8.edgemoe --text wiki.txt --tokens 50k
-  edgemoe eval olmoe.edgemoe olmoe.edgemoe --set code --set-mode hard --text code.txt
+  edgemoe eval o3.edgemoe o8.edgemoe --text wiki.txt --tokens 50k
+  edgemoe eval o.edgemoe o.edgemoe --set code --set-mode hard --text code.txt
 """
 
 

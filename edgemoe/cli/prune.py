@@ -26,7 +26,7 @@ What a set costs on your text: edgemoe eval STORE STORE --set NAME --set-mode ha
   edgemoe prune NAME.edgemoe --profile code --keep 50% --name code
   edgemoe prune NAME.edgemoe --text code.txt --fit 4GiB --name code
   edgemoe prune NAME.edgemoe --set code --compact code.edgemoe
-  edgemoe prune NAME.edgemoe --method msmoe --profile code --keep 75% --out merged.edgemoe
+  edgemoe prune NAME.edgemoe --method msmoe --keep 75% --out merged.edgemoe
 """
 
 

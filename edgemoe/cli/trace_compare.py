@@ -14,7 +14,8 @@ from .trace_replay import BUDGETS, BUDGETS_HELP, budget_bytes, figures, load
 if TYPE_CHECKING:
     from ..runtime.trace import Trace
 
-USAGE = "%(prog)s A B [options]  |  %(prog)s A --policy X,Y [options]"
+USAGE = """%(prog)s A B [options]
+       %(prog)s A --policy X,Y [options]"""
 EPILOG = """`reused`: share of a token's experts that the token before it used as well, by layer on
 average. `top fifth`: share of all picks that goes to the fifth of the experts used most. For two
 traces of one model: `usage`, the cosine of how often each expert is used, layer by layer;

@@ -8,12 +8,12 @@ from ..runtime.errors import UsageError
 from . import options
 from .render import note, open_output, print_notes
 
-USAGE = "%(prog)s [STORE] (--text FILE | --prompt TEXT) --out FILE [options]"
+USAGE = "%(prog)s [MODEL] (--text FILE | --prompt TEXT) --out FILE"
 EPILOG = """A text is recorded as decoded tokens, in windows of the context: the routes of a token
 are the same whether it was read or written. A prompt is recorded as prefill, the answer to it
 (greedy, at most --tokens) as decoded tokens.
 
-  edgemoe trace record olmoe.edgemoe --text wiki.txt --tokens 2k --out wiki.trace
+  edgemoe trace record olmoe.edgemoe --text wiki.txt --out wiki.trace
 """
 
 
