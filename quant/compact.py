@@ -13,7 +13,7 @@ from pathlib import Path
 from ..active_set import owner_of
 from ..models import load_module, store_args
 from ..models.names import spellings
-from ..runtime.errors import BudgetError, FormatError, UsageError
+from ..runtime.errors import FormatError, UsageError
 from ..runtime.format import PAGE_BYTES, TensorEntry, encode_header, read_header, record_name
 from ..runtime.index import (
     EXPERTS_FILE,
@@ -26,6 +26,7 @@ from ..runtime.index import (
 )
 from ..runtime.sets import resolve
 from ..runtime.store import file_sha256
+from .journal import need_room
 from .progress import Progress, Silent
 
 _BLOCK_BYTES = 4 << 20
@@ -53,11 +54,7 @@ def compact(
     needed = sum(index.records[pair].num_bytes for pair in expert_set.pairs)
     needed += (index.path / TRUNK_FILE).stat().st_size + _MARGIN_BYTES
     out.parent.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(out.parent).free
-    if free < needed:
-        raise BudgetError(
-            f"`{out}` does not fit on the disk", f"it takes {needed} bytes, {free} are free"
-        )
+    need_room(out.parent, needed)
     partial = out.with_name(out.name + ".partial")
     partial.mkdir()
     try:

@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 
 from ..runtime import kernels
-from ..runtime.amounts import format_bytes
-from ..runtime.errors import BudgetError, CheckpointError, UsageError
+from ..runtime.errors import CheckpointError, UsageError
 from ..runtime.format import TILE_ROWS
 from ..runtime.index import (
     EXPERTS_FILE,
@@ -33,6 +32,7 @@ from .journal import (
     Partial,
     check_target,
     finish_published,
+    need_room,
     partial_path,
     write_error,
 )
@@ -123,13 +123,8 @@ def _check_disk(target: Path, plan: ConversionPlan, source: Path) -> None:
     needed = plan.output_bytes + copied + _DISK_MARGIN_BYTES
     files = (partial_path(target) / name for name in (EXPERTS_FILE, TRUNK_FILE))
     needed -= sum(file.stat().st_size for file in files if file.exists())
-    free = shutil.disk_usage(target.parent).free
-    if free < needed:
-        raise BudgetError(
-            f"the disk of `{target.parent}` is too small",
-            f"the store needs {format_bytes(needed)} more, {format_bytes(free)} are free",
-            "free some space, or choose fewer --bits or another --out",
-        )
+    step = "free some space, or choose fewer --bits or another --out"
+    need_room(target.parent, needed, next_step=step)
 
 
 # ---- experts ------------------------------------------------------------------------------------

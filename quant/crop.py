@@ -12,11 +12,11 @@ from typing import BinaryIO
 
 from ..models import load_module, parse_config
 from ..models.names import trunk_shapes
-from ..runtime.amounts import format_bytes
-from ..runtime.errors import BudgetError, UsageError
+from ..runtime.errors import UsageError
 from ..runtime.format import PAGE_BYTES, encode_header, read_header, record_name
 from ..runtime.index import EXPERTS_FILE, TRUNK_FILE, load_index, save_index
 from ..runtime.store import file_sha256
+from .journal import need_room
 from .plan import copied_files
 
 _BLOCK_BYTES = 8 << 20
@@ -46,12 +46,7 @@ def crop_store(source: str | Path, out: str | Path, num_layers: int) -> Path:
     trunk = sorted((e for e in entries.items() if e[0] in names), key=lambda e: e[1].offset)
     size = sum(record.num_bytes for record in kept.values()) + _MARGIN_BYTES
     size += sum(entry.num_bytes for _, entry in trunk)
-    free = shutil.disk_usage(target.parent).free
-    if free < size:
-        raise BudgetError(
-            f"the disk of `{target.parent}` is too small",
-            f"{num_layers} layers need {format_bytes(size)}, {format_bytes(free)} are free",
-        )
+    need_room(target.parent, size, next_step="free some space, or take fewer layers")
     partial = target.with_name(target.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)

@@ -13,6 +13,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from ..runtime.amounts import format_bytes
 from ..runtime.errors import BudgetError, FormatError, NotFoundError, UsageError
 
 try:
@@ -242,6 +243,22 @@ class OutputFile:
 
     def close(self) -> None:
         os.close(self._descriptor)
+
+
+def need_room(
+    folder: Path,
+    num_bytes: int,
+    what: str = "the store",
+    next_step: str = "free some space, or choose another --out",
+) -> None:
+    """BudgetError where the disk of `folder` has less than `num_bytes` free."""
+    free = shutil.disk_usage(folder).free
+    if free < num_bytes:
+        raise BudgetError(
+            f"the disk of `{folder}` is too small",
+            f"{what} needs {format_bytes(num_bytes)} more, {format_bytes(free)} are free",
+            next_step,
+        )
 
 
 def write_error(error: OSError, path: Path) -> Exception:

@@ -15,10 +15,10 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
-from ..runtime.amounts import format_bytes
-from ..runtime.errors import BudgetError, UsageError
+from ..runtime.errors import UsageError
 from ..runtime.format import DTYPE_BYTES, encode_header
 from .checkpoint import SINGLE_FILE, Checkpoint
+from .journal import need_room
 from .merge import Merge
 from .merge_bodies import merged_body
 from .plan import copied_files
@@ -55,12 +55,7 @@ def export_merged(
     with Checkpoint(checkpoint) as source:
         plan = _plan(source, merge)
         total = sum(num_bytes for *_, num_bytes in plan)
-        free = shutil.disk_usage(out.parent).free
-        if free < total + _BLOCK_BYTES:
-            raise BudgetError(
-                f"`{out}` does not fit on the disk",
-                f"it takes {format_bytes(total)}, {format_bytes(free)} are free",
-            )
+        need_room(out.parent, total + _BLOCK_BYTES, "the checkpoint")
         folder = out.with_name(out.name + ".partial")
         folder.mkdir()
         try:

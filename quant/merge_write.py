@@ -16,8 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..runtime.amounts import format_bytes
-from ..runtime.errors import BudgetError, UsageError
+from ..runtime.errors import UsageError
 from ..runtime.format import PAGE_BYTES, RecordLayout, encode_header, record_name
 from ..runtime.index import (
     EXPERTS_FILE,
@@ -29,7 +28,15 @@ from ..runtime.index import (
 )
 from .bitplan import BitPlan
 from .checkpoint import Checkpoint
-from .journal import Crcs, Partial, check_target, finish_published, partial_path, write_error
+from .journal import (
+    Crcs,
+    Partial,
+    check_target,
+    finish_published,
+    need_room,
+    partial_path,
+    write_error,
+)
 from .merge import LayerMerge, Merge
 from .merge_bodies import merged_body
 from .merge_trunk import write_trunk
@@ -155,12 +162,7 @@ def _check_disk(
     needed += (index.path / TRUNK_FILE).stat().st_size
     written = partial_path(target) / EXPERTS_FILE
     needed -= written.stat().st_size if written.exists() else 0
-    free = shutil.disk_usage(target.parent).free
-    if free < needed:
-        raise BudgetError(
-            f"the disk of `{target.parent}` is too small",
-            f"the store needs {format_bytes(needed)} more, {format_bytes(free)} are free",
-        )
+    need_room(target.parent, needed)
 
 
 # ---- experts ------------------------------------------------------------------------------------

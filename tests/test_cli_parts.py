@@ -172,7 +172,7 @@ def test_every_kind_of_error_has_its_code(capsys: pytest.CaptureFixture[str]) ->
     assert capsys.readouterr().err == "edgemoe: a budget of `1 B`\n  why:  b\n  next: c\n"
     assert render.report_error(FileNotFoundError(2, "no", "x.json")) == 4
     assert render.report_error(MemoryError()) == 1
-    assert render.report_error(OSError(28, "No space left on device", "f")) == 1
+    assert render.report_error(OSError(28, "No space left on device", "f")) == 3
     assert "free some disk space" in capsys.readouterr().err
     assert render.report_error(ZeroDivisionError("division by zero")) == 1
     assert "internal error: ZeroDivisionError" in capsys.readouterr().err

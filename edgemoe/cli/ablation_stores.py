@@ -1,12 +1,9 @@
 """The stores that the arms of an ablation run on, derived once from one model into a folder."""
 
 import argparse
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from ..runtime.amounts import format_bytes
-from ..runtime.errors import BudgetError
 from ..runtime.index import STORE_FILE, StoreIndex, load_index
 from .render import note
 
@@ -35,6 +32,7 @@ def derive(
     if layers is not None:
         source = _cropped(source, folder, layers)
     from ..quant.convert import convert
+    from ..quant.journal import need_room
     from ..quant.options import ConvertOptions
     from ..quant.plan import plan_conversion
 
@@ -52,14 +50,8 @@ def derive(
     needed = sum(
         plan_conversion(source, options.get(kind, options["4"])).output_bytes for kind in missing
     )
-    free = shutil.disk_usage(folder).free
-    if needed > free:
-        raise BudgetError(
-            f"the disk of `{folder}` is too small",
-            f"the stores of {len(missing)} arms need {format_bytes(needed)}, "
-            f"{format_bytes(free)} are free",
-            "name another folder with --work, or fewer layers with --replay-layers",
-        )
+    step = "name another folder with --work, or fewer layers with --replay-layers"
+    need_room(folder, needed, f"what is missing of {len(missing)} arms", step)
     for kind in missing:
         note(f"making {targets[kind].name}: {ABOUT[kind]}")
         if kind == "mixed":

@@ -48,8 +48,9 @@ def _foreign(error: Exception) -> tuple[str, str, str, int]:
         return "out of memory", str(error), "give a smaller --memory or --context", 1
     if isinstance(error, OSError):
         name = f"`{error.filename}`: " if error.filename else ""
-        step = "free some disk space" if error.errno == errno.ENOSPC else debug
-        return f"{name}{error.strerror or error}", "the operating system refused", step, 1
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        step, code = ("free some disk space", 3) if full else (debug, 1)
+        return f"{name}{error.strerror or error}", "the operating system refused", step, code
     return f"internal error: {type(error).__name__}", str(error), debug, 1
 
 
