@@ -214,6 +214,13 @@ def test_ctrl_c_is_130(monkeypatch: pytest.MonkeyPatch) -> None:
     assert cli.main(["run", "hello"]) == 130
 
 
+def test_closed_streams_are_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("stdin", "stdout", "stderr"):
+        monkeypatch.setattr(sys, name, None)
+    assert cli.main(["inspect"]) == 0
+    assert cli.main(["run"]) == 2
+
+
 @pytest.mark.skipif(os.name == "nt", reason="Windows pipes report a closed reader differently")
 def test_a_closed_pipe_is_quiet() -> None:
     command = f"{sys.executable} -m edgemoe --help | true; echo ${{PIPESTATUS[0]}}"
