@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--memory", type=options.size, metavar="SIZE", help="default: what keeps every expert"
     )
     parser.add_argument("--context", type=options.count, metavar="N", help="tokens (8k is 8192)")
-    parser.add_argument("--kv-bits", type=int, choices=(16, 32), default=16, help="default: 16")
+    parser.add_argument("--kv-bits", type=int, choices=(8, 16, 32), default=16, help="default: 16")
     options.add_set_options(parser)
     add_format_options(parser)
     parser.add_argument("--json", action="store_true", help="one JSON object instead of a table")
