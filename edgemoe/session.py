@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from .meter import Meter
-from .runtime.errors import UsageError
+from .runtime.errors import ContextError, UsageError
 from .sampling import Choice, Sampler, SamplingParams
 from .stats import GenerationStats
 from .stop_strings import StopStrings
@@ -102,7 +102,7 @@ class Session:
             raise UsageError("the prompt is empty", "it has no tokens", "give some text")
         if len(ids) > capacity:
             most = self.engine.args.max_context
-            raise UsageError(
+            raise ContextError(
                 f"the prompt has {len(ids)} tokens",
                 f"the context holds {capacity}",
                 "shorten it"

@@ -21,6 +21,10 @@ class UsageError(EdgeMoeError):
     exit_code = 2
 
 
+class ContextError(UsageError):
+    """A prompt with more tokens than the KV cache holds."""
+
+
 class BudgetError(EdgeMoeError):
     """The memory budget is below the floor, or the disk is too small."""
 

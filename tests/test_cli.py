@@ -219,8 +219,15 @@ def test_chat_survives_a_question_that_is_too_long(run: Cli, store: Path) -> Non
     script = "x" * 2000 + "\nthe router\n"
     code, out, err = run("chat", store, "-n", 4, stdin=script)
     assert code == 2
-    assert "the context holds 256" in err
+    assert "the context holds 256" in err and "next: /clear starts a new conversation" in err
     assert out == run("run", store, "the router", "-n", 4)[1]
+
+
+def test_chat_says_what_cut_an_answer(run: Cli, store: Path) -> None:
+    err = run("chat", store, "-n", 300, "--context", 64, stdin="the router\n")[2]
+    assert "(cut where 64 tokens of context end; /clear starts anew)" in err
+    err = run("chat", store, "-n", 4, stdin="the router\n")[2]
+    assert "(cut at its length limit; /set max_tokens N allows more)" in err
 
 
 # ---- plan, convert, inspect ---------------------------------------------------------------------

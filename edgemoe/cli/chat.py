@@ -3,7 +3,7 @@
 import argparse
 import sys
 
-from ..runtime.errors import EdgeMoeError
+from ..runtime.errors import ContextError, EdgeMoeError
 from . import options
 from .chat_commands import Leave, handle
 from .chat_input import read_turn
@@ -69,6 +69,8 @@ def talk(conversation: Conversation) -> int:
         except Leave:
             return code
         except EdgeMoeError as error:
+            if isinstance(error, ContextError):
+                error.next_step = "/clear starts a new conversation"
             failed = report_error(error, "/help lists the commands")
             code = code or (0 if sys.stdin.isatty() else failed)
 
@@ -90,7 +92,7 @@ def answer(conversation: Conversation) -> bool:
     if stopped:
         note(dim("(stopped; Ctrl-C again leaves)", sys.stderr))
     elif conversation.finish_reason == "length":
-        note(dim("(cut at its length limit; /set max_tokens N allows more)", sys.stderr))
+        note(dim(f"(cut {conversation.limit()})", sys.stderr))
     if conversation.stats is not None and conversation.stats.generated_tokens:
         note(dim(conversation.stats.footer(), sys.stderr))
     return stopped

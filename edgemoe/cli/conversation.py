@@ -75,6 +75,12 @@ class Conversation:
         finally:
             self._keep("".join(said))
 
+    def limit(self) -> str:
+        """What ended an answer that was cut, and what to do about it."""
+        if self.session.offset < self.engine.context:
+            return "at its length limit; /set max_tokens N allows more"
+        return f"where {self.engine.context} tokens of context end; /clear starts anew"
+
     def _keep(self, text: str) -> None:
         if text:
             self.messages.append({"role": "assistant", "content": text})
