@@ -15,8 +15,9 @@ HELP = '''  /help              this list
   /clear             start a new conversation
   /system [TEXT]     show or set the system message; `/system off` removes it
   /set [NAME VALUE]  show or change sampling, such as /set temperature 0.7
-  /set set [NAME]    show or change the pruned set: /set set code hard, /set set off
-  /set routing [...] show or change the routes: /set routing drop-cold 0.1, /set routing off
+  /set set [NAME]    show or change the pruned set: /set set code hard
+  /set routing [...] show or change the routes: /set routing drop-cold 0.1
+  /set WHICH off     without a set, or with the model's own routes
   /stats             memory, expert cache and speed so far
   /regen             answer the last question again
   """                begins and ends a text of several lines
@@ -107,8 +108,9 @@ def _stats(conversation: Conversation, rest: str) -> None:
         stats = conversation.stats
         note(
             f"last answer: {stats.prompt_tokens} prompt tokens ({stats.cached_tokens} kept), "
-            f"{stats.generated_tokens} new, prefill {stats.prefill_s:.2f} s, "
-            f"decode {stats.decode_s:.2f} s, stalled {stats.stall_s:.2f} s"
+            f"{stats.generated_tokens} new\n"
+            f"  prefill {stats.prefill_s:.2f} s, decode {stats.decode_s:.2f} s, "
+            f"stalled {stats.stall_s:.2f} s"
         )
 
 
