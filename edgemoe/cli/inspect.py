@@ -218,5 +218,6 @@ def _provenance(plan: dict[str, Any]) -> list[str]:
         lines += BitPlan.from_json(plan["bit_plan"]).lines()
     for name, value in plan.items():
         if isinstance(value, (str, int, float)):
-            lines.append(f"{name:<11} {value}")
+            shown = format_bytes(value) if name.endswith("_bytes") else value
+            lines.append(f"{name.removesuffix('_bytes').replace('_', ' '):<11} {shown}")
     return lines + [f"note        {line}" for line in plan.get("notes", ())]
