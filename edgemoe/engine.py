@@ -57,6 +57,7 @@ class Engine:
         self._routing, self._prepared = config.routing, checked.routing
         self._change = Change.of(self.active_set, self._routing)
         self.args, self._index = checked.args, checked.index
+        self._stand_ins = checked.stand_ins
         self.plan = plan_with_set(checked.plan, self._index, self.active_set)
         self.context, self.chunk_tokens = self.plan.context, self.plan.chunk
         self.tokenizer: Tokenizer | None = checked.tokenizer
@@ -148,7 +149,7 @@ class Engine:
         from .runtime.store import Store
 
         config, args = self.config, self.args
-        store = Store(self.path, io=config.io, backend=config.backend)
+        store = Store(self.path, io=config.io, backend=config.backend, stand_ins=self._stand_ins)
         self._resources.callback(store.close)
         self.reader = store.reader
         self.reader.throttle(config.throttle or 0)
@@ -164,7 +165,7 @@ class Engine:
         self._resources.callback(arena.close)
         self._resources.callback(store.close)  # last in, first out: no read outlives its memory
         self.cache = make_cache(
-            store.reader, arena, capacity, self._index.records, config.policy, config.backend
+            store.reader, arena, capacity, store.record_of, config.policy, config.backend
         )
         self._resources.callback(self.cache.close)
         if config.find_knee:
@@ -270,6 +271,12 @@ class Engine:
             raise UsageError("this engine is closed")
         with self._lock, self._interrupt.deferred():
             routing = routing or Routing()
+            if routing.stand_in is not None and self._stand_ins is None:
+                raise UsageError(
+                    "this engine has no stand-ins",
+                    "they are opened with it",
+                    "open it with a routing that has `stand_in`",
+                )
             prepared = prepare(routing, self._index, self.args, self.active_set)
             apply(prepared, self._model, self._executor)
             self._routing, self._change = routing, Change.of(self.active_set, routing)
@@ -342,9 +349,9 @@ class Engine:
     def use_executor(self, make: "Callable[[Executor], Executor]") -> None:
         """Put the executor that `make` makes of the present one in its place, for good: it runs
         the experts of prompts, and of tokens that are not given as a list of one."""
-        cold = self._executor.cold
+        cold, stand_ins = self._executor.cold, self._executor.stand_ins
         self._experts.executor = self._executor = make(self._executor)
-        self._executor.cold = cold
+        self._executor.cold, self._executor.stand_ins = cold, stand_ins
 
     def warm_up(self) -> int:
         """Wait until the warm start has read what it knows to be wanted and what fits; returns its
@@ -441,7 +448,8 @@ class Engine:
         with self._lock:
             self.closed = True
             if self.warm_start is not None and self.warm_start.is_over:
-                save_last_run(self._index, self.cache.resident_mask())
+                resident = self.cache.resident_mask()[self.cache.table.own_keys]
+                save_last_run(self._index, resident)
             self.template_worker.close()
             self._session = self._model = None
             self._resources.close()

@@ -67,6 +67,7 @@ class Meter:
             routing=None if change is None else change.label,
             active_experts=routed.mean_active,
             dropped=routed.num_dropped,
+            stand_ins=routed.num_stand_ins,
             prefetch=self._engine.prefetch.report(since=self._guesses_before),
             **self._sums,
         )

@@ -13,12 +13,12 @@ from .active_set import ActiveSet, find_set, plan_with_set
 from .config import DEFAULT_CONTEXT, EngineConfig
 from .models import store_args
 from .models.args import ModelArgs
-from .routing import Prepared, prepare
+from .routing import Prepared, prepare, stand_ins_of
 from .runtime.amounts import MIB, format_bytes
 from .runtime.budget import RUNTIME_BYTES, MemoryPlan, ModelDims, make_plan
 from .runtime.errors import BudgetError, FormatError, UsageError
 from .runtime.format import PAGE_BYTES, round_up
-from .runtime.index import StoreIndex, load_index
+from .runtime.index import ExpertRecord, StoreIndex, load_index
 from .runtime.process import process_memory
 from .tokenizer import Tokenizer
 
@@ -37,6 +37,7 @@ class Preflight:
     plan: MemoryPlan
     active_set: ActiveSet | None
     routing: Prepared
+    stand_ins: dict[tuple[int, int], ExpertRecord] | None
     tokenizer: Tokenizer | None
 
 
@@ -45,6 +46,7 @@ def preflight(path: Path, config: EngineConfig) -> Preflight:
     index = load_index(path)
     args = store_args(index)
     check_index(index, args)
+    stand_ins = stand_ins_of(config.routing, index)
     context = context_of(args, config)
     dims = dims_of(args)
     active = None
@@ -69,7 +71,7 @@ def preflight(path: Path, config: EngineConfig) -> Preflight:
     release_free_memory()
     if runtime_bytes() > plan.lines[0].num_bytes:
         plan = plan_now()
-    return Preflight(path, index, args, plan, active, routing, tokenizer)
+    return Preflight(path, index, args, plan, active, routing, stand_ins, tokenizer)
 
 
 def runtime_bytes() -> int:

@@ -59,8 +59,9 @@ class Recorder:
             for array, parts in zip((experts, weights), zip(*rows, strict=True), strict=True):
                 part = np.concatenate(parts)[: len(self._phases)]
                 array[:, place, : part.shape[1]] = part
-        sizes = np.array(engine.cache.table.num_bytes, dtype=np.int64)
-        num_experts = np.array([engine.cache.table.num_experts[layer] for layer in self._layers])
+        table = engine.cache.table
+        sizes = np.array(table.num_bytes, dtype=np.int64)[table.own_keys]
+        num_experts = np.array([table.num_experts[layer] for layer in self._layers])
         first = np.concatenate(([0], np.cumsum(num_experts)[:-1]))
         largest = np.maximum.reduceat(sizes, first)
         is_even = np.array_equal(sizes, np.repeat(largest, num_experts))

@@ -75,4 +75,5 @@ def _routing(engine: "Engine") -> dict[str, Any] | None:
         "label": change.label,
         "mean_active_experts": counts.mean_active,
         "dropped": counts.num_dropped,
+        "stand_ins": counts.num_stand_ins,
     }

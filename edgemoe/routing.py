@@ -10,10 +10,12 @@ import numpy as np
 
 from .active_set import ActiveSet
 from .models.args import ModelArgs
+from .models.fingerprint import checkpoint_fingerprint
 from .models.rules import RoutingCounts, Rule
 from .routing_files import read_thetas, read_tuning
 from .runtime.errors import UsageError
-from .runtime.index import StoreIndex
+from .runtime.index import ExpertRecord, StoreIndex
+from .runtime.stand_ins import read_stand_ins
 
 if TYPE_CHECKING:
     import torch
@@ -37,6 +39,9 @@ class Routing:
     - `drop_cold`: while decoding, an expert that is not in memory and has less than this share of a
       token's routing weights is left out, of all experts at most the share `max_dropped`. What the
       output is depends on what was in memory.
+    - `stand_in`: while decoding, an expert that is not in memory and comes when more than this
+      share of a token's routing weights has gone, most weight first, is computed from its record at
+      fewer bits (`edgemoe stand-ins`). What the output is depends on what was in memory.
     """
 
     active_experts: int | None = None
@@ -45,6 +50,7 @@ class Routing:
     compressed: str | None = None
     drop_cold: float | None = None
     max_dropped: float | None = None
+    stand_in: float | None = None
 
     def __post_init__(self) -> None:
         if self.active_experts is not None and (
@@ -62,6 +68,14 @@ class Routing:
                 )
         if self.max_dropped is not None and self.drop_cold is None:
             raise UsageError("`max_dropped` without `drop_cold`", "it bounds what that drops")
+        if self.stand_in is not None and not 0 <= self.stand_in <= 1:
+            raise UsageError("bad option `stand_in`", f"expected 0 to 1, got {self.stand_in}")
+        if self.stand_in is not None and self.drop_cold is not None:
+            raise UsageError(
+                "`stand_in` and `drop_cold` do not go together",
+                "an absent expert of little weight has a stand-in or is left out",
+                "give one of them",
+            )
 
     @property
     def is_plain(self) -> bool:
@@ -72,7 +86,7 @@ class Routing:
     def depends_on_memory(self) -> bool:
         """Whether the output depends on what was in memory, so that it may differ from run to
         run."""
-        return self.drop_cold is not None
+        return self.drop_cold is not None or self.stand_in is not None
 
     @property
     def label(self) -> str:
@@ -88,6 +102,8 @@ class Routing:
             parts.append("compressed experts")
         if self.drop_cold is not None:
             parts.append(f"cold experts below {self.drop_cold:g} dropped")
+        if self.stand_in is not None:
+            parts.append(f"stand-ins after {self.stand_in:g}")
         return ", ".join(parts)
 
     def to_dict(self) -> dict[str, Any]:
@@ -124,6 +140,13 @@ class Prepared:
     rule: Rule
     gains: "dict[int, np.ndarray]"
     thetas: "dict[int, torch.Tensor]"
+
+
+def stand_ins_of(routing: Routing, index: StoreIndex) -> dict[tuple[int, int], ExpertRecord] | None:
+    """The stand-ins that a routing needs, None: none. Raises what `read_stand_ins` raises."""
+    if routing.stand_in is None:
+        return None
+    return read_stand_ins(index, checkpoint_fingerprint(index))
 
 
 def prepare(
@@ -165,6 +188,8 @@ def prepare(
         top_p=routing.top_p or 0.0,
         cold_share=routing.drop_cold or 0.0,
         max_dropped=routing.max_dropped or MAX_DROPPED,
+        stand_ins=routing.stand_in is not None,
+        stand_in_after=routing.stand_in or 0.0,
     )
     return Prepared(rule, gains, thetas)
 
@@ -174,15 +199,17 @@ def apply(prepared: Prepared, model: "CausalLM", executor: "Executor") -> None:
     model.set_thetas(prepared.thetas)
     model.set_gains(prepared.gains)
     model.set_rule(prepared.rule)
-    executor.cold.share, executor.cold.max_dropped = (
-        prepared.rule.cold_share,
-        prepared.rule.max_dropped,
-    )
+    rule = prepared.rule
+    executor.cold.share, executor.cold.max_dropped = rule.cold_share, rule.max_dropped
+    executor.stand_ins.after = rule.stand_in_after if rule.stand_ins else None
 
 
 def counts_of(model: "CausalLM", executor: "Executor") -> RoutingCounts:
     """What came of it so far: of the core or torch, and of single tokens in the executor."""
     counts, num_dropped = model.routing_counts(), executor.cold.num_dropped
     return RoutingCounts(
-        counts.num_routed, counts.num_active - num_dropped, counts.num_dropped + num_dropped
+        counts.num_routed,
+        counts.num_active - num_dropped,
+        counts.num_dropped + num_dropped,
+        counts.num_stand_ins + executor.stand_ins.num_used,
     )

@@ -39,6 +39,7 @@ class GenerationStats:
     routing: str | None = None  # what changed the output: `set code, hard`, `3 active experts`
     active_experts: float | None = None  # then: of a token and layer, mean
     dropped: int = 0  # records that were left out since they were not in memory
+    stand_ins: int = 0  # experts computed at fewer bits since they were not in memory
 
     @property
     def tokens_per_s(self) -> float:
@@ -84,6 +85,8 @@ class GenerationStats:
             parts.append(f"{self.active_experts:.2f} experts a layer")
         if self.dropped:
             parts.append(f"{self.dropped} dropped")
+        if self.stand_ins:
+            parts.append(f"{self.stand_ins / max(1, self.generated_tokens):.1f} stand-ins a token")
         return " · ".join(parts)
 
     def to_dict(self) -> dict[str, Any]:

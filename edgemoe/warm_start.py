@@ -77,15 +77,15 @@ class WarmStart:
         self.num_bytes, self.num_records, self.seconds = 0, 0, 0.0
         self._cache, self._lock = cache, lock
         self._stopped = threading.Event()
-        sizes = cache.table.num_bytes
+        sizes, keys = cache.table.num_bytes, np.array(cache.table.own_keys)
         if self.sources:
             order = np.argsort(-use, kind="stable")
             known = order[use[order] > 0]
-            cache.seed(known.tolist(), use[known] * _PRIOR_TOKENS)
-            self._keys = order.tolist()
+            cache.seed(keys[known].tolist(), use[known] * _PRIOR_TOKENS)
+            self._keys = keys[order].tolist()
         else:
-            self._keys = list(range(len(sizes)))
-        if not self.sources and sum(sizes) > cache.capacity_bytes:
+            self._keys = keys.tolist()
+        if not self.sources and sum(sizes[key] for key in self._keys) > cache.capacity_bytes:
             self._keys = []
         self._thread = threading.Thread(target=self._run, name="edgemoe-warm-start", daemon=True)
         if self._keys:

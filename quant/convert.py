@@ -155,7 +155,7 @@ def _write_experts(
     crcs: Crcs = []
     try:
         if calibration is None or not todo:
-            records = _plain_records(checkpoint, plan, todo, workers)
+            records = plain_records(checkpoint, plan, todo, workers)
         else:
             records = calibrated_records(checkpoint, plan, todo, workers, calibration)
         for (layer, number), (record, pair) in records:
@@ -172,7 +172,7 @@ def _write_experts(
         file.close()
 
 
-def _plain_records(
+def plain_records(
     source: WeightSource, plan: ConversionPlan, keys: list[tuple[int, int]], workers: int
 ) -> Iterator[tuple[tuple[int, int], Record]]:
     """Packed experts in the order of `keys`; `workers` threads each read and pack a whole one."""

@@ -60,10 +60,10 @@ def whole_pages(capacity_bytes: int, arena: Arena) -> int:
 
 
 def layers_alike(table: RecordTable) -> list[int]:
-    """All keys, the first experts of every layer first."""
+    """All keys but stand-ins, the first experts of every layer first."""
     first = list(table.first_key.values())
     places = table.place_of_key
-    return sorted(range(len(table)), key=lambda key: key - first[places[key]])
+    return sorted(table.own_keys, key=lambda key: key - first[places[key]])
 
 
 def no_room(cache: "ExpertCache | NativeCache", keys: Sequence[int]) -> BudgetError:

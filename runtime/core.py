@@ -32,7 +32,7 @@ from .core_decoder import (
     RoutingStats,
 )
 
-ABI_VERSION = 4  # em_abi_version() this file was written for
+ABI_VERSION = 5  # em_abi_version() this file was written for
 ERR_ROOM, ERR_STOPPED = -10004, -10005
 _FILE = {"win32": "edgemoe_core.dll", "darwin": "libedgemoe_core.dylib"}.get(
     sys.platform, "libedgemoe_core.so"
@@ -50,6 +50,8 @@ class Record(ctypes.Structure):
         ("down", Format),
         ("crc_gate_up", c_uint32),
         ("crc_down", c_uint32),
+        ("file", c_int32),
+        ("reserved", c_int32),
     ]
 
 
@@ -125,6 +127,10 @@ _SIGNATURES: dict[str, tuple[object, list[object]]] = {
     "em_index_close": (None, [POINTER(Index)]),
     "em_index_key": (_I32, [POINTER(Index), _I64, _I64]),
     "em_store_open": (_P, [c_char_p, POINTER(Record), _I64, _I32, _I32, _I32, POINTER(c_int32)]),
+    "em_store_open_files": (
+        _P,
+        [POINTER(c_char_p), _I32, POINTER(Record), _I64, *[_I32] * 3, POINTER(c_int32)],
+    ),
     "em_store_close": (None, [_P]),
     "em_store_is_direct": (_I32, [_P]),
     "em_store_uring": (_I32, [_P]),

@@ -44,6 +44,7 @@ class Block(ctypes.Structure):
         ("router", Matrix),
         ("first_key", c_int64),
         ("expert_width", c_int64),
+        ("first_stand_in", c_int64),
         ("gate_up", Matrix * 2),
         ("down", Matrix),
         ("shared_weight", Matrix),
@@ -74,13 +75,17 @@ class RoutingRule(ctypes.Structure):
         ("active_experts", c_int32),
         ("num_auxiliary", c_int32),
         *((name, c_float) for name in ("top_p", "cold_share", "max_dropped")),
+        ("stand_ins", c_int32),
+        ("stand_in_after", c_float),
     ]
 
 
 class RoutingStats(ctypes.Structure):
     """em_routing_stats."""
 
-    _fields_ = [(name, c_int64) for name in ("num_routed", "num_active", "num_dropped")]
+    _fields_ = [
+        (name, c_int64) for name in ("num_routed", "num_active", "num_dropped", "num_stand_ins")
+    ]
 
 
 class KvCache(ctypes.Structure):

@@ -20,6 +20,7 @@ from .cache import COMPUTE_NS, STALL_NS, ExpertCache
 from .cold import ColdRule
 from .errors import EdgeMoeError, UsageError
 from .format import LINE_BYTES, RecordLayout
+from .stand_ins import StandInRule
 from .waves import Wave, cut_waves
 
 if TYPE_CHECKING:
@@ -73,7 +74,7 @@ class Executor:
         self._weight_address = self._pair_weight.ctypes.data
         self._one_each = np.arange(top_k + 1)  # where each expert has one pair
         self._observe = None  # of observe.py
-        self.cold = ColdRule()  # for one token at a time
+        self.cold, self.stand_ins = ColdRule(), StandInRule()  # for one token at a time
         self._told, self._told_native_s = cache.place_stats.sum(axis=0), cache.native_s
         self._args = core.MoeArgs()
         if self._backend == "native":
@@ -141,6 +142,14 @@ class Executor:
         if not keys:
             self.cache.begin_layer(layer, num_tokens)
             return y
+        if self.stand_ins.after is not None and num_tokens == 1:
+            keys = self.stand_ins.keys_of(
+                keys,
+                self._pair_weight[: len(keys)],
+                self.cache.addresses,
+                self.table.num_bytes,
+                self.table.stand_in_step(layer),
+            )
         waves = cut_waves(
             keys,
             None if num_tokens == 1 else begins,

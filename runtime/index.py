@@ -22,11 +22,13 @@ TRUNK_FILE = "trunk.safetensors"
 
 @dataclass(frozen=True, slots=True)
 class ExpertRecord:
-    """Where one expert record is and how to read it. `crc32c` covers (gate|up, down)."""
+    """Where one expert record is and how to read it. `crc32c` covers (gate|up, down). `file`: 0,
+    experts.safetensors; 1, the stand-ins (stand_ins.py)."""
 
     offset: int
     layout: RecordLayout
     crc32c: tuple[int, int]
+    file: int = 0
 
     @property
     def num_bytes(self) -> int:

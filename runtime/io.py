@@ -71,10 +71,11 @@ def failure_text(status: int) -> str:
 class RecordReader:
     """Reads whole records of one `experts.safetensors` into 4096-aligned memory, asynchronously.
 
-    A key is a record's position in `records`. `status` [num_records] int32 holds ABSENT, READING,
-    READY or a negative failure; the caller writes ABSENT when it gives a record's memory away,
-    never while READING. `landed_ns` [num_records] int64 is the monotonic time when the last read of
-    each record ended. Both are views of the core's memory, not to be used after `close`.
+    `more_paths`: the files 1, 2, ... that records may lie in instead. A key is a record's position
+    in `records`. `status` [num_records] int32 holds ABSENT, READING, READY or a negative failure;
+    the caller writes ABSENT when it gives a record's memory away, never while READING. `landed_ns`
+    [num_records] int64 is the monotonic time when the last read of each record ended. Both are
+    views of the core's memory, not to be used after `close`.
 
     `depth`: requests being read at a time. Direct reads go through io_uring where it is allowed,
     else through `depth` reader threads; `io_note` says which, and why. With io_uring nothing moves
@@ -92,6 +93,7 @@ class RecordReader:
         io: str = "auto",
         backend: str | None = None,
         method: str = "auto",
+        more_paths: Sequence[Path] = (),
     ) -> None:
         if io not in IO_MODES:
             raise UsageError(f"unknown io `{io}`", f"expected one of {', '.join(IO_MODES)}")
@@ -99,14 +101,14 @@ class RecordReader:
             raise UsageError(f"unknown method `{method}`", f"expected {', '.join(METHODS)}")
         if not 1 <= depth <= 256:
             raise UsageError(f"expected 1 to 256 reads at a time, got {depth}")
-        self.path = Path(path)
-        self.backend = backend or core.BACKEND
+        self.path, self.backend = Path(path), backend or core.BACKEND
+        paths = [self.path, *more_paths]
         why_buffered = "as asked"
         make = _NativeReader if self.backend == "native" else PythonReader
         attempts = {"auto": (True, False), "direct": (True,), "buffered": (False,)}[io]
         for direct in attempts:
             try:
-                self._reader = make(self.path, records, depth, direct, method == "threads")
+                self._reader = make(paths, records, depth, direct, method == "threads")
                 break
             except OSError as error:
                 if direct and error.errno not in (errno.ENOENT, errno.EACCES, errno.EPERM):
@@ -238,7 +240,7 @@ def _open_error(path: Path, error: OSError) -> EdgeMoeError:
 class _NativeReader:
     def __init__(
         self,
-        path: Path,
+        paths: Sequence[Path],
         records: Sequence[ExpertRecord],
         depth: int,
         direct: bool,
@@ -246,19 +248,19 @@ class _NativeReader:
     ) -> None:
         table = (core.Record * max(len(records), 1))()
         for row, record in zip(table, records, strict=False):
-            row.offset, row.num_bytes = record.offset, record.num_bytes
+            row.offset, row.num_bytes, row.file = record.offset, record.num_bytes, record.file
             row.down_offset = record.layout.down_offset
-            row.gate_up = core.Format.of(record.layout.gate_up)
-            row.down = core.Format.of(record.layout.down)
+            row.gate_up, row.down = map(core.Format.of, (record.layout.gate_up, record.layout.down))
             row.crc_gate_up, row.crc_down = record.crc32c
         error = ctypes.c_int32()
         mode = IO_MODES.index("direct" if direct else "buffered")
-        self.handle: int = core.lib.em_store_open(
-            os.fsencode(path), table, len(records), depth, mode, with_threads, error
+        names = (ctypes.c_char_p * len(paths))(*map(os.fsencode, paths))
+        self.handle: int = core.lib.em_store_open_files(
+            names, len(paths), table, len(records), depth, mode, with_threads, error
         )
         if not self.handle:
             if error.value == ERR_ARG:
-                raise FormatError(f"`{path}`: a record is not on page boundaries")
+                raise FormatError(f"`{paths[0]}`: a record is not on page boundaries")
             raise OSError(-error.value, os.strerror(-error.value))
         uring = core.lib.em_store_uring(self.handle)
         self.why_threads = None if uring == 1 else "as asked"

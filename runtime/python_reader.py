@@ -33,7 +33,7 @@ class PythonReader:
 
     def __init__(
         self,
-        path: Path,
+        paths: Sequence[Path],
         records: Sequence[ExpertRecord],
         depth: int,
         direct: bool,
@@ -41,7 +41,7 @@ class PythonReader:
     ) -> None:
         for record in records:
             if record.offset < 0 or record.offset % PAGE_BYTES:
-                raise FormatError(f"`{path}`: a record is not on page boundaries")
+                raise FormatError(f"`{paths[0]}`: a record is not on page boundaries")
         self._records = list(records)
         self._direct = direct
         self.status = np.zeros(len(records), dtype=np.int32)
@@ -49,17 +49,19 @@ class PythonReader:
         self._verified = [[False, False] for _ in records]
         self._stats = ReadStats()
         self._throttle, self._num_throttled = Throttle(), 0
-        self._file = open_raw(path, direct)
+        self._files = []
         try:
-            if direct:
+            for number, path in enumerate(paths):
+                self._files.append(file := open_raw(path, direct))
+                if not direct:
+                    advise(file, 0, 0, "POSIX_FADV_RANDOM")
+                    continue
                 with Arena(PAGE_BYTES, backend="reference") as page:
-                    offset = records[0].offset if records else 0
-                    read_some(self._file, page.view(0, PAGE_BYTES), offset)
+                    offset = next((r.offset for r in records if r.file == number), 0)
+                    read_some(file, page.view(0, PAGE_BYTES), offset)
         except OSError:
-            self._file.close()
+            self._close_files()
             raise
-        if not direct:
-            advise(self._file, 0, 0, "POSIX_FADV_RANDOM")
         self._reads: dict[int, Read] = {}  # by key
         self._turn = 0
         self._changed = threading.Condition()
@@ -151,7 +153,11 @@ class PythonReader:
             self._changed.notify_all()
         for thread in self._threads:
             thread.join()
-        self._file.close()
+        self._close_files()
+
+    def _close_files(self) -> None:
+        for file in self._files:
+            file.close()
 
     def _are_keys(self, keys: np.ndarray) -> bool:
         return all(0 <= key < len(self._records) for key in keys.tolist())
@@ -221,15 +227,16 @@ class PythonReader:
 
     def _read(self, request: Request, view: np.ndarray) -> tuple[int, int]:
         """0 or a negative status, and the bytes read."""
-        base, done = self._records[request.key].offset + request.begin, 0
+        record = self._records[request.key]
+        file, base, done = self._files[record.file], record.offset + request.begin, 0
         part = view[request.begin : request.begin + request.num_bytes]
         while done < request.num_bytes:
             try:
-                got = read_some(self._file, part[done:], base + done)
+                got = read_some(file, part[done:], base + done)
             except OSError as error:
                 return -(error.errno or errno.EIO), done
             if not self._direct:
-                advise(self._file, base + done, got, "POSIX_FADV_DONTNEED")
+                advise(file, base + done, got, "POSIX_FADV_DONTNEED")
             done += got
             # A direct read that ends inside a page has met the end of the file.
             if not got or (self._direct and got % PAGE_BYTES):

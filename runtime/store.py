@@ -1,7 +1,7 @@
 """A store that is open: its index, its record reader, its trunk tensors, its checks. Floor 1."""
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,6 +13,7 @@ from .format import TensorEntry, read_header
 from .index import EXPERTS_FILE, TRUNK_FILE, ExpertRecord, StoreIndex, load_index
 from .io import DEFAULT_DEPTH, READY, Arena, RecordReader, failure_text
 from .memory import Pile
+from .stand_ins import STAND_INS_FILE, with_stand_ins
 
 if TYPE_CHECKING:
     import torch
@@ -39,6 +40,7 @@ class Store:
 
     Records are ordered by (layer, expert); a key is a position in that order. Raises what
     `load_index` and `RecordReader` raise, and FormatError for a trunk that contradicts the index.
+    `stand_ins`: those of its experts (stand_ins.py), as further records.
     """
 
     def __init__(
@@ -47,11 +49,14 @@ class Store:
         depth: int = DEFAULT_DEPTH,
         io: str = "auto",
         backend: str | None = None,
+        stand_ins: Mapping[tuple[int, int], ExpertRecord] | None = None,
     ) -> None:
         self.path = Path(path)
         self.index: StoreIndex = load_index(self.path)
-        self.pairs: list[tuple[int, int]] = sorted(self.index.records)
-        self.records: list[ExpertRecord] = [self.index.records[pair] for pair in self.pairs]
+        self.record_of = with_stand_ins(self.index.records, stand_ins or {})
+        self.pairs: list[tuple[int, int]] = sorted(self.record_of)
+        self.records: list[ExpertRecord] = [self.record_of[pair] for pair in self.pairs]
+        self._more_paths = [self.path / STAND_INS_FILE] if stand_ins else []
         self.layer_first_key: dict[int, int] = {}
         for key, (layer, _) in enumerate(self.pairs):
             self.layer_first_key.setdefault(layer, key)
@@ -71,10 +76,20 @@ class Store:
         try:
             self._trunk, _ = read_header(self._trunk_file, str(trunk))
             self._check_trunk()
-            self.reader = RecordReader(self.path / EXPERTS_FILE, self.records, depth, io, backend)
+            self.reader = self._open_reader()
         except BaseException:
             self._trunk_file.close()
             raise
+
+    def _open_reader(self) -> RecordReader:
+        return RecordReader(
+            self.path / EXPERTS_FILE,
+            self.records,
+            self._depth,
+            self._io,
+            self._backend,
+            more_paths=self._more_paths,
+        )
 
     def key(self, layer: int, expert: int) -> int:
         """The key of a record; raises NotFoundError."""
@@ -150,14 +165,12 @@ class Store:
         """
         if not self.records:
             return
-        slot_bytes = self.index.max_record_bytes
+        slot_bytes = max(record.num_bytes for record in self.records)
         # A reader of its own: the open one checks a record only the first time it reads it. It is
         # closed before the memory that it writes to.
         with (
             Arena(2 * slot_bytes, self._backend) as arena,
-            RecordReader(
-                self.path / EXPERTS_FILE, self.records, self._depth, self._io, self._backend
-            ) as reader,
+            self._open_reader() as reader,
         ):
             addresses = np.array([arena.address, arena.address + slot_bytes], dtype=np.uint64)
             keys = np.arange(len(self.records), dtype=np.int32)

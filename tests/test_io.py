@@ -144,15 +144,15 @@ def test_handle_is_native_only(experts, backend):
 def test_direct_refused_is_said(experts, backend, monkeypatch):
     path, records, _ = experts
     if backend == "native":
-        real = core.lib.em_store_open
+        real = core.lib.em_store_open_files
 
-        def refuse(path, table, num, depth, mode, with_threads, error):
+        def refuse(paths, num_paths, table, num, depth, mode, with_threads, error):
             if mode == 1:
                 error.value = -errno.EINVAL
                 return None
-            return real(path, table, num, depth, mode, with_threads, error)
+            return real(paths, num_paths, table, num, depth, mode, with_threads, error)
 
-        monkeypatch.setattr(core.lib, "em_store_open", refuse)
+        monkeypatch.setattr(core.lib, "em_store_open_files", refuse)
     else:
         from edgemoe.runtime import python_reader
 

@@ -17,6 +17,7 @@ COMMANDS = {
     "plan": (".plan", "show what fits into a memory budget, without loading anything"),
     "convert": (".convert", "turn a Hugging Face checkpoint into a store"),
     "calibrate": (".calibrate", "learn what a model's routers do on text"),
+    "stand-ins": (".stand_ins", "write second records of a store's experts at fewer bits"),
     "prune": (".prune", "choose the experts that a task needs, as a set beside the store"),
     "inspect": (".inspect", "show what a store holds"),
     "verify": (".verify", "check a store, and that streaming does not change its output"),

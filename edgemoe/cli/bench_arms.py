@@ -234,6 +234,7 @@ def _measure_one(
         "routing": routing.label if routing else None,
         "mean_active_experts": counts and counts.mean_active,
         "dropped": counts and counts.num_dropped,
+        "stand_ins": counts and counts.num_stand_ins,
         **speeds(decoded, args.prompt_tokens),
         **cost,
         "prefetch": engine.prefetch.report(),

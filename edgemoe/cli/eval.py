@@ -96,6 +96,7 @@ def run(args: argparse.Namespace) -> int:
         "routing": None if routing is None else routing.label,
         "mean_active_experts": counts and counts.mean_active,
         "dropped": counts and counts.num_dropped,
+        "stand_ins": counts and counts.num_stand_ins,
         "window": size,
         "stride": args.stride or max(1, size // 2),
         "num_windows": len(windows),

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..runtime.amounts import format_bytes, format_count
+from ..runtime.errors import EdgeMoeError
 from ..runtime.format import DTYPE_BYTES, QuantSpec, TensorEntry, read_header
 from ..runtime.index import TRUNK_FILE, StoreIndex, load_index
 from . import options
@@ -62,6 +63,7 @@ def describe(index: StoreIndex, trunk: dict[str, TensorEntry], model: Any) -> di
         "bpw": 8 * num_bytes / weights,
         "classes": classes,
         "layers": _layers(index),
+        "stand_ins": stand_ins_of(index),
         "files": [
             {"name": file.name, "bytes": file.stat().st_size, "sha256": index.sha256.get(file.name)}
             for file in sorted(Path(index.path).iterdir())
@@ -69,6 +71,24 @@ def describe(index: StoreIndex, trunk: dict[str, TensorEntry], model: Any) -> di
         ],
         "provenance": index.plan,
     }
+
+
+def stand_ins_of(index: StoreIndex) -> dict[str, Any] | None:
+    """Second records at fewer bits (runtime/stand_ins.py): `bytes` of all, `record_bytes` of the
+    largest, `format`; or the `error` of a file that does not go with the store. None: no file."""
+    from ..models.fingerprint import checkpoint_fingerprint
+    from ..runtime.stand_ins import STAND_INS_FILE, read_stand_ins
+
+    if not (index.path / STAND_INS_FILE).is_file():
+        return None
+    try:
+        records = read_stand_ins(index, checkpoint_fingerprint(index)).values()
+    except EdgeMoeError as error:
+        return {"error": str(error)}
+    sizes = [record.num_bytes for record in records]
+    layout = next(iter(records)).layout
+    formats = dict.fromkeys([spec_name(layout.gate_up), spec_name(layout.down)])
+    return {"bytes": sum(sizes), "record_bytes": max(sizes), "format": ", ".join(formats)}
 
 
 def _row(name: str, formats: Counter[str], weights: int, num_bytes: int) -> dict[str, Any]:
@@ -181,6 +201,11 @@ def _head(document: dict[str, Any]) -> str:
             f"({document['bpw']:.2f} bits a weight)",
         ),
     ]
+    if found := document["stand_ins"]:
+        text = (
+            found.get("error") or f"{format_bytes(found['record_bytes'])} each, {found['format']}"
+        )
+        rows.append(("stand-ins", text))
     return "\n".join(f"{name:<11} {value}" for name, value in rows)
 
 

@@ -7,6 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from ..runtime.amounts import format_bytes
 from ..runtime.errors import NotFoundError
 from . import options
 from .convert import add_format_options, format_options
@@ -45,12 +46,25 @@ def run(args: argparse.Namespace) -> int:
         if args.json:
             print(json.dumps({"fits": False, "floor_bytes": error.floor_bytes}), flush=True)
         raise
+    second = _stand_ins(path)
     if args.json:
         document = asdict(plan) | {"fits": True, "num_cached_experts": plan.num_cached_experts}
+        document["stand_ins"] = second
         print(json.dumps(document, indent=1))
     else:
         print("\n".join(plan.table()))
+        if second is not None and "error" not in second:
+            size, each = (format_bytes(second[name]) for name in ("bytes", "record_bytes"))
+            print(f"with --stand-in: stand-ins of {each} ({size} on disk) share the expert cache")
     return 0
+
+
+def _stand_ins(path: Path) -> dict[str, Any] | None:
+    """What `inspect` says of the stand-ins of a store."""
+    from ..runtime.index import STORE_FILE, load_index
+    from .inspect import stand_ins_of
+
+    return stand_ins_of(load_index(path)) if (path / STORE_FILE).is_file() else None
 
 
 def plan_of(path: Path, args: argparse.Namespace) -> Any:

@@ -39,6 +39,13 @@ def add_routing_options(parser: Any) -> None:
     group.add_argument(
         "--max-dropped", type=float, metavar="X", help="share of all experts (default: 0.25)"
     )
+    group.add_argument(
+        "--stand-in",
+        type=float,
+        metavar="X",
+        help="an expert that is not in memory and comes when more than this share of a token has "
+        "gone, most weight first, is computed from its record at fewer bits (edgemoe stand-ins)",
+    )
 
 
 _FIELDS = {  # option -> field of `Routing`
@@ -48,6 +55,7 @@ _FIELDS = {  # option -> field of `Routing`
     "compressed_experts": "compressed",
     "drop_cold": "drop_cold",
     "max_dropped": "max_dropped",
+    "stand_in": "stand_in",
 }
 
 

@@ -77,27 +77,42 @@ def _print(text: str) -> None:
 
 def check_sums(path: Path, args: argparse.Namespace, say: Callable[[str], None]) -> dict[str, Any]:
     """Check every record and file of a store; says what is damaged as it is found."""
+    from ..models.fingerprint import checkpoint_fingerprint
+    from ..runtime.index import load_index
+    from ..runtime.stand_ins import STAND_INS_FILE, read_stand_ins
     from ..runtime.store import Store
 
     damaged: list[dict[str, Any]] = []
-    num_records = 0
-    with Store(path, io=args.io, backend=args.backend) as store:
+    index, stand_ins = load_index(path), None
+    if (path / STAND_INS_FILE).is_file():
+        stand_ins = read_stand_ins(index, checkpoint_fingerprint(index))
+    with Store(path, io=args.io, backend=args.backend, stand_ins=stand_ins) as store:
         if not store.reader.is_direct:
             note(f"note: experts are read {store.reader.io_note}")
         for layer, expert, good in store.verify():
-            num_records += 1
-            if not good:
+            if good:
+                continue
+            num_experts = index.layer_to_num_experts[layer]
+            name = f"layers.{layer}.experts.{expert % num_experts}"
+            if expert < num_experts:
                 damaged.append({"layer": layer, "expert": expert})
-                say(f"BAD  expert record `layers.{layer}.experts.{expert}`")
-        good_records = num_records - len(damaged)
-        total = format_bytes(store.index.expert_bytes)
-        of = f"{num_records} expert records{store.index.rows_text}"
-        say(f"{good_records} of {of} have their checksums ({total})")
+                say(f"BAD  expert record `{name}`")
+            else:
+                damaged.append({"layer": layer, "stand_in": expert % num_experts})
+                say(f"BAD  stand-in of `{name}`")
+        for kind, records in (("expert records", index.records), ("stand-ins", stand_ins or {})):
+            num_bad = sum(("stand_in" in each) == (kind == "stand-ins") for each in damaged)
+            rows = index.rows_text if records is index.records else ""
+            total = format_bytes(sum(record.num_bytes for record in records.values()))
+            of = f"{len(records)} {kind}{rows}"
+            if records:
+                say(f"{len(records) - num_bad} of {of} have their checksums ({total})")
         for name, good in store.verify_files():
             if not good:
                 damaged.append({"file": name})
             say(f"{'ok  ' if good else 'BAD '} {name} (sha256)")
-    return {"num_records": num_records, "damaged": damaged}
+    counts = {"num_records": len(index.records), "num_stand_ins": len(stand_ins or ())}
+    return counts | {"damaged": damaged}
 
 
 def compare_runs(

@@ -54,7 +54,7 @@ class NativeRouting:
         """Sums since the start, while anything but plain top-k was set."""
         stats = core.RoutingStats()
         core.lib.em_decoder_get_routing_stats(self._decoder(), stats)
-        return RoutingCounts(stats.num_routed, stats.num_active, stats.num_dropped)
+        return RoutingCounts(*(getattr(stats, name) for name, _ in stats._fields_))
 
     def expert_inputs(self, layer: int, routed: Routed) -> Tensor:
         """What the experts of a layer take, `[T, D]`, of the tokens that it attended to last."""

@@ -38,6 +38,7 @@ def model_table(
         table.window = args.window[number]
         if weights.router is not None:
             table.first_key = records.first_key[number]
+            table.first_stand_in = records.first_stand_in.get(number, 0)
             table.expert_width = records.width[number]
     return core_decoder.Model(
         num_layers=args.num_layers,

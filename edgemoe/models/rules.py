@@ -11,7 +11,8 @@ class Rule:
     more than it takes for shares of the softmax that add up to more than `top_p`, one at least,
     whose weights stay as they are without it (2403.07652). `num_auxiliary`: the next largest so
     many stand in the input of the active with their theta alone (compressed experts, 2503.00634).
-    `cold_share`, `max_dropped`: of the core, for one token; the torch path has runtime/cold.py.
+    `cold_share`, `max_dropped`, `stand_ins`, `stand_in_after`: of the core, for one token; the
+    torch path has runtime/cold.py and runtime/stand_ins.py.
     """
 
     active_experts: int = 0
@@ -19,6 +20,8 @@ class Rule:
     top_p: float = 0.0
     cold_share: float = 0.0
     max_dropped: float = 0.0
+    stand_ins: bool = False
+    stand_in_after: float = 0.0
 
     @property
     def is_plain(self) -> bool:
@@ -27,12 +30,13 @@ class Rule:
 
 @dataclass(frozen=True, slots=True)
 class RoutingCounts:
-    """Tokens times layers that were routed, the experts that they went through, and records that
-    were left out as cold."""
+    """Tokens times layers that were routed, the experts that they went through, records that were
+    left out as cold, and experts of which a stand-in was computed."""
 
     num_routed: int = 0
     num_active: int = 0
     num_dropped: int = 0
+    num_stand_ins: int = 0
 
     @property
     def mean_active(self) -> float | None:

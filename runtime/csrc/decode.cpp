@@ -172,8 +172,11 @@ bool Decoder::goes_with(const Cache &cache) const {
   for (size_t number = 0; number < layers_.size(); ++number) {
     const em_block &layer = layers_[number];
     if (layer.router.rows == 0) continue;
-    if (place == cache.num_places() || layer.first_key != cache.first_key(place) ||
-        layer.first_key + routing_[number].num_bodies() > cache.first_key(place + 1)) {
+    if (place == cache.num_places()) return false;
+    const int64_t end = cache.first_key(place + 1), stand_ins = layer.first_stand_in;
+    const int64_t num_bodies = routing_[number].num_bodies();
+    if (layer.first_key != cache.first_key(place) || layer.first_key + num_bodies > end ||
+        (stand_ins != 0 && (stand_ins < layer.first_key + num_bodies || stand_ins + num_bodies > end))) {
       return false;
     }
     ++place;
@@ -267,6 +270,9 @@ int32_t Decoder::run_layer(int64_t number, Cache &cache, em_decode_args &args, f
     num = drop_cold(layer, cache, ids, args.routing_weights + place * top_k, num);
   }
   for (int64_t k = 0; k < num; ++k) keys_[k] = static_cast<int32_t>(layer.first_key + ids[k]);
+  if (rule_.stand_ins != 0 && layer.first_stand_in != 0) {
+    stand_in(layer, cache, args.routing_weights + place * top_k, num);
+  }
   if (between_ != nullptr) between_->spoken(place, ids, args.routing_weights + place * top_k, num);
   int64_t num_misses = 0;
   status = demand(cache, place, num, &num_misses);

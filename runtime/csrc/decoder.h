@@ -80,6 +80,7 @@ class Decoder {
                 float *weights);
   int64_t drop_cold(const em_block &layer, const Cache &cache, int32_t *ids, float *weights,
                     int64_t num);
+  void stand_in(const em_block &layer, const Cache &cache, const float *weights, int64_t num);
   int64_t num_routes(const em_decode_args &args) const {
     return args.forced_ids ? args.num_forced : model_.top_k;
   }
@@ -104,7 +105,7 @@ class Decoder {
   Scratch parts_, qkv_, mixed_, projected_, attention_, scores_, masked_, gate_up_, mlp_, shares_;
   Scratch token_, workspace_, ahead_, inputs_;
   // One token's em_moe_args.
-  std::vector<int32_t> keys_, pair_token_, own_ids_;
+  std::vector<int32_t> keys_, pair_token_, own_ids_, order_;
   std::vector<float> own_weights_;  // of a router whose routes are not taken, as own_ids_
   std::vector<const uint8_t *> data_;
   std::vector<int64_t> pair_begin_;

@@ -20,7 +20,7 @@
 extern "C" {
 #endif
 
-#define EM_ABI_VERSION 4
+#define EM_ABI_VERSION 5
 
 enum { EM_MODE_SYM = 0, EM_MODE_ASYM = 1, EM_MODE_BF16 = 2, EM_MODE_FP16 = 3, EM_MODE_NF4 = 4 };
 
@@ -47,6 +47,7 @@ typedef struct em_record {
   int64_t offset, num_bytes, down_offset;
   em_format gate_up, down;
   uint32_t crc_gate_up, crc_down;
+  int32_t file, reserved; /* which of the files of em_store_open_files it lies in; 0 */
 } em_record;
 
 /* ---- library ------------------------------------------------------------------------------- */
@@ -155,6 +156,11 @@ typedef struct em_store em_store;
 enum { EM_METHOD_AUTO = 0, EM_METHOD_THREADS = 1 };
 EM_API em_store *em_store_open(const char *path, const em_record *records, int64_t num_records,
                                int32_t depth, int32_t io, int32_t method, int32_t *error);
+/* The same for records that lie in several files, 1 .. 16: record.file counts paths [num_files]. They
+ * are read alike, all directly or all buffered. */
+EM_API em_store *em_store_open_files(const char *const *paths, int32_t num_files,
+                                     const em_record *records, int64_t num_records, int32_t depth,
+                                     int32_t io, int32_t method, int32_t *error);
 /* Drops queued reads and waits for those in flight; then the memory of records is the caller's again.
  * No call may be using the store; NULL is allowed. */
 EM_API void em_store_close(em_store *store);
@@ -396,6 +402,8 @@ typedef struct em_block {
   int64_t window;                      /* 0: every earlier token is seen */
   em_matrix router;                    /* [E, D]; rows 0: the layer is dense */
   int64_t first_key, expert_width;     /* expert e is record first_key + e, of this F */
+  int64_t first_stand_in;              /* its stand-in is record first_stand_in + e, of the same place;
+                                          0: there are none. See em_routing */
   em_matrix gate_up[2], down;          /* the dense mlp or the shared expert: gate and up rows stacked
                                           in gate_up[0] or one each, [W, D]; down [D, W] */
   em_matrix shared_weight;             /* [1, D]: the shared expert counts sigmoid(shared_weight x) */
@@ -455,6 +463,12 @@ typedef struct em_routing {
    * more than max_dropped of all records are left out so; the largest stays. What the output then is
    * depends on what was in memory. */
   float cold_share, max_dropped;
+  /* em_decode alone, with stand_ins 1, in layers that have them: of the experts that a token goes
+   * through, most weight first, an absent one before which more than stand_in_after of their weights
+   * has gone is read and computed as its stand-in, where that is smaller: a second record of the same
+   * expert (HOBBIT, 2411.01433, T1). Never the one with the largest weight. Depends on what was in memory, too. */
+  int32_t stand_ins;
+  float stand_in_after;
 } em_routing;
 EM_API int32_t em_decoder_set_routing(em_decoder *decoder, const em_routing *routing);
 /* Compressed experts (2503.00634): with auxiliary experts, those that a token goes through take x * sum
@@ -466,9 +480,10 @@ EM_API int32_t em_decoder_set_theta(em_decoder *decoder, int64_t layer, const fl
 EM_API int32_t em_decoder_expert_inputs(em_decoder *decoder, int64_t num_tokens, const float *normed,
                                         float *x);
 /* Sums since the decoder was made, while anything but plain top-k was set: tokens times layers; the
- * experts that they went through; records that were left out as cold. */
+ * experts that they went through; records that were left out as cold; those of the experts whose
+ * stand-in was computed. */
 typedef struct em_routing_stats {
-  int64_t num_routed, num_active, num_dropped;
+  int64_t num_routed, num_active, num_dropped, num_stand_ins;
 } em_routing_stats;
 EM_API void em_decoder_get_routing_stats(const em_decoder *decoder, em_routing_stats *stats);
 /* x [T, D] = the embedding rows of ids [T]. */

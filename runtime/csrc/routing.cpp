@@ -9,6 +9,7 @@
 #include "decoder.h"
 #include "kernels.h"
 #include "predict.h"
+#include "store.h"
 #include "thread_pool.h"
 
 namespace em {
@@ -203,7 +204,8 @@ bool Decoder::set_routing(const em_routing *routing) {
   const auto is_share = [](float share) { return share >= 0 && share <= 1; };
   if (next.active_experts < 0 || next.num_auxiliary < 0 ||
       num_active + next.num_auxiliary > model_.top_k || !is_share(next.top_p) ||
-      !is_share(next.cold_share) || !is_share(next.max_dropped)) {
+      !is_share(next.cold_share) || !is_share(next.max_dropped) ||
+      !is_share(next.stand_in_after)) {
     return false;
   }
   rule_ = next;
@@ -233,7 +235,7 @@ int32_t Decoder::route(int64_t number, const float *normed, int64_t num_tokens, 
   const int64_t num_rows = layer.router.rows, top_k = model_.top_k;
   const bool renormalise = model_.renormalise != 0;
   const bool is_plain = routing.is_plain() && rule_.active_experts == 0 && !(rule_.top_p > 0) &&
-                        !(rule_.cold_share > 0);
+                        !(rule_.cold_share > 0) && rule_.stand_ins == 0;
   const bool has_auxiliary = !is_plain && rule_.num_auxiliary > 0 && routing.theta != nullptr;
   float *inputs = has_auxiliary ? inputs_.floats(num_tokens * model_.hidden) : nullptr;
   if (has_auxiliary && inputs == nullptr) return -ENOMEM;
@@ -303,6 +305,27 @@ int64_t Decoder::drop_cold(const em_block &layer, const Cache &cache, int32_t *i
     --counts_.num_active;
   }
   return std::min<int64_t>(num, 1);
+}
+
+// Of keys_ [num], the experts of one token: absent ones of little weight become their stand-ins. Sums in
+// double, most weight first, of equal ones the first: those of runtime/stand_ins.py.
+void Decoder::stand_in(const em_block &layer, const Cache &cache, const float *weights,
+                       int64_t num) {
+  order_.resize(static_cast<size_t>(num));
+  rank_largest(weights, num, num, order_.data());
+  double sum = 0.0, before = 0.0;
+  for (const int32_t k : order_) sum += static_cast<double>(weights[k]);
+  const double limit = static_cast<double>(rule_.stand_in_after) * sum;
+  const int32_t step = static_cast<int32_t>(layer.first_stand_in - layer.first_key);
+  const em_record *records = records_of(cache.store());
+  for (const int32_t k : order_) {
+    const em_record *own = records + keys_[k];
+    if (before > limit && cache.is_absent(keys_[k]) && own[step].num_bytes < own->num_bytes) {
+      keys_[k] += step;
+      ++counts_.num_stand_ins;
+    }
+    before += static_cast<double>(weights[k]);
+  }
 }
 
 int32_t Decoder::look_ahead(int64_t number, const float *x, float *scores) {

@@ -2,6 +2,7 @@
 // store_reads.h, which bytes come next in read_queue.cpp.
 #include "store.h"
 
+#include <algorithm>
 #include <cerrno>
 #include <memory>
 #include <new>
@@ -14,7 +15,7 @@
 namespace {
 
 using em::kPage;
-constexpr int32_t kMaxDepth = 256;
+constexpr int32_t kMaxDepth = 256, kMaxFiles = 16;
 
 bool is_aligned(const void *memory) { return reinterpret_cast<uintptr_t>(memory) % kPage == 0; }
 
@@ -111,16 +112,26 @@ extern "C" {
 
 em_store *em_store_open(const char *path, const em_record *records, int64_t num_records,
                         int32_t depth, int32_t io, int32_t method, int32_t *error) {
+  return em_store_open_files(&path, 1, records, num_records, depth, io, method, error);
+}
+
+em_store *em_store_open_files(const char *const *paths, int32_t num_files, const em_record *records,
+                              int64_t num_records, int32_t depth, int32_t io, int32_t method,
+                              int32_t *error) {
   int32_t unused;
   int32_t &result = error ? *error : unused;
   result = EM_ERR_ARG;
-  if (!path || num_records < 0 || num_records > INT32_MAX || (num_records && !records) ||
-      depth < 1 || depth > kMaxDepth || io < 0 || io > 2 || method < 0 || method > 1) {
+  if (!paths || num_files < 1 || num_files > kMaxFiles || num_records < 0 ||
+      num_records > INT32_MAX || (num_records && !records) || depth < 1 || depth > kMaxDepth ||
+      io < 0 || io > 2 || method < 0 || method > 1) {
     return nullptr;
+  }
+  for (int32_t i = 0; i < num_files; ++i) {
+    if (!paths[i]) return nullptr;
   }
   for (int64_t i = 0; i < num_records; ++i) {
     const em_record &record = records[i];
-    if (record.offset < 0 || record.offset % kPage || record.num_bytes <= 0 ||
+    if (record.file < 0 || record.file >= num_files || record.offset < 0 || record.offset % kPage || record.num_bytes <= 0 ||
         record.num_bytes % kPage || record.down_offset <= 0 || record.down_offset % kPage ||
         record.down_offset >= record.num_bytes) {
       return nullptr;
@@ -138,23 +149,32 @@ em_store *em_store_open(const char *path, const em_record *records, int64_t num_
       store->status[i].store(EM_ABSENT);
       store->has_gate_up[i].store(false);
     }
+    store->files.reset(new em::File[num_files]);
+    const auto first_page = [&](int32_t file) -> int64_t {
+      const em_record *const end = records + num_records;
+      const em_record *const found = std::find_if(
+          records, end, [file](const em_record &record) { return record.file == file; });
+      return found == end ? 0 : found->offset;
+    };
     if (io != 2) {
-      result = try_direct(store->file, path, num_records ? records[0].offset : 0);
+      result = 0;
+      for (int32_t i = 0; i < num_files && result == 0; ++i) {
+        result = try_direct(store->files[i], paths[i], first_page(i));
+      }
       store->direct = result == 0;
       if (result && io == 1) return nullptr;
     }
-    if (!store->direct) {
-      result = store->file.open(path, false);
+    for (int32_t i = 0; i < num_files && !store->direct; ++i) {
+      result = store->files[i].open(paths[i], false);
       if (result) return nullptr;
-      store->file.expect_random();
+      store->files[i].expect_random();
     }
     store->depth = depth;
     store->throttle.reserve(2 * depth);
     if (method == EM_METHOD_AUTO && store->direct) {
       std::unique_ptr<em::Uring> ring(new em::Uring);
       const int32_t num_reads = 2 * depth;  // demands, and guesses that were under way before them
-      store->uring_error =
-          try_uring(*ring, store->file, num_reads, num_records ? records[0].offset : 0);
+      store->uring_error = try_uring(*ring, store->files[0], num_reads, first_page(0));
       if (store->uring_error == 0) {
         store->flights.resize(static_cast<size_t>(num_reads));
         store->ring = std::move(ring);

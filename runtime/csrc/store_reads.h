@@ -35,7 +35,7 @@ struct Flight {
 }  // namespace em
 
 struct em_store {
-  em::File file;
+  std::unique_ptr<em::File[]> files;
   bool direct = false;
   int32_t uring_error = 0;  // why there is no ring, 0: not wanted
   std::vector<em_record> records;
@@ -92,6 +92,8 @@ struct em_store {
   bool is_valid(int32_t key) const {
     return key >= 0 && static_cast<size_t>(key) < records.size();
   }
+
+  const em::File &file_of(int32_t key) const { return files[records[key].file]; }
 
   int32_t arrival(int32_t key) const {
     const int32_t now = status[key].load(std::memory_order_acquire);
@@ -175,6 +177,7 @@ struct em_store {
   // All bytes of a request: 0 or a negative status.
   int32_t read(const em::Request &request, int64_t *num_bytes) const {
     const int64_t begin = records[request.key].offset + request.begin;
+    const em::File &file = file_of(request.key);
     int64_t done = 0;
     while (done < request.num_bytes) {
       const int64_t got = file.read_at(request.dst + done, request.num_bytes - done, begin + done);
@@ -233,7 +236,7 @@ struct em_store {
   void push(uint64_t tag) {
     const em::Flight &flight = flights[tag];
     const em::Request &request = flight.request;
-    ring->push_read(file, request.dst + flight.num_bytes, request.num_bytes - flight.num_bytes,
+    ring->push_read(file_of(request.key), request.dst + flight.num_bytes, request.num_bytes - flight.num_bytes,
                     records[request.key].offset + request.begin + flight.num_bytes, tag);
   }
 
