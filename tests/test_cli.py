@@ -315,6 +315,19 @@ def test_inspect_adds_up(run: Cli, store: Path) -> None:
     assert all(f"\n{layer}  " in table for layer in range(LAYERS))
 
 
+def test_inspect_names_what_a_store_was_made_of(run: Cli, store: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy.edgemoe"
+    shutil.copytree(store, copy)
+    document = json.loads((copy / "store.json").read_text())
+    document["plan"]["set"] = {"name": "code", "method": "reap"}
+    (copy / "store.json").write_text(json.dumps(document))
+    assert "set         code, by reap" in run("inspect", copy)[1]
+    document["plan"]["set"] = ["reap"]
+    (copy / "store.json").write_text(json.dumps(document))
+    code, out, _ = run("inspect", copy)
+    assert code == 0 and "`plan` of store.json is damaged" in out
+
+
 # ---- verify, bench ------------------------------------------------------------------------------
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from ..runtime.amounts import format_bytes, format_count
 from ..runtime.errors import EdgeMoeError
 from ..runtime.format import DTYPE_BYTES, QuantSpec, TensorEntry, read_header
-from ..runtime.index import TRUNK_FILE, StoreIndex, load_index
+from ..runtime.index import STORE_FILE, TRUNK_FILE, StoreIndex, load_index
 from . import options
 from .render import open_output, table
 
@@ -168,7 +168,11 @@ def _text(document: dict[str, Any], with_layers: bool) -> str:
         parts.append(_layer_table(document["layers"]))
     parts.append(_file_table(document["files"]))
     if document["provenance"]:
-        parts.append("how it was made\n" + "\n".join(_provenance(document["provenance"])))
+        try:
+            lines = _provenance(document["provenance"])
+        except (EdgeMoeError, KeyError, TypeError, AttributeError, ValueError):
+            lines = [f"`plan` of {STORE_FILE} is damaged; nothing else depends on it"]
+        parts.append("how it was made\n" + "\n".join(lines))
     return "\n\n".join(parts)
 
 
@@ -234,6 +238,8 @@ def _file_table(files: list[dict[str, Any]]) -> str:
 
 def _provenance(plan: dict[str, Any]) -> list[str]:
     lines = []
+    if "set" in plan:
+        lines.append(f"set         {plan['set']['name']}, by {plan['set']['method']}")
     if "merge" in plan:
         merge = plan["merge"]
         lines.append(f"merged      by {merge.get('method', 'hand')}, routers: {merge['router']}")
@@ -242,7 +248,7 @@ def _provenance(plan: dict[str, Any]) -> list[str]:
 
         lines += BitPlan.from_json(plan["bit_plan"]).lines()
     for name, value in plan.items():
-        if isinstance(value, (str, int, float)):
-            shown = format_bytes(value) if name.endswith("_bytes") else value
-            lines.append(f"{name.removesuffix('_bytes').replace('_', ' '):<11} {shown}")
+        # Sizes are those of the store that it was made of, where that was a store.
+        if isinstance(value, (str, int, float)) and name not in ("output_bytes", "bpw"):
+            lines.append(f"{name.replace('_', ' '):<11} {value}")
     return lines + [f"note        {line}" for line in plan.get("notes", ())]
