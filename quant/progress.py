@@ -40,18 +40,20 @@ class Silent:
 
 
 class PlainLines:
-    """One line at the start and end of a phase and every `LINE_EVERY_S` between."""
+    """One line every `LINE_EVERY_S`, and at the end of a phase."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
         self._phase, self._unit = "", "B"
         self._total = self._done = self._first = 0
+        self._shown = -1
         self._began = self._printed = 0.0
 
     def start(self, phase: str, total_bytes: int, done_bytes: int = 0, unit: str = "B") -> None:
         self._finish()
         self._phase, self._total, self._unit = phase, total_bytes, unit
         self._done = self._first = done_bytes
+        self._shown = -1
         self._began = self._printed = time.monotonic()
 
     def advance(self, num_bytes: int) -> None:
@@ -66,19 +68,19 @@ class PlainLines:
         self._finish()
 
     def _finish(self) -> None:
-        if self._phase:
+        if self._phase and self._shown != self._done:
             self._print()
         self._phase = ""
 
     def _print(self) -> None:
-        self._printed = time.monotonic()
+        self._printed, self._shown = time.monotonic(), self._done
         rate = (self._done - self._first) / max(1e-9, self._printed - self._began)
         left = (self._total - self._done) / rate if rate > 0 else 0.0
         scale, unit = (1e6, "MB") if self._unit == "B" else (1, self._unit)
         digits = 2 if scale > 1 and self._total < 1e6 else 0
         text = f"{self._phase}: {self._done / scale:,.{digits}f}"
         text += f" of {self._total / scale:,.{digits}f} {unit}, {rate / scale:,.{digits}f} {unit}/s"
-        if self._done < self._total and rate > 0:
+        if self._done < self._total and round(left):
             text += f", {_clock(left)} left"
         print(text, file=self._stream, flush=True)
 
