@@ -27,7 +27,7 @@ from .convert import num_cpus
 from .passes import GROUP_TOKENS, Passes, groups
 from .profile_errors import ErrorSums, error_bytes, sampled
 from .progress import Progress, Silent
-from .windows import cut, read_tokens
+from .windows import cut, even_shares, read_tokens
 
 if TYPE_CHECKING:
     from ..engine import Engine
@@ -60,15 +60,15 @@ def read_texts(
 ) -> list[Text]:
     """The texts, each cut to its even share of `num_tokens`; UsageError where none is left."""
     texts = [Text.read(path, tokenizer) for path in paths]
-    left = num_tokens
-    shares: dict[int, Text] = {}
-    for turn, i in enumerate(sorted(range(len(texts)), key=lambda i: len(texts[i].ids))):
-        count = len(texts[i].ids) if left is None else left // (len(texts) - turn)
-        shares[i] = Text(texts[i].name, texts[i].sha256, texts[i].ids[:count])
-        left = None if left is None else left - len(shares[i].ids)
-    kept = [shares[i] for i in sorted(shares) if len(shares[i].ids) > 1]
+    counts = even_shares([len(text.ids) for text in texts], num_tokens)
+    kept = [
+        Text(text.name, text.sha256, text.ids[:count])
+        for text, count in zip(texts, counts, strict=True)
+        if count > 1
+    ]
     if not kept:
-        raise UsageError("no text to calibrate on", "expected at least two tokens")
+        names = ", ".join(f"`{path}`" for path in paths)
+        raise UsageError(f"there is no text in {names}", "expected at least two tokens")
     return kept
 
 

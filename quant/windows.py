@@ -86,17 +86,24 @@ def share(
     size: int = WINDOW_TOKENS,
     stride: int | None = None,
 ) -> list[Window]:
-    """Windows of every text; with `num_tokens`, the same share of each text from its beginning.
+    """Windows of every text; with `num_tokens`, of the same share of each from its beginning."""
+    counts = even_shares([len(ids) for ids in texts], num_tokens)
+    parts = [ids[:count] for ids, count in zip(texts, counts, strict=True)]
+    return [window for ids in parts for window in cut(ids, size, stride)]
+
+
+def even_shares(lengths: Sequence[int], num_tokens: int | None) -> list[int]:
+    """How many tokens of each text are read where all together are `num_tokens` at most (None: all).
 
     A text shorter than its share leaves the rest to the others.
     """
-    left = num_tokens
-    parts: dict[int, Sequence[int]] = {}
-    for turn, number in enumerate(sorted(range(len(texts)), key=lambda n: len(texts[n]))):
-        count = len(texts[number]) if left is None else left // (len(texts) - turn)
-        parts[number] = texts[number][:count]
-        left = None if left is None else left - len(parts[number])
-    return [window for _, ids in sorted(parts.items()) for window in cut(ids, size, stride)]
+    if num_tokens is None:
+        return list(lengths)
+    counts = [0] * len(lengths)
+    for turn, number in enumerate(sorted(range(len(lengths)), key=lengths.__getitem__)):
+        counts[number] = min(lengths[number], num_tokens // (len(lengths) - turn))
+        num_tokens -= counts[number]
+    return counts
 
 
 def read_windows(

@@ -314,6 +314,15 @@ def test_the_command_writes_adds_and_scores(store, texts, capsys):
     assert "500 tokens of a.npy" in out and "top 25 %" in out
 
 
+def test_texts_are_read_before_anything_is_counted(store, texts, capsys):
+    (texts / "empty.txt").touch()
+    out = texts / "p.safetensors"
+    command = ["calibrate", str(store), "--text", str(texts / "a.npy"), "--out", str(out)]
+    assert main([*command, "--holdout", str(texts / "empty.txt")]) == 2
+    assert f"there is no text in `{texts / 'empty.txt'}`" in capsys.readouterr().err
+    assert not out.exists()
+
+
 def test_the_command_takes_a_checkpoint(store, texts, capsys):
     source = store.parent / "source"
     out = texts / "p.safetensors"

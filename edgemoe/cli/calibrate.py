@@ -125,6 +125,7 @@ def _measure(path: Path, out: Path, args: argparse.Namespace, stack: ExitStack) 
     stack.callback(progress.close)
     mark = checkpoint_fingerprint(index)
     document: dict[str, Any] = {"store": str(path), "profile": str(out)}
+    held = read_texts(args.holdout, engine.tokenizer, args.tokens) if args.holdout else []
     if args.text:
         texts = read_texts(args.text, engine.tokenizer, args.tokens)
         base = Profile.load(out) if args.add and out.exists() else None
@@ -148,11 +149,10 @@ def _measure(path: Path, out: Path, args: argparse.Namespace, stack: ExitStack) 
         profile.check_model(index.layer_to_num_experts, engine.args.top_k, mark)
     document |= {"num_tokens": profile.num_tokens, "texts": profile.texts, "window": window}
     document["layers"] = [row.to_dict() for row in usage(profile)]
-    if args.holdout:
+    if held:
         from ..quant.passes import Passes, groups
         from ..quant.windows import cut
 
-        held = read_texts(args.holdout, engine.tokenizer, args.tokens)
         windows = [w.ids for text in held for w in cut(text.ids, window)]
         progress.start("score", sum(map(len, windows)), unit="tok")
         passes = Passes(engine)
