@@ -94,6 +94,7 @@ def describe(
     trace: "Trace", file: str, policies: list[str] | None, words: list[str]
 ) -> dict[str, Any]:
     """Everything `replay` says of one trace, as one JSON object."""
+    from ..quant.progress import open_progress
     from ..runtime.replay import REPLAYED, Demand, recall, replay
 
     demand = Demand(trace)
@@ -101,7 +102,14 @@ def describe(
         note(f"{file}: no decoded tokens; the prefill is replayed token by token")
     table_bytes, cycle_bytes = trace.table_bytes, trace.cycle_bytes
     capacities = [budget_bytes(word, table_bytes) for word in words]
-    outcomes = {name: replay(demand, name, capacities) for name in policies or REPLAYED}
+    names, outcomes, progress = policies or REPLAYED, {}, open_progress()
+    progress.start("replay", len(names) + 1, unit="steps")
+    for name in names:
+        outcomes[name] = replay(demand, name, capacities)
+        progress.advance(1)
+    recalls = recall(demand)
+    progress.advance(1)
+    progress.close()
     return {
         "file": str(file),
         "model": trace.model or Path(file).stem,
@@ -128,7 +136,7 @@ def describe(
         "policies": {name: [figures(each) for each in row] for name, row in outcomes.items()},
         "predictors": {
             name: {"recall": _mean(by_place), "by_place": by_place.tolist()}
-            for name, by_place in recall(demand).items()
+            for name, by_place in recalls.items()
         },
     }
 
