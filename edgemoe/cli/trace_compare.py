@@ -169,7 +169,7 @@ def _text(document: dict[str, Any]) -> str:
     elif "overlap" in document:
         parts.append("alike: not comparable, the layers have different numbers of experts")
     first, second = document["curves"]
-    header = ["hit rate", *(b["budget"] for b in first["budgets"])]
+    header = ["hit rate", *(f"{100 * b['share']:.3g} %" for b in first["budgets"])]
     lines = [
         [f"{c['file']}, {c['policy']}", *(f"{b['hit_rate']:.3f}" for b in c["budgets"])]
         for c in (first, second)
