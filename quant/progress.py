@@ -79,7 +79,8 @@ class PlainLines:
         scale, unit = (1e6, "MB") if self._unit == "B" else (1, self._unit)
         digits = 2 if scale > 1 and self._total < 1e6 else 0
         text = f"{self._phase}: {self._done / scale:,.{digits}f}"
-        text += f" of {self._total / scale:,.{digits}f} {unit}, {rate / scale:,.{digits}f} {unit}/s"
+        text += f" of {self._total / scale:,.{digits}f} {unit}, "
+        text += f"{rate / scale:,.{2 if rate < scale else 0}f} {unit}/s"
         if self._done < self._total and round(left):
             text += f", {_clock(left)} left"
         print(text, file=self._stream, flush=True)
