@@ -93,7 +93,7 @@ def share(
 
 
 def even_shares(lengths: Sequence[int], num_tokens: int | None) -> list[int]:
-    """How many tokens of each text are read where all together are `num_tokens` at most (None: all).
+    """How many tokens of each text are read, `num_tokens` of all together at most (None: all).
 
     A text shorter than its share leaves the rest to the others.
     """
