@@ -90,6 +90,11 @@ void attention(em_pool *pool, const AttentionCall &call, float *scratch) {
     }
     block.keys = static_cast<const char *>(call.keys) + kv_head * head_bytes;
     block.values = static_cast<const char *>(call.values) + kv_head * head_bytes;
+    block.next_keys = nullptr;
+    if (num_rows == 1 && kv_head > 0) {
+      const char *next = static_cast<const char *>(block.keys) - head_bytes;
+      block.next_keys = next + block.begin[0] * (head_bytes / call.capacity);
+    }
     block.key_scales = call.key_scales ? call.key_scales + kv_head * call.capacity : nullptr;
     block.value_scales = call.value_scales ? call.value_scales + kv_head * call.capacity : nullptr;
     block.kv_bits = call.kv_bits;

@@ -17,6 +17,7 @@ struct AttentionRows {
   int64_t begin[kMaxAttentionRows], end[kMaxAttentionRows];
   int num_rows;
   const void *keys, *values;  // [.., head_dim] of this head: float, the words of bf16, or int8
+  const void *next_keys;      // that are read after these, or null: to have them under way
   const float *key_scales, *value_scales;  // [..], of int8
   int32_t kv_bits;
   int64_t head_dim;

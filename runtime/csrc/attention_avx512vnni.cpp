@@ -27,9 +27,12 @@ using F = __m512;
 EM_INLINE F broadcast(float x) { return _mm512_set1_ps(x); }
 EM_INLINE F fma(F x, F y, F z) { return _mm512_fmadd_ps(x, y, z); }
 EM_INLINE F load(const float *p) { return _mm512_loadu_ps(p); }
+// Word i becomes the upper half of lane i in one step.
 EM_INLINE F load(const uint16_t *p) {
   const __m256i words = _mm256_loadu_si256(reinterpret_cast<const __m256i *>(p));
-  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(words), 16));
+  const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  return _mm512_castsi512_ps(_mm512_maskz_permutexvar_epi16(
+      0xaaaaaaaa, _mm512_slli_epi32(lanes, 16), _mm512_castsi256_si512(words)));
 }
 EM_INLINE F load(const int8_t *p) {
   const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i *>(p));

@@ -12,13 +12,31 @@
 // With int8, a score is multiplied with its key's scale, then a weight with its value's scale, which
 // the sum of the weights has not seen.
 
-// One row alone reads memory faster than the hardware runs ahead of it, bf16 above all: without
-// this it reached .6 of the memory rate, with it .9. It may look past the end, which is harmless.
+// One row alone reads memory faster than the hardware runs ahead of it, and keys, values and the keys
+// of the next head are short streams: each would begin with nothing under way. So a row fetches ahead
+// along all of them. It may look past the end, which is harmless.
 #if defined(__GNUC__)
-#define EM_PREFETCH(p) __builtin_prefetch(reinterpret_cast<const char *>(p) + 2048)
+#define EM_PREFETCH(p, level) __builtin_prefetch(p, 0, level)
 #else
-#define EM_PREFETCH(p)
+#define EM_PREFETCH(p, level)
 #endif
+constexpr int64_t kNear = 2048, kFar = 6144;  // bytes, into the first and the second cache
+
+// Bytes that are read up to `end`, and where reading goes on then; null: nobody knows.
+struct Stream {
+  const char *end, *next;
+  const char *ahead(const void *p, int64_t num_bytes) const {
+    const char *at = static_cast<const char *>(p) + num_bytes;
+    return at < end || next == nullptr ? at : next + (at - end);
+  }
+};
+
+EM_INLINE void fetch(const char *near, const char *far, int64_t first, int64_t num_bytes) {
+  for (int64_t i = first; i < first + num_bytes; i += 64) {
+    EM_PREFETCH(near + i, 3);
+    EM_PREFETCH(far + i, 2);
+  }
+}
 
 template <class T>
 EM_INLINE F load_part(const T *p, int64_t n) {
@@ -38,8 +56,10 @@ EM_INLINE float tree_sum(float *lanes) {
 // Side by side, since one fma chain alone would wait for its own results.
 template <int R, int N, class T>
 EM_INLINE void multiply_keys(const float *q, int64_t padded, const T *key, int64_t head_dim,
-                             float *products, int first) {
+                             const Stream &stream, float *products, int first) {
   const int64_t whole = head_dim / kLanes * kLanes;
+  constexpr int64_t kStep = N * kLanes * static_cast<int64_t>(sizeof(T));  // bytes of 16 columns
+  const char *near = stream.ahead(key, kNear), *far = stream.ahead(key, kFar);
   F sum[R][N];
   EM_UNROLL
   for (int r = 0; r < R; ++r) {
@@ -48,11 +68,9 @@ EM_INLINE void multiply_keys(const float *q, int64_t padded, const T *key, int64
   }
   for (int64_t c = 0; c < whole; c += kLanes) {
     F k[N];
+    if constexpr (R == 1) fetch(near, far, c / kLanes * kStep, kStep);  // in the order of memory
     EM_UNROLL
-    for (int n = 0; n < N; ++n) {
-      if constexpr (R == 1) EM_PREFETCH(key + n * head_dim + c);
-      k[n] = load(key + n * head_dim + c);
-    }
+    for (int n = 0; n < N; ++n) k[n] = load(key + n * head_dim + c);
     EM_UNROLL
     for (int r = 0; r < R; ++r) {
       const F x = load(q + r * padded + c);
@@ -77,17 +95,17 @@ EM_INLINE void multiply_keys(const float *q, int64_t padded, const T *key, int64
 // q [R, padded]; products [R, 16, 16] is scratch.
 template <int R, class T>
 void score_keys(const float *q, int64_t padded, const T *keys, int64_t head_dim, int64_t begin,
-                int64_t end, float *const *scores, float *products) {
+                int64_t end, const Stream &stream, float *const *scores, float *products) {
   constexpr int kKeys = kMaxScores / R > 1 ? kMaxScores / R : 1;
   for (int64_t first = begin; first < end; first += kLanes) {
     const int num = end - first < kLanes ? static_cast<int>(end - first) : kLanes;
     const T *key = keys + first * head_dim;
     int j = 0;
     for (; j + kKeys <= num; j += kKeys) {
-      multiply_keys<R, kKeys>(q, padded, key + j * head_dim, head_dim, products, j);
+      multiply_keys<R, kKeys>(q, padded, key + j * head_dim, head_dim, stream, products, j);
     }
     for (; j < num; ++j) {
-      multiply_keys<R, 1>(q, padded, key + j * head_dim, head_dim, products, j);
+      multiply_keys<R, 1>(q, padded, key + j * head_dim, head_dim, stream, products, j);
     }
     for (int r = 0; r < R; ++r) {
       store(scores[r] + (first - begin), row_sums(products + r * kLanes * kLanes));
@@ -98,7 +116,7 @@ void score_keys(const float *q, int64_t padded, const T *keys, int64_t head_dim,
 // acc [R, padded] += weights[r][0 .. end - begin) . values of keys begin .. end, C chunks of columns.
 template <int R, int C, class T>
 EM_INLINE void weigh_chunks(const float *const *weights, const T *values, int64_t head_dim,
-                            int64_t num, float *acc, int64_t padded) {
+                            int64_t num, const Stream &stream, float *acc, int64_t padded) {
   F sum[R][C];
   EM_UNROLL
   for (int r = 0; r < R; ++r) {
@@ -107,11 +125,11 @@ EM_INLINE void weigh_chunks(const float *const *weights, const T *values, int64_
   }
   for (int64_t j = 0; j < num; ++j, values += head_dim) {
     F value[C];
-    EM_UNROLL
-    for (int c = 0; c < C; ++c) {
-      if constexpr (R == 1) EM_PREFETCH(values + c * kLanes);
-      value[c] = load(values + c * kLanes);
+    if constexpr (R == 1) {
+      fetch(stream.ahead(values, kNear), stream.ahead(values, kFar), 0, C * kLanes * sizeof(T));
     }
+    EM_UNROLL
+    for (int c = 0; c < C; ++c) value[c] = load(values + c * kLanes);
     EM_UNROLL
     for (int r = 0; r < R; ++r) {
       const F weight = broadcast(weights[r][j]);
@@ -128,7 +146,7 @@ EM_INLINE void weigh_chunks(const float *const *weights, const T *values, int64_
 
 template <int R, class T>
 void weigh_values(const float *const *weights, const T *values, int64_t head_dim, int64_t num,
-                  float *acc, int64_t padded) {
+                  const Stream &stream, float *acc, int64_t padded) {
   constexpr int kFit = kMaxAccumulators / R > 1 ? kMaxAccumulators / R : 1;
   constexpr int kChunks = kFit < 8 ? kFit : 8;
   constexpr int64_t kBlock = 32;  // keys whose values stay in the first cache over the chunks
@@ -140,15 +158,15 @@ void weigh_values(const float *const *weights, const T *values, int64_t head_dim
     for (int r = 0; r < R; ++r) from[r] = weights[r] + first;
     int64_t c = 0;
     for (; c + kChunks * kLanes <= whole; c += kChunks * kLanes) {
-      weigh_chunks<R, kChunks>(from, block + c, head_dim, size, acc + c, padded);
+      weigh_chunks<R, kChunks>(from, block + c, head_dim, size, stream, acc + c, padded);
     }
     if constexpr (kChunks > 4) {
       for (; c + 4 * kLanes <= whole; c += 4 * kLanes) {
-        weigh_chunks<R, 4>(from, block + c, head_dim, size, acc + c, padded);
+        weigh_chunks<R, 4>(from, block + c, head_dim, size, stream, acc + c, padded);
       }
     }
     for (; c < whole; c += kLanes) {
-      weigh_chunks<R, 1>(from, block + c, head_dim, size, acc + c, padded);
+      weigh_chunks<R, 1>(from, block + c, head_dim, size, stream, acc + c, padded);
     }
     if (c < head_dim) {
       for (int r = 0; r < R; ++r) {
@@ -250,16 +268,24 @@ void attend_rows(const AttentionRows &rows, int first_row, float *scratch) {
   }
   for (int i = 0; i < R * kLanes * kLanes; ++i) products[i] = 0.0f;
   if (shared_end < shared_begin) shared_end = shared_begin;
+  const auto bytes_of = [head_dim](const T *part, int64_t row) {
+    return reinterpret_cast<const char *>(part + row * head_dim);
+  };
+  const int64_t last = end[R - 1];  // of one row: where its keys end
+  const Stream of_keys = {bytes_of(keys, last), bytes_of(values, begin[0])};
+  const Stream of_values = {bytes_of(values, last), static_cast<const char *>(rows.next_keys)};
   // A call overwrites up to 16 scores beyond its last, so a row is filled from left to right.
   for (int r = 0; r < R; ++r) {
     const int64_t stop = shared_begin < end[r] ? shared_begin : end[r];
-    score_keys<1>(q + r * padded, padded, keys, head_dim, begin[r], stop, scores + r, products);
+    score_keys<1>(q + r * padded, padded, keys, head_dim, begin[r], stop, of_keys, scores + r,
+                  products);
     from[r] = scores[r] + (shared_begin - begin[r]);
   }
-  score_keys<R>(q, padded, keys, head_dim, shared_begin, shared_end, from, products);
+  score_keys<R>(q, padded, keys, head_dim, shared_begin, shared_end, of_keys, from, products);
   for (int r = 0; r < R; ++r) {
     float *after = scores[r] + (shared_end - begin[r]);
-    score_keys<1>(q + r * padded, padded, keys, head_dim, shared_end, end[r], &after, products);
+    score_keys<1>(q + r * padded, padded, keys, head_dim, shared_end, end[r], of_keys, &after,
+                  products);
   }
   float sum[R];
   for (int r = 0; r < R; ++r) {
@@ -271,14 +297,14 @@ void attend_rows(const AttentionRows &rows, int first_row, float *scratch) {
   for (int r = 0; r < R; ++r) {
     const int64_t stop = shared_begin < end[r] ? shared_begin : end[r];
     weigh_values<1>(scores + r, values + begin[r] * head_dim, head_dim, stop - begin[r],
-                    acc + r * padded, padded);
+                    of_values, acc + r * padded, padded);
   }
-  weigh_values<R>(from, values + shared_begin * head_dim, head_dim, shared_end - shared_begin, acc,
-                  padded);
+  weigh_values<R>(from, values + shared_begin * head_dim, head_dim, shared_end - shared_begin,
+                  of_values, acc, padded);
   for (int r = 0; r < R; ++r) {
     const float *after = scores[r] + (shared_end - begin[r]);
     weigh_values<1>(&after, values + shared_end * head_dim, head_dim, end[r] - shared_end,
-                    acc + r * padded, padded);
+                    of_values, acc + r * padded, padded);
     float *out = rows.out[first_row + r];
     for (int64_t c = 0; c < head_dim; ++c) out[c] = acc[r * padded + c] / sum[r];
   }

@@ -225,13 +225,13 @@ int64_t em_moe_workspace_floats(int64_t num_tokens, int64_t num_pairs, int64_t h
 }
 
 int32_t em_moe_run(em_pool *pool, em_store *store, const em_record *records, em_moe_args *args) {
+  const em::Pinned pinned(store == nullptr ? -1 : em::caller_core(pool));
   return em::run_moe(pool, store, records, args, nullptr);
 }
 
 int32_t em::run_moe(em_pool *pool, em_store *store, const em_record *records, em_moe_args *args,
                     Prefetcher *between) {
   if (store != nullptr) records = em::records_of(store);
-  const em::Pinned pinned(store == nullptr ? -1 : em::caller_core(pool));
   em::Layer layer(pool, store, records, args, between);
   int32_t status;
   try {
