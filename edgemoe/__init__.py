@@ -20,7 +20,7 @@ __all__ = ["Engine", "Session", "SamplingParams", "EdgeMoeError", "__version__"]
 
 
 def __getattr__(name: str) -> _Any:
-    """Public names are imported on first use, so that `import edgemoe` does not load torch."""
+    """Public names are imported on first use, so that `import edgemoe` stays quick."""
     if name not in _PUBLIC:
         raise AttributeError(f"module `edgemoe` has no attribute `{name}`")
     from importlib import import_module

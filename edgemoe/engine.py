@@ -31,7 +31,7 @@ from .tokenizer_files import eos_ids, read_json
 from .warm_start import WarmStart, expected_use
 
 if TYPE_CHECKING:
-    import torch
+    import numpy as np
 
     from .kv_cache import KVCache
     from .meter import Meter
@@ -252,7 +252,7 @@ class Engine:
 
     @property
     def decode(self) -> str:
-        """What runs the layers: `native`, or `torch` and why."""
+        """What runs the layers: `native` or `reference`."""
         return self._model.decode
 
     @property
@@ -306,7 +306,7 @@ class Engine:
 
     def forward(
         self, token_ids: Sequence[int], kv_cache: "KVCache", logits: str = "last", **options: Any
-    ) -> "torch.Tensor":
+    ) -> "np.ndarray":
         """Append tokens to a KV cache; see `CausalLM.forward`. Ctrl-C comes between two layers."""
         if self.closed:
             raise UsageError("this engine is closed")
@@ -319,7 +319,7 @@ class Engine:
             with self._interrupt.deferred():
                 return self._model.forward(token_ids, kv_cache, logits, **options)
 
-    def step(self, token_id: int, kv_cache: "KVCache") -> "tuple[torch.Tensor, int | None]":
+    def step(self, token_id: int, kv_cache: "KVCache") -> "tuple[np.ndarray, int | None]":
         """Append one token; see `CausalLM.step`."""
         if self.closed:
             raise UsageError("this engine is closed")

@@ -10,10 +10,9 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    import torch
+import numpy as np
 
 # Without the wrapper that makes an enum of every handler: it runs twice for each token.
 _set_handler = inspect.unwrap(signal.signal)
@@ -66,9 +65,7 @@ class InterruptibleExperts:
         self.executor: Any = None
         self._interrupt = interrupt
 
-    def run(
-        self, layer: int, x: "torch.Tensor", ids: "torch.Tensor", weights: "torch.Tensor"
-    ) -> "torch.Tensor":
+    def run(self, layer: int, x: np.ndarray, ids: np.ndarray, weights: np.ndarray) -> np.ndarray:
         self._interrupt.safe_point()
         return self.executor.run(layer, x, ids, weights)
 

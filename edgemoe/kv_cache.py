@@ -1,14 +1,14 @@
 """The KV cache of one session: keys and values of every layer, allocated once. Floor 2."""
 
-import torch
-from torch import Tensor
+import numpy as np
 
 from .models.args import ModelArgs
 from .runtime import core
 from .runtime.budget import kv_head_bytes
 from .runtime.errors import UsageError
+from .runtime.packing import BF16, to_bf16
 
-_DTYPES = {32: torch.float32, 16: torch.bfloat16, 8: torch.int8}
+_DTYPES = {32: np.float32, 16: BF16, 8: np.int8}
 
 
 class KVCache:
@@ -33,14 +33,13 @@ class KVCache:
         self.capacity, self.kv_bits = capacity, kv_bits
         self.offset = 0
         # Not zeroed: pages are first touched by the tokens that need them.
-        self._data = torch.empty(
-            (num_layers, 2, num_kv_heads, capacity, head_dim), dtype=_DTYPES[kv_bits]
-        )
-        self._scales = torch.empty(self._data.shape[:-1]) if kv_bits == 8 else None
+        shape = (num_layers, 2, num_kv_heads, capacity, head_dim)
+        self._data = np.empty(shape, dtype=_DTYPES[kv_bits])
+        self._scales = np.empty(shape[:-1], dtype=np.float32) if kv_bits == 8 else None
         # What the core is told; its position is set before every call.
         self.view = core.KvCache(
-            data=self._data.data_ptr(),
-            scales=None if self._scales is None else self._scales.data_ptr(),
+            data=self._data.ctypes.data,
+            scales=None if self._scales is None else self._scales.ctypes.data,
             capacity=capacity,
             kv_bits=kv_bits,
         )
@@ -70,7 +69,9 @@ class KVCache:
                 "raise the context length (--context), shorten the prompt, or start a new session",
             )
 
-    def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    def append(
+        self, layer: int, keys: np.ndarray, values: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
         """Store `[T, KV, hd]` of a layer from `offset` on; returns its `[KV, capacity, hd]`s."""
         num_tokens = keys.shape[0]
         self.check_room(num_tokens)
@@ -78,11 +79,13 @@ class KVCache:
         for part, new in enumerate((keys, values)):
             if self._scales is not None:
                 new, scales = _to_int8(new)
-                self._scales[layer, part, :, self.offset : end] = scales.transpose(0, 1)
-            self._data[layer, part, :, self.offset : end] = new.transpose(0, 1)
+                self._scales[layer, part, :, self.offset : end] = scales.T
+            elif self.kv_bits == 16:
+                new = to_bf16(new)
+            self._data[layer, part, :, self.offset : end] = new.transpose(1, 0, 2)
         return self._data[layer, 0], self._data[layer, 1]
 
-    def scales(self, layer: int) -> tuple[Tensor | None, Tensor | None]:
+    def scales(self, layer: int) -> tuple[np.ndarray | None, np.ndarray | None]:
         """Those of a layer's int8 keys and values, `[KV, capacity]` each; None where not needed."""
         if self._scales is None:
             return None, None
@@ -100,9 +103,11 @@ class KVCache:
         self.offset = length
 
 
-def _to_int8(x: Tensor) -> tuple[Tensor, Tensor]:
+def _to_int8(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """x `[T, KV, hd]` -> int8 of that shape, fp32 scales `[T, KV]`; as the core does it."""
-    largest = x.abs().amax(-1)
+    largest = np.abs(x).max(axis=-1)
     is_zero = largest < 2.0**-116  # 127 / it would overflow
-    inverse = torch.where(is_zero, 0.0, 127.0 / largest)
-    return (x * inverse[..., None]).round().to(torch.int8), torch.where(is_zero, 0.0, largest / 127)
+    inverse = 127 / np.where(is_zero, np.float32(np.inf), largest)
+    return np.rint(x * inverse[..., None]).astype(np.int8), np.where(
+        is_zero, np.float32(0), largest / 127
+    )

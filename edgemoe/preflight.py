@@ -181,13 +181,13 @@ def check_index(index: StoreIndex, args: ModelArgs) -> None:
 
 def import_runtime(config: EngineConfig) -> None:
     """Load the libraries, so that their memory can be measured."""
-    import torch
-
     from .models import causal_lm  # noqa: F401
     from .runtime import executor  # noqa: F401
 
     # The core brings its own threads; those of torch would only compete for the same cores.
-    torch.set_num_threads(1 if config.backend == "native" else config.threads)
+    torch = sys.modules.get("torch")
+    if torch is not None and config.backend == "native":
+        torch.set_num_threads(1)
 
 
 def release_free_memory() -> None:

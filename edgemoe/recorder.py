@@ -10,8 +10,6 @@ from .runtime.errors import UsageError
 from .runtime.trace import DECODE, NO_EXPERT, PREFILL, Trace
 
 if TYPE_CHECKING:
-    import torch
-
     from .engine import Engine
     from .sampling import SamplingParams
     from .session import Prompt
@@ -84,8 +82,8 @@ class Recorder:
         """Run what feeds tokens; its steps are kept when it has ended."""
         collected: dict[int, list[tuple[np.ndarray, np.ndarray]]] = {}
 
-        def on_route(layer: int, ids: "torch.Tensor", weights: "torch.Tensor") -> None:
-            found = (ids.numpy().astype(np.int32), weights.numpy().copy())
+        def on_route(layer: int, ids: np.ndarray, weights: np.ndarray) -> None:
+            found = (ids.astype(np.int32), weights.copy())
             collected.setdefault(layer, []).append(found)
 
         self._engine.on_route = on_route

@@ -18,8 +18,6 @@ from .runtime.index import ExpertRecord, StoreIndex
 from .runtime.stand_ins import read_stand_ins
 
 if TYPE_CHECKING:
-    import torch
-
     from .models.causal_lm import CausalLM
     from .runtime.executor import Executor
 
@@ -138,8 +136,8 @@ class Prepared:
     """A routing, read and checked for one model; gains fp32 [E] and thetas fp32 [E, D] by layer."""
 
     rule: Rule
-    gains: "dict[int, np.ndarray]"
-    thetas: "dict[int, torch.Tensor]"
+    gains: dict[int, np.ndarray]
+    thetas: dict[int, np.ndarray]
 
 
 def stand_ins_of(routing: Routing, index: StoreIndex) -> dict[tuple[int, int], ExpertRecord] | None:
@@ -205,7 +203,7 @@ def apply(prepared: Prepared, model: "CausalLM", executor: "Executor") -> None:
 
 
 def counts_of(model: "CausalLM", executor: "Executor") -> RoutingCounts:
-    """What came of it so far: of the core or torch, and of single tokens in the executor."""
+    """What came of it so far: of the core or its twin, and of single tokens in the executor."""
     counts, num_dropped = model.routing_counts(), executor.cold.num_dropped
     return RoutingCounts(
         counts.num_routed,

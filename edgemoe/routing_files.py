@@ -8,7 +8,6 @@
 import json
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,10 +15,12 @@ from numpy.typing import NDArray
 from .models.args import ModelArgs
 from .models.fingerprint import checkpoint_fingerprint
 from .runtime.errors import FormatError, NotFoundError, UsageError
+from .runtime.files import read_trunk_tensor
+from .runtime.format import read_header
 from .runtime.index import StoreIndex
+from .runtime.packing import NUMPY_DTYPES, to_fp32
 
-if TYPE_CHECKING:
-    import torch
+_REALS = ("F64", "F32", "F16", "BF16")
 
 
 def read_tuning(text: str, index: StoreIndex, args: ModelArgs) -> dict[int, NDArray[np.float32]]:
@@ -86,31 +87,30 @@ def _gain(name: str, value: object) -> float:
     return gain
 
 
-def read_thetas(path: Path, index: StoreIndex, args: ModelArgs) -> "dict[int, torch.Tensor]":
+def read_thetas(path: Path, index: StoreIndex, args: ModelArgs) -> dict[int, np.ndarray]:
     """fp32 `[E, D]` by layer."""
-    from safetensors import SafetensorError, safe_open
-
     if not path.is_file():
         raise NotFoundError(f"no thetas at `{path}`", "", "name a safetensors file")
     thetas = {}
     try:
-        with safe_open(path, framework="pt") as file:
-            names = set(file.keys())
+        with open(path, "rb", buffering=0) as file:
+            tensors, metadata = read_header(file, str(path))
             for layer in args.moe_layers:
                 name, expected = f"layers.{layer}.theta", (args.experts_of(layer), args.hidden)
-                if name not in names:
+                if name not in tensors:
                     raise FormatError(f"`{path}` has no tensor `{name}`", "every layer needs one")
-                theta = file.get_tensor(name)
-                if tuple(theta.shape) != expected or not theta.is_floating_point():
+                entry = tensors[name]
+                if tuple(entry.shape) != expected or entry.dtype not in _REALS:
                     raise FormatError(
                         f"`{path}`: `{name}` does not go with this model",
-                        f"expected real numbers {list(expected)}, got {theta.dtype} "
-                        f"{list(theta.shape)}",
+                        f"expected real numbers {list(expected)}, got {entry.dtype} "
+                        f"{list(entry.shape)}",
                     )
-                thetas[layer] = theta.float().contiguous()
-            found = (file.metadata() or {}).get("fingerprint")
-    except (SafetensorError, OSError) as error:
-        raise FormatError(f"`{path}` is no safetensors file", str(error)) from error
+                data = read_trunk_tensor(file, entry).view(NUMPY_DTYPES[entry.dtype])
+                thetas[layer] = np.ascontiguousarray(to_fp32(data).reshape(expected))
+    except OSError as error:
+        raise FormatError(f"`{path}` cannot be read", str(error)) from error
+    found = metadata.get("fingerprint")
     if found is not None and found != checkpoint_fingerprint(index):
         raise UsageError(
             f"`{path}` was made for another checkpoint", "the fingerprints of the routers differ"

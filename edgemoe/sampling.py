@@ -6,7 +6,7 @@ either the largest value (temperature 0; ties go to the lowest id) or temperatur
 min-p and a draw. llama.cpp applies the temperature last, so its top-p and min-p see a flatter or
 sharper distribution than these. Log probabilities are those of the model: taken before any of this.
 
-torch is imported where it is used: parameters must be cheap to make.
+NumPy is imported where it is used: parameters must be cheap to make.
 """
 
 import math
@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from .runtime.errors import EdgeMoeError, UsageError
 
 if TYPE_CHECKING:
-    import torch
+    import numpy as np
 
 _RANGES: dict[str, tuple[float, float, str]] = {  # closed intervals
     "temperature": (0.0, math.inf, "0 (greedy) or more"),
@@ -121,44 +121,58 @@ class Choice:
     top_logprobs: tuple[tuple[int, float], ...] = ()
 
 
-def penalize_repetition(
-    logits: "torch.Tensor", ids: "torch.Tensor", penalty: float
-) -> "torch.Tensor":
+def penalize_repetition(logits: "np.ndarray", ids: "np.ndarray", penalty: float) -> "np.ndarray":
     """Divide positive and multiply negative logits of `ids` [n] by `penalty`; logits [vocab]."""
-    seen = logits[ids]
-    return logits.index_copy(0, ids, (seen * penalty).where(seen < 0, seen / penalty))
+    import numpy as np
+
+    result, seen = logits.copy(), logits[ids]
+    result[ids] = np.where(seen < 0, seen * penalty, seen / penalty)
+    return result
 
 
-def keep_top_k(logits: "torch.Tensor", top_k: int) -> "torch.Tensor":
+def keep_top_k(logits: "np.ndarray", top_k: int) -> "np.ndarray":
     """-inf for everything below the k-th largest value; ties of that value are kept."""
-    least = logits.topk(min(top_k, logits.numel())).values[-1]
-    return logits.masked_fill(logits < least, -math.inf)
+    import numpy as np
+
+    place = logits.size - min(top_k, logits.size)
+    least = np.partition(logits, place)[place]
+    return np.where(logits < least, np.float32(-np.inf), logits)
 
 
-def keep_top_p(logits: "torch.Tensor", top_p: float) -> "torch.Tensor":
+def keep_top_p(logits: "np.ndarray", top_p: float) -> "np.ndarray":
     """-inf for all but the smallest set of most probable tokens whose sum reaches `top_p`."""
-    import torch
+    import numpy as np
 
-    probabilities = logits.softmax(0)
-    ids, tail = torch.arange(logits.numel()), 0.0
-    if logits.numel() > _SHORTLIST:
+    probabilities = _softmax(logits)
+    ids, tail = np.arange(logits.size), 0.0
+    if logits.size > _SHORTLIST:
         # Sorting a whole vocabulary takes longer than a small model does for a token.
-        listed, places = probabilities.topk(_SHORTLIST)
-        rest = 1 - float(listed.double().sum())
+        listed = np.argpartition(probabilities, -_SHORTLIST)[-_SHORTLIST:]
+        rest = 1 - float(probabilities[listed].sum(dtype=np.float64))
         if rest < 1 - top_p - 1e-4:  # everything that is not listed goes, rounding included
-            ids, tail = places.sort().values, rest
-    order = probabilities[ids].argsort(descending=True, stable=True)  # ties: lowest id first
-    ids = ids[order.flip(0)]
-    remove = probabilities[ids].cumsum(0) + tail <= 1 - top_p
+            ids, tail = np.sort(listed), rest
+    order = np.argsort(-probabilities[ids], kind="stable")  # ties: lowest id first
+    ids = ids[order[::-1]]
+    remove = probabilities[ids].cumsum(dtype=np.float64) + tail <= 1 - top_p
     remove[-1] = False
     kept = ids[~remove]
-    return torch.full_like(logits, -math.inf).index_copy(0, kept, logits[kept])
+    result = np.full_like(logits, -np.inf)
+    result[kept] = logits[kept]
+    return result
 
 
-def keep_min_p(logits: "torch.Tensor", min_p: float) -> "torch.Tensor":
+def keep_min_p(logits: "np.ndarray", min_p: float) -> "np.ndarray":
     """-inf for tokens less probable than `min_p` times the most probable one."""
-    probabilities = logits.softmax(0)
-    return logits.masked_fill(probabilities < min_p * probabilities.max(), -math.inf)
+    import numpy as np
+
+    probabilities = _softmax(logits)
+    return np.where(probabilities < min_p * probabilities.max(), np.float32(-np.inf), logits)
+
+
+def _softmax(logits: "np.ndarray") -> "np.ndarray":
+    from .runtime.reference import softmax
+
+    return softmax(logits)
 
 
 @dataclass(slots=True)
@@ -185,8 +199,8 @@ class Sampler:
         )
         self._is_greedy = not (is_penalized or params.temperature > 0 or params.logprobs)
 
-    def choose(self, logits: "torch.Tensor", best_id: int | None = None) -> Choice:
-        """The next token for `logits` [vocab] of any float type; remembered for the penalties.
+    def choose(self, logits: "np.ndarray", best_id: int | None = None) -> Choice:
+        """The next token for fp32 `logits` [vocab]; remembered for the penalties.
 
         `best_id`: the lowest id of the largest, where that is known; -1 where that is not finite.
         """
@@ -194,11 +208,9 @@ class Sampler:
             if best_id < 0:
                 raise _not_finite()
             return Choice(best_id)
-        logits = logits.detach().float().reshape(-1)
         penalized = self._penalize(logits)
-        values = penalized.numpy()
-        token_id = int(values.argmax())  # the lowest of equal ids, unlike torch.argmax
-        if not math.isfinite(values[token_id]):
+        token_id = int(penalized.argmax())  # the lowest of equal ids
+        if not math.isfinite(penalized[token_id]):
             raise _not_finite()
         if self.params.temperature > 0:
             token_id = self._draw(penalized)
@@ -207,27 +219,30 @@ class Sampler:
             self._seen.add(token_id)
         return self._report(logits, token_id)
 
-    def _penalize(self, logits: "torch.Tensor") -> "torch.Tensor":
+    def _penalize(self, logits: "np.ndarray") -> "np.ndarray":
         params = self.params
         if not (self._seen or params.presence_penalty or params.frequency_penalty):
             return logits
-        import torch
+        import numpy as np
 
         if self._seen:
-            ids = torch.tensor(sorted(self._seen))
+            ids = np.array(sorted(self._seen))
             logits = penalize_repetition(logits, ids, params.repetition_penalty)
         if self._answer and (params.presence_penalty or params.frequency_penalty):
-            ids = torch.tensor(list(self._answer))
-            counts = torch.tensor(list(self._answer.values()), dtype=torch.float32)
-            loss = params.presence_penalty + params.frequency_penalty * counts
-            logits = logits.index_add(0, ids, -loss)
+            ids = np.array(list(self._answer))
+            counts = np.array(list(self._answer.values()), dtype=np.float32)
+            logits = logits.copy()
+            logits[ids] -= params.presence_penalty + params.frequency_penalty * counts
         return logits
 
-    def _draw(self, logits: "torch.Tensor") -> int:
+    def _draw(self, logits: "np.ndarray") -> int:
         params = self.params
-        logits = logits / params.temperature
+        import numpy as np
+
+        with np.errstate(over="ignore"):
+            logits = logits / np.float32(params.temperature)
         if not math.isfinite(logits.max()):  # a temperature so small that the quotient overflows
-            return int(logits.numpy().argmax())
+            return int(logits.argmax())
         ids = None
         for keep, value, is_off in (
             (keep_top_k, params.top_k, params.top_k == 0),
@@ -236,20 +251,25 @@ class Sampler:
         ):
             if not is_off:
                 logits = keep(logits, value)
-                kept = logits.isfinite().nonzero().reshape(-1)
+                kept = np.flatnonzero(np.isfinite(logits))
                 logits, ids = logits[kept], kept if ids is None else ids[kept]
-        cumulative = logits.double().softmax(0).cumsum(0)
+        cumulative = _softmax(logits.astype(np.float64)).cumsum()
         # A draw lies in [0, total): the first token whose sum exceeds it has a probability above 0.
         draw = self._random.random() * float(cumulative[-1])
         place = int((cumulative <= draw).sum())
-        place = min(place, logits.numel() - 1)
+        place = min(place, logits.size - 1)
         return place if ids is None else int(ids[place])
 
-    def _report(self, logits: "torch.Tensor", token_id: int) -> Choice:
+    def _report(self, logits: "np.ndarray", token_id: int) -> Choice:
         if not self.params.logprobs:
             return Choice(token_id)
-        logprobs = logits.log_softmax(0)
-        count = min(self.params.logprobs, logprobs.numel())
-        values, ids = logprobs.topk(count)
-        pairs = sorted(zip(ids.tolist(), values.tolist(), strict=True), key=lambda p: (-p[1], p[0]))
+        import numpy as np
+
+        shifted = logits - logits.max()
+        logprobs = shifted - np.log(np.exp(shifted).sum())
+        count = min(self.params.logprobs, logprobs.size)
+        least = np.partition(logprobs, -count)[-count]
+        ids = np.flatnonzero(logprobs >= least)
+        ids = ids[(-logprobs[ids]).argsort(kind="stable")][:count]  # ties: lowest id first
+        pairs = zip(ids.tolist(), logprobs[ids].tolist(), strict=True)
         return Choice(token_id, float(logprobs[token_id]), tuple(pairs))

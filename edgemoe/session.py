@@ -19,7 +19,7 @@ from .stats import GenerationStats
 from .stop_strings import StopStrings
 
 if TYPE_CHECKING:
-    import torch
+    import numpy as np
 
     from .engine import Engine
 
@@ -138,7 +138,7 @@ class Session:
             events[-1].stats,
         )
 
-    def logits(self, prompt: Prompt, **options: Any) -> "torch.Tensor":
+    def logits(self, prompt: Prompt, **options: Any) -> "np.ndarray":
         """fp32 logits [vocab] of the token after `prompt`; the prompt stays in the KV cache."""
         self._need_open()
         ids = self.encode(prompt, **options)
@@ -191,9 +191,7 @@ class Session:
         finally:
             self.last_stats = meter.finish()
 
-    def step(
-        self, token_id: int, meter: "Meter | None" = None
-    ) -> "tuple[torch.Tensor, int | None]":
+    def step(self, token_id: int, meter: "Meter | None" = None) -> "tuple[np.ndarray, int | None]":
         """Append one token to the timeline. Returns the fp32 logits [vocab] of the token after it,
         good until the engine's next step, and the lowest id of the largest: -1 where that is not
         finite, None where nobody has looked."""
@@ -213,7 +211,7 @@ class Session:
 
     # ---- the KV cache and the tokens in it, kept alike -----------------------------------------
 
-    def _prefill(self, ids: list[int], meter: "Meter | None" = None) -> "torch.Tensor":
+    def _prefill(self, ids: list[int], meter: "Meter | None" = None) -> "np.ndarray":
         """Bring the KV cache to `ids`; returns the logits [1, vocab] of the last."""
         kept = 0
         if self._routing != self.engine.routing:
@@ -232,7 +230,7 @@ class Session:
             logits = self._feed(part, "last" if begin + chunk >= len(ids) else "none", meter)
         return logits
 
-    def _feed(self, ids: list[int], logits: str, meter: "Meter | None") -> "torch.Tensor":
+    def _feed(self, ids: list[int], logits: str, meter: "Meter | None") -> "np.ndarray":
         if self._routing != self.engine.routing:  # switched in the middle of an answer
             self._routing = _MIXED
         self.engine.charge(meter)

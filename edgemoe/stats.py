@@ -24,7 +24,7 @@ class GenerationStats:
     ttft_s: float = 0.0
     prefill_s: float = 0.0
     decode_s: float = 0.0  # first to last token
-    native_s: float = 0.0  # of decode_s inside the core; 0 where torch runs the layers
+    native_s: float = 0.0  # of decode_s inside the core; 0 on the reference path
     hits: int = 0
     misses: int = 0
     bytes_read: int = 0

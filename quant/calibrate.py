@@ -200,7 +200,8 @@ class Collector:
         sums.weight_sum += np.bincount(expert_of_pair, weights, num_experts)
         sums.reap_sum += np.bincount(expert_of_pair, weights * o.norms, num_experts)
         sums.hidden_square_sum[o.experts] += o.hidden_square
-        sums.input_square_sum += input_squares(o.x, o.expert_ids, num_experts).numpy()
+        x, expert_ids = torch.from_numpy(o.x), torch.from_numpy(o.expert_ids)
+        sums.input_square_sum += input_squares(x, expert_ids, num_experts).numpy()
         soft, gram = logit_sums(self._routers[o.layer], o.x, self._bodies.get(o.layer))
         sums.soft_count += soft.numpy()
         sums.logit_gram += gram.numpy()
@@ -215,11 +216,11 @@ def input_squares(x: Tensor, expert_ids: Tensor, num_experts: int) -> Tensor:
 
 
 def logit_sums(
-    router: "Linear", x: Tensor, bodies: NDArray[np.int32] | None = None
+    router: "Linear", x: NDArray[np.float32], bodies: NDArray[np.int32] | None = None
 ) -> tuple[Tensor, Tensor]:
     """Sum of the router's softmax `[E]`, and H^T H `[E, E]` of its logits, in float64. With
     `bodies` i32 [rows], of the bodies: their logit is the logsumexp of that of their rows."""
-    logits = router.linear(x).double()
+    logits = torch.from_numpy(router.linear(x)).double()
     shares = torch.softmax(logits, dim=-1)
     if bodies is not None:
         of_body = [torch.from_numpy(np.flatnonzero(bodies == b)) for b in range(bodies.max() + 1)]

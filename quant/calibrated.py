@@ -83,14 +83,14 @@ def calibrated_records(
     torch.set_num_threads(1)  # an expert a thread: sums do not depend on how many there are
     try:
         with LayerPass(source, plan.trunk, plan.layouts, calibration.windows, workers) as text:
-            for layer, routed, parts, scale in text.layers(source, last, workers):
+            for layer, inputs, parts, scale in text.layers(source, last, workers):
                 jobs: dict[int, _Job] = {}
                 for number in numbers.get(layer, ()):
                     expert = number // plan.num_variants
                     share = parts[expert]
                     share = Share(share.expert, share.tokens, share.weights * scale[share.tokens])
                     jobs.setdefault(expert, _Job(layer, share, [])).numbers.append(number)
-                make = partial(_records, source, plan, routed.normed)
+                make = partial(_records, source, plan, inputs)
                 for job, records in zip(
                     jobs.values(), in_order(make, list(jobs.values()), workers), strict=True
                 ):

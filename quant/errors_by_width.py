@@ -5,7 +5,6 @@ from functools import partial
 
 import torch
 
-from ..models.steps import Routed
 from .bitplan import Key
 from .layer_pass import LayerPass, Share, expert_hidden
 from .layouts import trunk_items
@@ -38,8 +37,8 @@ def errors_by_width(
         with LayerPass(source, trunk, layouts, windows, workers) as text:
             progress.start("errors", len(text.args.moe_layers), unit="layers")
             layers = text.layers(source, text.args.num_layers - 1, workers)
-            for layer, routed, parts, scale in layers:
-                work = partial(_errors, source, variants, num_variants, layer, routed, scale)
+            for layer, inputs, parts, scale in layers:
+                work = partial(_errors, source, variants, num_variants, layer, inputs, scale)
                 for share, errors in zip(parts, in_order(work, parts, workers), strict=True):
                     found[layer, share.expert] = errors
                 progress.advance(1)
@@ -53,7 +52,7 @@ def _errors(
     variants: StoreSource,
     num_variants: int,
     layer: int,
-    routed: Routed,
+    inputs: torch.Tensor,
     scale: torch.Tensor,
     share: Share,
 ) -> list[float]:
@@ -63,7 +62,7 @@ def _errors(
     kept = torch.linspace(0, count - 1, min(count, _MAX_TOKENS)).long()
     tokens = share.tokens[kept]
     factors = (share.weights[kept] * scale[tokens])[:, None]
-    x = routed.normed[tokens]
+    x = inputs[tokens]
     gate, up, down = (part.float() for part in source.expert(layer, share.expert))
     exact = expert_hidden(x, gate, up) @ down.T
     errors = []

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -27,7 +28,7 @@ class Model(Protocol):
 
     args: ModelArgs
 
-    def forward(self, token_ids: Sequence[int], kv_cache: KVCache, logits: str) -> Tensor: ...
+    def forward(self, token_ids: Sequence[int], kv_cache: KVCache, logits: str) -> np.ndarray: ...
 
 
 @dataclass(slots=True)
@@ -125,7 +126,7 @@ def compare(
         for begin in range(0, len(window.ids), step):
             part = window.ids[begin : begin + step]
             # A copy: a token alone leaves its logits in a place that the next one takes.
-            first = reference.forward(part, caches[0], "all").clone()
+            first = reference.forward(part, caches[0], "all").copy()
             sums[0].add(window, begin, first)
             for model, cache, own in zip(models, caches[1:], sums[1:], strict=True):
                 own.add(window, begin, model.forward(part, cache, "all"), first)
@@ -143,29 +144,35 @@ class Sums:
     kl: list[Tensor] = field(default_factory=list)
     agrees: list[Tensor] = field(default_factory=list)
 
-    def add(self, window: Window, begin: int, logits: Tensor, other: Tensor | None = None) -> None:
+    def add(
+        self, window: Window, begin: int, logits: np.ndarray, other: np.ndarray | None = None
+    ) -> None:
         """Logits `[T, vocab]` of the tokens at `begin` ..; each predicts the token after it."""
         first = max(window.first - 1 - begin, 0)
         end = min(len(logits), len(window.ids) - 1 - begin)
         targets = torch.tensor(window.ids[begin + 1 : begin + 1 + end])
         for at in range(first, end, _ROW_TOKENS):
             rows = slice(at, min(at + _ROW_TOKENS, end))
-            log_p = torch.log_softmax(logits[rows].double(), -1)
+            log_p = _log_softmax(logits[rows])
             index = targets[rows][:, None]
             self.nll.append(-log_p.gather(1, index)[:, 0])
             if other is None:
                 continue
-            log_q = torch.log_softmax(other[rows].double(), -1)
+            log_q = _log_softmax(other[rows])
             self.other_nll.append(-log_q.gather(1, index)[:, 0])
             self.kl.append((log_q.exp() * (log_q - log_p)).sum(-1))
             same = logits[rows].argmax(-1) == other[rows].argmax(-1)
-            self.agrees.append(same.double())
+            self.agrees.append(torch.from_numpy(same).double())
 
     def losses(self) -> Losses:
         nll = torch.cat(self.nll)
         if not self.compared:
             return Losses(nll)
         return Losses(nll, torch.cat(self.other_nll), torch.cat(self.kl), torch.cat(self.agrees))
+
+
+def _log_softmax(logits: np.ndarray) -> Tensor:
+    return torch.log_softmax(torch.from_numpy(logits).double(), -1)
 
 
 def _error(values: Tensor) -> float:

@@ -21,6 +21,7 @@ from ..runtime.format import RecordLayout
 from ..runtime.index import ExpertRecord
 from ..runtime.kernels import PackedMatrix, ThreadPool
 from ..runtime.memory import Pile
+from ..runtime.packing import BF16, NUMPY_DTYPES
 from ..runtime.records import RecordTable
 from .layouts import TrunkItem
 from .pack import in_order
@@ -37,11 +38,12 @@ class Share(NamedTuple):
 
 
 class LayerText(NamedTuple):
-    """What a text makes of a layer: what goes into its experts, the share of each expert, and
-    one over the length of the hidden states behind the layer, fp32 `[N]`. Good until the next."""
+    """What a text makes of a layer: what goes into its experts `[N, D]`, the share of each
+    expert, and one over the length of the hidden states behind the layer, fp32 `[N]`. Good until
+    the next."""
 
     layer: int
-    routed: Routed
+    inputs: Tensor
     parts: list[Share]
     scale: Tensor
 
@@ -71,7 +73,7 @@ class LayerPass:
         self._pool = ThreadPool(num_threads)
         items = {item.name: item for item in trunk}
 
-        def read(name: str, pile: Pile | None) -> Tensor | PackedMatrix:
+        def read(name: str, pile: Pile | None) -> np.ndarray | PackedMatrix:
             return _trunk_tensor(source, items[name])
 
         experts = _NoExperts(layouts)
@@ -81,9 +83,10 @@ class LayerPass:
         self._kv_cache = KVCache.for_model(self.args, size, 16)
         ends = np.cumsum([len(window) for window in windows]).tolist()
         self._spans = [slice(end - len(ids), end) for end, ids in zip(ends, windows, strict=True)]
-        self.x = torch.empty((ends[-1], self.args.hidden))
+        self._x = np.empty((ends[-1], self.args.hidden), dtype=np.float32)
+        self.x = torch.from_numpy(self._x)  # the same memory
         for span, ids in zip(self._spans, windows, strict=True):
-            self.x[span] = self._steps.embed(torch.tensor(ids))
+            self._x[span] = self._steps.embed(np.array(ids))
         self._routed = Routed.room(self.args, ends[-1])
 
     @property
@@ -95,27 +98,27 @@ class LayerPass:
         for span in self._spans:
             self._kv_cache.trim(0)
             routed = Routed(*(part[span] for part in self._routed))
-            self._steps.attend(layer, self.x[span], self._kv_cache, routed)
+            self._steps.attend(layer, self._x[span], self._kv_cache, routed)
         return self._routed
 
     def finish(self, layer: int, y: Tensor | None) -> None:
         """Add what the MLP of a layer gives: y `[N, D]` of its experts, None in a dense layer."""
         for span in self._spans:
             routed = Routed(*(part[span] for part in self._routed))
-            own = None if y is None else y[span]
-            self._steps.finish(layer, self.x[span], routed, own)
+            own = None if y is None else y[span].numpy()
+            self._steps.finish(layer, self._x[span], routed, own)
 
     def add_outputs(
         self,
         source: WeightSource,
         layer: int,
-        routed: Routed,
+        inputs: Tensor,
         parts: Sequence[Share],
         workers: int,
     ) -> None:
         """Compute the experts of a layer as the source has them, each for its share, and finish."""
         y = torch.zeros_like(self.x)
-        outputs = in_order(partial(_output, source, layer, routed), parts, workers)
+        outputs = in_order(partial(_output, source, layer, inputs), parts, workers)
         for share, output in zip(parts, outputs, strict=True):
             y.index_add_(0, share.tokens, output)
         self.finish(layer, y)
@@ -128,9 +131,10 @@ class LayerPass:
                 self.finish(layer, None)
                 continue
             parts = list(shares(routed, self.args.num_experts))
-            self.add_outputs(source, layer, routed, parts, workers)
+            inputs = torch.from_numpy(routed.normed)
+            self.add_outputs(source, layer, inputs, parts, workers)
             scale = self.x.norm(dim=1).clamp_(min=1e-6).reciprocal_()
-            yield LayerText(layer, routed, parts, scale)
+            yield LayerText(layer, inputs, parts, scale)
 
     def close(self) -> None:
         self._model = self._steps = None
@@ -150,20 +154,20 @@ class LayerPass:
 
 def shares(routed: Routed, num_experts: int) -> Iterator[Share]:
     """The share of every expert, in ascending order of tokens."""
-    ids = routed.expert_ids.reshape(-1).long()
+    ids = torch.from_numpy(routed.expert_ids).reshape(-1).long()
     order = torch.argsort(ids, stable=True)[int((ids < 0).sum()) :]
     counts = torch.bincount(ids[order], minlength=num_experts).tolist()
     tokens = order // routed.expert_ids.shape[1]
-    weights = routed.routing_weights.reshape(-1)[order]
+    weights = torch.from_numpy(routed.routing_weights).reshape(-1)[order]
     yield from map(Share, range(num_experts), tokens.split(counts), weights.split(counts))
 
 
-def _output(source: WeightSource, layer: int, routed: Routed, share: Share) -> Tensor:
+def _output(source: WeightSource, layer: int, inputs: Tensor, share: Share) -> Tensor:
     """What an expert adds to its tokens, `[n, D]`."""
     if not len(share.tokens):
-        return torch.empty((0, routed.normed.shape[1]))
+        return torch.empty((0, inputs.shape[1]))
     gate, up, down = (part.float() for part in source.expert(layer, share.expert))
-    output = expert_hidden(routed.normed[share.tokens], gate, up) @ down.T
+    output = expert_hidden(inputs[share.tokens], gate, up) @ down.T
     return output.mul_(share.weights[:, None])
 
 
@@ -172,20 +176,21 @@ def expert_hidden(x: Tensor, gate: Tensor, up: Tensor) -> Tensor:
     return torch.nn.functional.silu(x @ gate.T).mul_(x @ up.T)
 
 
-def _trunk_tensor(source: WeightSource, item: TrunkItem) -> Tensor | PackedMatrix:
+def _trunk_tensor(source: WeightSource, item: TrunkItem) -> np.ndarray | PackedMatrix:
     """A trunk tensor as the store will hold it."""
     if isinstance(source, StoreSource):
         data = np.concatenate(list(source.trunk_bytes(item.name, 1 << 30)))
         if item.spec is not None:
             rows, cols = item.source.shape
-            return PackedMatrix.from_packed(torch.from_numpy(data), rows, cols, item.spec)
-        dtype = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}[item.dtype]
-        return torch.from_numpy(data).view(dtype).reshape(item.source.shape)
+            return PackedMatrix.from_packed(data, rows, cols, item.spec)
+        return data.view(NUMPY_DTYPES[item.dtype]).reshape(item.source.shape)
     weight = source.read(item.source)
     if item.spec is not None:
         codes, scales, _ = quantize(weight, item.spec)
         packed = kernels.pack_codes(codes.numpy(), scales.numpy(), None, item.spec)
-        return PackedMatrix.from_packed(torch.from_numpy(packed), *weight.shape, item.spec)
+        return PackedMatrix.from_packed(packed, *weight.shape, item.spec)
     if item.dtype != item.source.dtype:
-        return to_16bit(weight, "bf16").view(torch.bfloat16)
-    return weight
+        return to_16bit(weight, "bf16").numpy().view(BF16)
+    if weight.dtype == torch.bfloat16:
+        return weight.view(torch.uint16).numpy().view(BF16)
+    return weight.numpy()

@@ -11,8 +11,6 @@ from ..active_set import ActiveSet, mask_routers
 from .passes import Passes
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from ..engine import Engine
     from ..kv_cache import KVCache
     from ..models.args import ModelArgs
@@ -41,7 +39,7 @@ class Masked:
 
     def forward(
         self, token_ids: Sequence[int], kv_cache: "KVCache", logits: str = "last"
-    ) -> "Tensor":
+    ) -> np.ndarray:
         """As `Engine.forward`."""
         with routed_by(self._engine, self._active):
             return self._engine.forward(token_ids, kv_cache, logits)

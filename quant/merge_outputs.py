@@ -38,7 +38,7 @@ def routes_and_inputs(
     parts: dict[int, list[Tensor]] = {layer: [] for layer in engine.args.moe_layers}
 
     def observe(seen: "Observation") -> None:
-        parts[seen.layer].append(seen.x[::_EVERY].clone())
+        parts[seen.layer].append(torch.tensor(seen.x[::_EVERY]))
 
     if with_inputs:
         engine.observe(observe)

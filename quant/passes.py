@@ -9,7 +9,6 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from ..kv_cache import KVCache
@@ -50,8 +49,8 @@ class Passes:
         shape = len(self._place), args.top_k
         routes = [np.empty((len(ids), *shape), dtype=np.int16) for ids in windows]
         told = 0
-        with self._engine.steps() as layers, torch.inference_mode():
-            states = [layers.embed(torch.tensor(ids)) for ids in windows]
+        with self._engine.steps() as layers:
+            states = [layers.embed(np.array(ids)) for ids in windows]
             for layer in range(args.num_layers):
                 for x, chosen in zip(states, routes, strict=True):
                     self._run(layers, layer, x, chosen)
@@ -60,7 +59,9 @@ class Passes:
                 told = done
         return routes
 
-    def _run(self, layers: Steps, layer: int, x: torch.Tensor, chosen: NDArray[np.int16]) -> None:
+    def _run(
+        self, layers: Steps, layer: int, x: NDArray[np.float32], chosen: NDArray[np.int16]
+    ) -> None:
         args, chunk, kv_cache = self._engine.args, self._engine.chunk_tokens, self._kv_cache
         kv_cache.trim(0)
         for begin in range(0, len(x), chunk):
@@ -69,7 +70,7 @@ class Passes:
             layers.attend(layer, part, kv_cache, routed)
             y, place = None, self._place.get(layer)
             if place is not None:
-                chosen[begin : begin + chunk, place] = routed.expert_ids.numpy()
+                chosen[begin : begin + chunk, place] = routed.expert_ids
                 y = layers.experts.run(layer, layers.expert_inputs(layer, routed), *routed[1:])
             layers.finish(layer, part, routed, y)
             kv_cache.advance(len(part))

@@ -77,7 +77,7 @@ class ErrorSums:
         experts = np.repeat(o.experts, np.diff(o.begins))[pairs]
         tokens = torch.from_numpy(o.tokens[pairs].astype(np.int64))
         weights = torch.from_numpy(o.weights[pairs].copy())
-        self._seen.append((o.x[tokens], torch.from_numpy(experts), weights))
+        self._seen.append((torch.from_numpy(o.x)[tokens], torch.from_numpy(experts), weights))
 
     def _finish_layer(self) -> None:
         """Measure the experts of the layer that was seen last."""

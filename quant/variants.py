@@ -14,9 +14,8 @@ from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 
+import numpy as np
 import psutil
-import torch
-from torch import Tensor
 
 from ..kv_cache import KVCache
 from ..models import parse_config
@@ -56,8 +55,8 @@ class VariantModel:
         self._kv_cache = KVCache.for_model(self.args, max(len(w.ids) for w in windows), 16)
         self.num_evaluations = 0
         self._base: Choice | None = None
-        self._kept: dict[int, list[Tensor]] = {}  # by layer: x of every window in front of it
-        self._reference: list[Tensor] | None = None
+        self._kept: dict[int, list[np.ndarray]] = {}  # by layer: x of every window in front of it
+        self._reference: list[np.ndarray] | None = None
         self._reference = self._states({key: self.num_variants - 1 for key in self.keys})
         self.reference = self._losses(self._reference)
 
@@ -128,7 +127,7 @@ class VariantModel:
 
     def _states(
         self, choice: Choice, progress: Progress | None = None, keep: bool = False
-    ) -> list[Tensor]:
+    ) -> list[np.ndarray]:
         """x `[T, D]` of every window behind the last layer."""
         first = 0
         if self._base is not None:
@@ -140,13 +139,13 @@ class VariantModel:
         for number, window in enumerate(self._windows):
             self._kv_cache.trim(0)
             if first:
-                x = self._kept[first][number].clone()
+                x = self._kept[first][number].copy()
             else:
-                x = steps.embed(torch.tensor(window.ids))
+                x = steps.embed(np.array(window.ids))
             routed = Routed.room(args, len(x))
             for layer in range(first, args.num_layers):
                 if keep:
-                    self._kept.setdefault(layer, []).append(x.clone())
+                    self._kept.setdefault(layer, []).append(x.copy())
                 steps.attend(layer, x, self._kv_cache, routed)
                 y = self._experts.run(layer, *routed) if layer in args.moe_layers else None
                 steps.finish(layer, x, routed, y)
@@ -155,7 +154,7 @@ class VariantModel:
                 progress.advance(len(x))
         return found
 
-    def _losses(self, states: list[Tensor], compared: bool = True) -> Losses:
+    def _losses(self, states: list[np.ndarray], compared: bool = True) -> Losses:
         sums = Sums(compared)
         for number, window in enumerate(self._windows):
             logits = self._model.steps.logits(states[number])
@@ -189,20 +188,22 @@ class _Chosen:
     def __init__(self, num_variants: int) -> None:
         self.executor: Executor | None = None
         self._num_variants = num_variants
-        self._records: dict[int, Tensor] = {}
+        self._records: dict[int, np.ndarray] = {}
 
     def choose(self, choice: Choice, num_experts: int) -> None:
         layers = {layer for layer, _ in choice}
         self._records = {
-            layer: torch.tensor(
+            layer: np.array(
                 [e * self._num_variants + choice[layer, e] for e in range(num_experts)],
-                dtype=torch.int32,
+                dtype=np.int32,
             )
             for layer in layers
         }
 
-    def run(self, layer: int, x: Tensor, expert_ids: Tensor, weights: Tensor) -> Tensor:
-        return self.executor.run(layer, x, self._records[layer][expert_ids.long()], weights)
+    def run(
+        self, layer: int, x: np.ndarray, expert_ids: np.ndarray, weights: np.ndarray
+    ) -> np.ndarray:
+        return self.executor.run(layer, x, self._records[layer][expert_ids], weights)
 
     @property
     def table(self) -> object:

@@ -24,8 +24,6 @@ from .stand_ins import StandInRule
 from .waves import Wave, cut_waves
 
 if TYPE_CHECKING:
-    import torch
-
     from .kernels import ThreadPool
     from .native_cache import NativeCache
 
@@ -115,25 +113,25 @@ class Executor:
     def run(
         self,
         layer: int,
-        x: "torch.Tensor",
-        expert_ids: "torch.Tensor",
-        routing_weights: "torch.Tensor",
-    ) -> "torch.Tensor":
+        x: np.ndarray,
+        expert_ids: np.ndarray,
+        routing_weights: np.ndarray,
+    ) -> np.ndarray:
         """y[t] = sum over k of routing_weights[t, k] * expert(expert_ids[t, k])(x[t]).
 
         x [T, D] fp32, expert_ids [T, K] integers (distinct within a token; -1: none, whose weight
-        counts for nothing), routing_weights [T, K] fp32, all on the CPU; returns [T, D] fp32. Each
-        record is read at most once. Raises
+        counts for nothing), routing_weights [T, K] fp32; returns [T, D] fp32. Each record is read
+        at most once. Raises
         RecordError for a record that cannot be read (the executor stays usable), BudgetError where
         the largest record does not fit into the expert cache.
         """
         num_tokens, top_k = expert_ids.shape
         self._check(layer, x, expert_ids, routing_weights)
-        x = x.contiguous()
-        y = x.new_zeros(x.shape)
+        x = np.ascontiguousarray(x)
+        y = np.zeros_like(x)
         if not num_tokens * top_k:
             return y
-        ids, weights = expert_ids.numpy(), routing_weights.numpy()
+        ids, weights = expert_ids, routing_weights
         if self.cold.share and num_tokens == 1:
             first_key = self.table.first_key[layer]
             row = self.cold.left_of(ids[0], weights[0], self.cache.addresses, first_key)
@@ -176,7 +174,7 @@ class Executor:
                 self.cache.release(wave.keys)
         return y
 
-    def _check(self, layer: int, x: "torch.Tensor", ids: "torch.Tensor", w: "torch.Tensor") -> None:
+    def _check(self, layer: int, x: np.ndarray, ids: np.ndarray, w: np.ndarray) -> None:
         num_tokens = ids.shape[0]
         if layer not in self.table.first_key:
             raise UsageError(f"layer {layer} has no expert records in this store")
@@ -191,7 +189,7 @@ class Executor:
                 f"{tuple(w.shape)} do not go together with a hidden size of {self._hidden}"
             )
         for name, part in (("x", x), ("routing_weights", w)):
-            if part.element_size() != 4 or not part.is_floating_point():
+            if part.dtype != np.float32:
                 raise UsageError(f"`{name}`: expected fp32, got {part.dtype}")
 
     def _group(
@@ -226,8 +224,8 @@ class Executor:
     def _compute(
         self,
         layer: int,
-        x: "torch.Tensor",
-        y: "torch.Tensor",
+        x: np.ndarray,
+        y: np.ndarray,
         wave: Wave,
         begins: np.ndarray,
     ) -> None:
@@ -237,7 +235,7 @@ class Executor:
         self._data[:count] = cache.addresses(wave.keys)
         np.subtract(begins[wave.begin : wave.end + 1], first, out=self._pair_begin[: count + 1])
         args.num_tokens, args.width, args.num_experts = x.shape[0], self.table.width[layer], count
-        args.x, args.y = x.data_ptr(), y.data_ptr()
+        args.x, args.y = x.ctypes.data, y.ctypes.data
         args.pair_token = self._token_address + 4 * first
         args.pair_weight = self._weight_address + 4 * first
         args.stall_ns, args.failed = 0, -1
@@ -259,20 +257,16 @@ class Executor:
     def _compute_reference(
         self,
         layer: int,
-        x: "torch.Tensor",
-        y: "torch.Tensor",
+        x: np.ndarray,
+        y: np.ndarray,
         wave: Wave,
         begins: np.ndarray,
     ) -> None:
-        import torch
-
         from . import reference
 
-        tokens = torch.from_numpy(self._pair_token).long()
-        weights = torch.from_numpy(self._pair_weight)
-        stall_s = 0.0
+        tokens, weights, stall_s = self._pair_token, self._pair_weight, 0.0
 
-        def experts() -> "Iterator[tuple[np.ndarray, RecordLayout, torch.Tensor, torch.Tensor]]":
+        def experts() -> Iterator[tuple[np.ndarray, RecordLayout, np.ndarray, np.ndarray]]:
             nonlocal stall_s
             for i, key in enumerate(wave.keys, start=wave.begin):
                 start = time.perf_counter()

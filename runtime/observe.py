@@ -6,16 +6,13 @@ The outputs are those of the plain executor, bit for bit; it is slower by what i
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .executor import Executor
 from .waves import Wave
-
-if TYPE_CHECKING:
-    import torch
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,8 +21,8 @@ class Observation:
     ascending, lie at begins[i] .. begins[i + 1]; P pairs in all."""
 
     layer: int
-    x: "torch.Tensor"  # fp32 [T, D]
-    expert_ids: "torch.Tensor"  # [T, K]; -1: none
+    x: np.ndarray  # fp32 [T, D]
+    expert_ids: np.ndarray  # [T, K]; -1: none
     experts: NDArray[np.int64]  # [n]
     begins: NDArray[np.int64]  # [n + 1]
     tokens: NDArray[np.int32]  # [P]
@@ -55,10 +52,10 @@ class ObservingExecutor(Executor):
     def run(
         self,
         layer: int,
-        x: "torch.Tensor",
-        expert_ids: "torch.Tensor",
-        routing_weights: "torch.Tensor",
-    ) -> "torch.Tensor":
+        x: np.ndarray,
+        expert_ids: np.ndarray,
+        routing_weights: np.ndarray,
+    ) -> np.ndarray:
         y = super().run(layer, x, expert_ids, routing_weights)
         keys, begins = self._groups
         num_pairs = int(begins[-1])
@@ -86,8 +83,8 @@ class ObservingExecutor(Executor):
     def _compute(
         self,
         layer: int,
-        x: "torch.Tensor",
-        y: "torch.Tensor",
+        x: np.ndarray,
+        y: np.ndarray,
         wave: Wave,
         begins: np.ndarray,
     ) -> None:
@@ -96,9 +93,9 @@ class ObservingExecutor(Executor):
         self._args.hidden_square = self._hidden_square[wave.begin :].ctypes.data
         super()._compute(layer, x, y, wave, begins)
 
-    def _show_expert(self, h: "torch.Tensor", outputs: "torch.Tensor") -> None:
+    def _show_expert(self, h: np.ndarray, outputs: np.ndarray) -> None:
         """The reference backend shows expert after expert."""
         begins, i = self._groups[1], self._num_shown
-        self._norms[int(begins[i]) : int(begins[i + 1])] = outputs.norm(dim=-1).numpy()
-        self._hidden_square[i] = h.square().sum(dim=0).numpy()
+        self._norms[int(begins[i]) : int(begins[i + 1])] = np.linalg.norm(outputs, axis=-1)
+        self._hidden_square[i] = np.square(h).sum(axis=0)
         self._num_shown += 1

@@ -8,7 +8,35 @@ from . import core, reference
 from .errors import EdgeMoeError, UsageError
 from .format import TILE_ROWS, QuantSpec, RecordLayout
 
+BF16 = np.dtype([("bf16", np.uint16)])  # bfloat16, which NumPy lacks, as its bits
+NUMPY_DTYPES = {  # by the names of safetensors
+    "F64": np.float64,
+    "F32": np.float32,
+    "F16": np.float16,
+    "BF16": BF16,
+    "I64": np.int64,
+    "I32": np.int32,
+    "I16": np.int16,
+    "I8": np.int8,
+    "U8": np.uint8,
+    "BOOL": np.bool_,
+}
 Coded = tuple[np.ndarray, np.ndarray, np.ndarray | None]  # codes, scales, mins
+
+
+def to_fp32(values: np.ndarray) -> np.ndarray:
+    """BF16, or any type of NumPy's, as fp32; not copied where it is that."""
+    if values.dtype != BF16:
+        return values.astype(np.float32, copy=False)
+    return (values["bf16"].astype(np.uint32) << 16).view(np.float32)
+
+
+def to_bf16(values: np.ndarray) -> np.ndarray:
+    """fp32 to the nearest BF16, ties to even; infinities stay, and so does what is not a number."""
+    bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
+    rounded = (bits + (0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)
+    rounded = np.where(np.isnan(values), np.uint16(0x7FC0), rounded)
+    return rounded.view(BF16)
 
 
 def pack_codes(

@@ -3,7 +3,8 @@
 While the core decodes a token, a predictor (runtime/predictors.py) tells it which records the next
 layers may want; absent ones are read while the drive would idle, as long as a gate that measures
 gain and cost lets them. The design is in docs/prefetch.md, the mechanism in csrc/prefetch.h. The
-torch path has none: it asks for the records of one layer at a time and hides nothing behind them.
+reference path has none: it asks for the records of one layer at a time and hides nothing behind
+them.
 """
 
 from dataclasses import dataclass, fields

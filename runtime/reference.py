@@ -1,4 +1,4 @@
-"""Plain NumPy and torch twins of the native kernels: their oracle, and what runs without a core.
+"""Plain NumPy twins of the native kernels: their oracle, and what runs without a core.
 
 Written from the layout text of `format.py`. Quantized weights are dequantized to fp32 and
 multiplied with fp32 activations, so results differ from the native path by its int8 activations.
@@ -9,8 +9,6 @@ import warnings
 from collections.abc import Callable, Iterable
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from .format import LINE_BYTES, NF4_LEVELS, TILE_ROWS, QuantSpec, RecordLayout
 
@@ -83,65 +81,77 @@ def unpack_record(
     return gate, up, unpack(section, layout.hidden, layout.width, layout.down)
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def linear(x: np.ndarray, weight: np.ndarray, bias: np.ndarray | None) -> np.ndarray:
     """x `[T, cols]`, weight `[rows, cols]` -> `[T, rows]`, all fp32."""
     global _warned
-    if weight.numel() > LARGE_WEIGHTS and not _warned:
+    if weight.size > LARGE_WEIGHTS and not _warned:
         _warned = True
         warnings.warn(
             "the reference kernels run, not the native core: this will be slow", stacklevel=3
         )
-    return torch.nn.functional.linear(x, weight, bias)
+    y = x @ weight.T
+    return y if bias is None else y + bias
+
+
+def silu(x: np.ndarray) -> np.ndarray:
+    """x / (1 + exp(-x)), fp32."""
+    with np.errstate(over="ignore"):  # exp(-x) = inf gives 0, as it should
+        return x / (1.0 + np.exp(-x))
+
+
+def softmax(x: np.ndarray) -> np.ndarray:
+    """Over the last dimension, in the type of x."""
+    e = np.exp(x - x.max(axis=-1, keepdims=True))
+    return e / e.sum(axis=-1, keepdims=True)
 
 
 def experts_forward(
-    x: Tensor,
-    experts: Iterable[tuple[np.ndarray, RecordLayout, Tensor, Tensor]],
-    y: Tensor,
-    observe: Callable[[Tensor, Tensor], None] | None = None,
+    x: np.ndarray,
+    experts: Iterable[tuple[np.ndarray, RecordLayout, np.ndarray, np.ndarray]],
+    y: np.ndarray,
+    observe: Callable[[np.ndarray, np.ndarray], None] | None = None,
 ) -> None:
     """y[t] += w * down(silu(gate x[t]) * (up x[t])) for every expert in the order given.
 
-    x, y `[T, D]` fp32; per expert its record, layout, the tokens (int64) that chose it and their
-    routing weights (fp32). Holds one dequantized record at a time. `observe` is shown what goes
-    into `down` [pairs, F] and what comes out of it [pairs, D].
+    x, y `[T, D]` fp32; per expert its record, layout, the tokens that chose it (one more than once
+    only where pairs repeat it) and their routing weights (fp32). Holds one dequantized record at a
+    time. `observe` is shown what goes into `down` [pairs, F] and what comes out of it [pairs, D].
     """
     for record, layout, tokens, weights in experts:
-        gate, up, down = (torch.from_numpy(part) for part in unpack_record(record, layout))
+        gate, up, down = unpack_record(record, layout)
         inputs = x[tokens]
-        h = torch.nn.functional.silu(linear(inputs, gate, None)) * linear(inputs, up, None)
+        h = silu(linear(inputs, gate, None)) * linear(inputs, up, None)
         outputs = linear(h, down, None)
         if observe is not None:
             observe(h, outputs)
-        y.index_add_(0, tokens, weights[:, None] * outputs)
+        np.add.at(y, tokens, weights[:, None] * outputs)
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+def rms_norm(x: np.ndarray, weight: np.ndarray, eps: float) -> np.ndarray:
     """x / sqrt(mean(x^2) + eps) * weight over the last dimension, fp32."""
-    return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps) * weight
+    mean = np.square(x).mean(axis=-1, keepdims=True, dtype=np.float32)
+    return x * (1.0 / np.sqrt(mean + np.float32(eps))) * weight
 
 
 def attention(
-    q: Tensor, keys: Tensor, values: Tensor, position: int, window: int, scale: float
-) -> Tensor:
-    """Causal attention of q `[T, H, hd]` at `position` .. over stored `[KV, capacity, hd]`.
+    q: np.ndarray, keys: np.ndarray, values: np.ndarray, position: int, window: int, scale: float
+) -> np.ndarray:
+    """Causal attention of q `[T, H, hd]` at `position` .. over stored `[KV, capacity, hd]`, fp32.
 
     The keys of the T tokens are already stored. `window` 0 sees everything. Returns `[T, H * hd]`.
     """
     num_tokens, num_heads, head_dim = q.shape
     end = position + num_tokens
     repeats = num_heads // keys.shape[0]
-    k, v = (
-        part[:, :end].float().repeat_interleave(repeats, dim=0) for part in (keys, values)
-    )  # [H, end, hd]
-    scores = torch.einsum("thd,hkd->htk", q, k) * scale
-    token = torch.arange(position, end)[:, None]
-    key = torch.arange(end)[None, :]
+    k, v = (part[:, :end].repeat(repeats, axis=0) for part in (keys, values))  # [H, end, hd]
+    scores = q.transpose(1, 0, 2) @ k.transpose(0, 2, 1) * np.float32(scale)  # [H, T, end]
+    token = np.arange(position, end)[:, None]
+    key = np.arange(end)[None, :]
     hidden = key > token
     if window > 0:
         hidden |= key <= token - window
-    weights = scores.masked_fill(hidden, float("-inf")).softmax(-1)
-    return torch.einsum("htk,hkd->thd", weights, v).reshape(num_tokens, num_heads * head_dim)
+    weights = softmax(np.where(hidden, np.float32(-np.inf), scores))
+    return (weights @ v).transpose(1, 0, 2).reshape(num_tokens, num_heads * head_dim)
 
 
 def _pad(matrix: np.ndarray, tiles: int) -> np.ndarray:

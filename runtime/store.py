@@ -13,26 +13,13 @@ from .format import TensorEntry, read_header
 from .index import EXPERTS_FILE, TRUNK_FILE, ExpertRecord, StoreIndex, load_index
 from .io import DEFAULT_DEPTH, READY, Arena, RecordReader, failure_text
 from .memory import Pile
+from .packing import NUMPY_DTYPES
 from .stand_ins import STAND_INS_FILE, with_stand_ins
 
 if TYPE_CHECKING:
-    import torch
-
     from .kernels import PackedMatrix
 
 _BLOCK_BYTES = 8 << 20
-_TORCH_DTYPES = {
-    "F64": "float64",
-    "F32": "float32",
-    "F16": "float16",
-    "BF16": "bfloat16",
-    "I64": "int64",
-    "I32": "int32",
-    "I16": "int16",
-    "I8": "int8",
-    "U8": "uint8",
-    "BOOL": "bool",
-}
 
 
 class Store:
@@ -123,27 +110,25 @@ class Store:
         except KeyError:
             raise NotFoundError(f"`{self.path / TRUNK_FILE}` has no tensor `{name}`") from None
 
-    def trunk_tensor(self, name: str, pile: Pile | None = None) -> "torch.Tensor | PackedMatrix":
-        """Read one trunk tensor: a PackedMatrix where the store packed it, else a torch tensor.
+    def trunk_tensor(self, name: str, pile: Pile | None = None) -> "np.ndarray | PackedMatrix":
+        """Read one trunk tensor: a PackedMatrix where the store packed it, else an array.
 
         A PackedMatrix lies in the pile where one is given. Nothing is kept; asking twice reads
         twice. Raises NotFoundError, FormatError.
         """
-        import torch
-
         entry = self.trunk_entry(name)
-        if name not in self.index.packed_trunk and entry.dtype not in _TORCH_DTYPES:
+        if name not in self.index.packed_trunk and entry.dtype not in NUMPY_DTYPES:
             raise FormatError(f"trunk tensor `{name}` has unknown dtype `{entry.dtype}`")
         packed = self.index.packed_trunk.get(name)
         own = None if packed is None else pile
-        data = torch.from_numpy(read_trunk_tensor(self._trunk_file, entry, own))
+        data = read_trunk_tensor(self._trunk_file, entry, own)
         if packed is not None:
             from .kernels import PackedMatrix
 
             return PackedMatrix.from_packed(
                 data, packed.rows, packed.cols, packed.spec, self._backend
             )
-        return data.view(getattr(torch, _TORCH_DTYPES[entry.dtype])).reshape(entry.shape)
+        return data.view(NUMPY_DTYPES[entry.dtype]).reshape(entry.shape)
 
     def _check_trunk(self) -> None:
         for name, packed in self.index.packed_trunk.items():

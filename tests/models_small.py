@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
 
@@ -108,7 +109,7 @@ class Running:
         self.arena.close()
 
 
-def greedy(running: Running, prompt: list[int], num_tokens: int) -> tuple[torch.Tensor, list[int]]:
+def greedy(running: Running, prompt: list[int], num_tokens: int) -> tuple[np.ndarray, list[int]]:
     """The logits of the prompt `[T, vocab]`, and the greedy continuation, token by token."""
     kv_cache = running.kv_cache()
     logits = running.model.forward(prompt, kv_cache, logits="all")
@@ -127,4 +128,4 @@ def oracle(model: transformers.PreTrainedModel, prompt: list[int], num_tokens: i
     while len(tokens) < num_tokens:
         output = model(torch.tensor([tokens[-1:]]), past_key_values=past, use_cache=True)
         tokens.append(int(output.logits[0, -1].argmax()))
-    return logits, tokens
+    return logits.numpy(), tokens

@@ -8,7 +8,6 @@ import sys
 
 import numpy as np
 import pytest
-import torch
 from sets_small import make_set
 from stores import damage_record
 from stores_small import make_store
@@ -44,7 +43,7 @@ def answer_hash(engine: Engine, num_tokens: int = 12, num_prompt: int = 40) -> s
     with Session(engine) as session:
         for _ in range(num_tokens):
             logits = session.logits(ids)
-            digest.update(logits.numpy().tobytes())
+            digest.update(logits.tobytes())
             ids.append(int(logits.argmax()))
     return digest.hexdigest()
 
@@ -61,42 +60,42 @@ def masked_keys(engine: Engine, kept=KEPT) -> list[int]:
 class Logits:
     """A router's matrix whose product is given."""
 
-    def __init__(self, logits: torch.Tensor) -> None:
+    def __init__(self, logits: np.ndarray) -> None:
         self.logits = logits
 
-    def linear(self, x: torch.Tensor) -> torch.Tensor:
+    def linear(self, x: np.ndarray) -> np.ndarray:
         return self.logits
 
 
 @pytest.mark.parametrize("renormalise", [False, True])
 def test_a_masked_router_is_the_sliced_one(renormalise):
-    """papers R8 in torch: the same ids and the same bits of every weight."""
+    """papers R8 in NumPy: the same ids and the same bits of every weight."""
 
     class Args:
         top_k, norm_topk = 3, renormalise
 
-    logits = 2 * torch.randn((50, 12), generator=torch.Generator().manual_seed(0))
+    logits = 2 * np.random.default_rng(0).normal(size=(50, 12)).astype(np.float32)
     mask = np.array([1, 0, 0, 1, 1, 1, 0, 1, 0, 0, 1, 0], dtype=np.uint8)
-    kept = torch.from_numpy(np.flatnonzero(mask))
+    kept = np.flatnonzero(mask)
     router, sliced = Router(Args, Logits(logits)), Router(Args, Logits(logits[:, kept]))
     full_ids, full_weights = router(logits)
     router.set_mask(mask, 2.0)
     ids, weights = router(logits)
     few_ids, few_weights = sliced(logits)
-    assert torch.equal(ids, kept[few_ids]) and torch.equal(weights, few_weights)
+    assert np.array_equal(ids, kept[few_ids]) and np.array_equal(weights, few_weights)
     router.set_mask(mask, 1.0)  # soft, with nobody that insists
-    assert all(torch.equal(*pair) for pair in zip(router(logits), (ids, weights), strict=True))
+    assert all(np.array_equal(*pair) for pair in zip(router(logits), (ids, weights), strict=True))
     router.set_mask(mask, 0.0)  # soft, with all that insist
-    assert torch.equal(router(logits)[0], full_ids)
-    assert torch.equal(router(logits)[1], full_weights)
+    assert np.array_equal(router(logits)[0], full_ids)
+    assert np.array_equal(router(logits)[1], full_weights)
     router.set_mask(None, 0.0)
-    assert torch.equal(router(logits)[1], full_weights)
+    assert np.array_equal(router(logits)[1], full_weights)
 
 
 @pytest.mark.skipif(core.lib is None, reason="native core not built")
 @pytest.mark.parametrize("threshold", [2.0, 0.3, 0.0])
 @pytest.mark.parametrize("renormalise", [False, True])
-def test_the_core_chooses_as_torch_does(tmp_path, monkeypatch, threshold, renormalise):
+def test_the_core_chooses_as_the_reference_does(tmp_path, monkeypatch, threshold, renormalise):
     """Of the same router input, in every layer: the same ids, weights within rounding."""
     path = make_store(tmp_path, norm_topk_prob=renormalise)
     with Engine.from_pretrained(path, context=64) as engine, Session(engine) as session:
@@ -105,7 +104,7 @@ def test_the_core_chooses_as_torch_does(tmp_path, monkeypatch, threshold, renorm
         seen, run = [], engine._executor.run
 
         def watch(layer, x, ids, weights):
-            seen.append((layer, x.clone(), ids.long(), weights.clone()))
+            seen.append((layer, x.copy(), ids.astype(np.int64), weights.copy()))
             return run(layer, x, ids, weights)
 
         monkeypatch.setattr(engine._executor, "run", watch)
@@ -115,9 +114,9 @@ def test_the_core_chooses_as_torch_does(tmp_path, monkeypatch, threshold, renorm
             router = Router(engine.args, engine._model._layers._weights[0][layer].router)
             router.set_mask(masks[layer], threshold)
             expected_ids, expected_weights = router(x)
-            assert torch.equal(ids, expected_ids)
-            assert torch.allclose(weights, expected_weights, rtol=2e-6, atol=1e-9)
-            outside += int((masks[layer][ids.numpy()] == 0).sum())
+            assert np.array_equal(ids, expected_ids)
+            assert np.allclose(weights, expected_weights, rtol=2e-6, atol=1e-9)
+            outside += int((masks[layer][ids] == 0).sum())
         assert len(seen) == 3 and (outside > 0) == (threshold < 1)
 
 
@@ -205,18 +204,18 @@ def test_a_session_does_not_keep_what_another_set_computed(path):
         full = session.logits(PROMPT)
         engine.use_set("code", "hard")
         hard = session.logits(PROMPT)
-        assert not torch.equal(full, hard)
+        assert not np.array_equal(full, hard)
         engine.use_set("code", "exact")
-        assert torch.equal(session.logits(PROMPT), full)
+        assert np.array_equal(session.logits(PROMPT), full)
         events = session.stream(PROMPT, SamplingParams(max_tokens=6))
         next(events)
         engine.use_set("prose", "hard")
         last = list(events)[-1]
         assert last.stats.routing == "set prose, hard"
         assert session.tokens[: len(PROMPT)] == PROMPT
-        assert not torch.equal(session.logits(PROMPT), full)  # computed anew, by prose alone
+        assert not np.array_equal(session.logits(PROMPT), full)  # computed anew, by prose alone
         engine.use_set(None)
-        assert torch.equal(session.logits(PROMPT), full)
+        assert np.array_equal(session.logits(PROMPT), full)
 
 
 def test_a_damaged_record_is_told_when_it_is_wanted(path, tmp_path):

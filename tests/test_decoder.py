@@ -7,7 +7,6 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-import torch
 from stores_small import make_store
 
 from edgemoe.engine import Engine
@@ -16,6 +15,7 @@ from edgemoe.models.native import NativeLayers
 from edgemoe.runtime import core
 from edgemoe.runtime.errors import BudgetError, RecordError
 from edgemoe.runtime.kernels import PackedMatrix
+from edgemoe.runtime.packing import BF16, to_bf16
 
 pytestmark = pytest.mark.skipif(core.lib is None, reason="native core not built")
 
@@ -37,13 +37,13 @@ def kv_cache_of(engine: Engine, kv_bits: int = 16) -> KVCache:
     return KVCache.for_model(engine.args, engine.context, kv_bits)
 
 
-def logits_of(engine: Engine, pieces: list[int], kv_bits: int = 16) -> torch.Tensor:
+def logits_of(engine: Engine, pieces: list[int], kv_bits: int = 16) -> np.ndarray:
     """Logits of every token of PROMPT, which goes in pieces of these lengths."""
     kv_cache, rows, begin = kv_cache_of(engine, kv_bits), [], 0
     for length in pieces:
         rows.append(engine.forward(PROMPT[begin : begin + length], kv_cache, "all"))
         begin += length
-    return torch.cat(rows)
+    return np.concatenate(rows)
 
 
 ISA_PROGRAM = """
@@ -54,7 +54,7 @@ from edgemoe.runtime import core
 from test_decoder import logits_of
 with Engine.from_pretrained(sys.argv[2], context=64, threads=1) as engine:
     sums = [
-        zlib.crc32(logits_of(engine, pieces, bits).numpy().tobytes())
+        zlib.crc32(logits_of(engine, pieces, bits).tobytes())
         for bits in (8, 16, 32) for pieces in ([30], [20] + [1] * 10)
     ]
 print(core.lib.em_isa().decode(), *sums)
@@ -87,7 +87,7 @@ def test_a_streamed_token_has_the_bits_of_a_resident_one(kv_bits, path):
         largest = max(record.num_bytes for record in engine._index.records.values())
         engine.cache.trim(engine.args.top_k * largest)
         engine.take_step_stats()
-        assert torch.equal(logits_of(engine, [10] + [1] * 20, kv_bits), expected)
+        assert np.array_equal(logits_of(engine, [10] + [1] * 20, kv_bits), expected)
         stats = engine.take_step_stats()
         assert stats.misses > 20 and stats.native_s > 0
         assert engine.cache.pinned_bytes == 0
@@ -102,7 +102,7 @@ def test_a_token_without_room_for_its_records_is_refused(engine):
         engine.forward(PROMPT[29:], kv_cache)
     assert kv_cache.offset == 29 and engine.cache.pinned_bytes == 0
     engine.cache.trim(capacity)
-    assert torch.equal(engine.forward(PROMPT[29:], kv_cache)[0], expected[29])
+    assert np.array_equal(engine.forward(PROMPT[29:], kv_cache)[0], expected[29])
 
 
 def test_a_token_that_was_stopped_for_nothing_begins_anew(engine):
@@ -111,7 +111,7 @@ def test_a_token_that_was_stopped_for_nothing_begins_anew(engine):
     kv_cache = kv_cache_of(engine)
     engine.forward(PROMPT[:29], kv_cache)
     engine._model._layers._stop.value = 1
-    assert torch.equal(engine.forward(PROMPT[29:], kv_cache)[0], expected[29])
+    assert np.array_equal(engine.forward(PROMPT[29:], kv_cache)[0], expected[29])
     assert engine._model._layers._stop.value == 0
 
 
@@ -144,13 +144,13 @@ def test_a_damaged_record_is_named_and_the_token_can_be_repeated(tmp_path):
             file.write(good)
         for token in PROMPT[offset:]:
             logits = engine.forward([token], kv_cache)
-        assert torch.equal(logits, expected)
+        assert np.array_equal(logits, expected)
 
 
 def test_equal_scores_go_to_the_lowest_ids(engine):
     """A router of zeros: every expert is as likely as any other."""
     layers, *rest = engine._model._layers._weights
-    zeros = PackedMatrix.from_16bit(torch.zeros(8, 64, dtype=torch.bfloat16))
+    zeros = PackedMatrix.from_16bit(np.zeros((8, 64), dtype=BF16))
     native = NativeLayers(
         engine.args,
         [replace(layer, router=zeros) for layer in layers],
@@ -159,16 +159,16 @@ def test_equal_scores_go_to_the_lowest_ids(engine):
         None,
     )
     kv_cache, seen = kv_cache_of(engine), []
-    native.run(torch.tensor(PROMPT[:3]), kv_cache, lambda *routing: seen.append(routing))
+    native.run(np.array(PROMPT[:3]), kv_cache, lambda *routing: seen.append(routing))
     native.decode(PROMPT[3], kv_cache, lambda *routing: seen.append(routing))
     assert len(seen) == 6
     for _, ids, weights in seen:
-        assert (ids == torch.tensor([0, 1])).all() and (weights == 0.125).all()
+        assert (ids == np.array([0, 1])).all() and (weights == 0.125).all()
 
 
 def test_scores_that_are_not_numbers_give_experts_that_exist(engine):
     layers, *rest = engine._model._layers._weights
-    bad = PackedMatrix.from_16bit(torch.full((8, 64), torch.nan, dtype=torch.bfloat16))
+    bad = PackedMatrix.from_16bit(to_bf16(np.full((8, 64), np.nan)))
     native = NativeLayers(
         engine.args,
         [replace(layer, router=bad) for layer in layers],
@@ -178,12 +178,12 @@ def test_scores_that_are_not_numbers_give_experts_that_exist(engine):
     )
     seen = []
     logits = native.decode(PROMPT[0], kv_cache_of(engine), lambda *routing: seen.append(routing))
-    assert seen[0][1].tolist() == [[0, 1]] and logits.isnan().all()
+    assert seen[0][1].tolist() == [[0, 1]] and np.isnan(logits).all()
 
 
 def test_sizes_that_do_not_go_together_are_refused(engine):
     layers, *rest = engine._model._layers._weights
-    wrong = PackedMatrix.from_16bit(torch.zeros(8, 32, dtype=torch.bfloat16))
+    wrong = PackedMatrix.from_16bit(np.zeros((8, 32), dtype=BF16))
     for change in ({"router": wrong}, {"q_norm": None}, {"output": wrong}, {"down": wrong}):
         changed = [*layers[:-1], replace(layers[-1], **change)]
         native = NativeLayers(engine.args, changed, *rest, engine._executor, None)
@@ -194,5 +194,5 @@ def test_sizes_that_do_not_go_together_are_refused(engine):
 def test_the_report_says_what_runs_the_layers(path, engine):
     assert engine.report()["decode"] == "native"
     with Engine.from_pretrained(path, context=64, backend="reference") as slow:
-        assert slow.report()["decode"] == "torch: the reference backend"
+        assert slow.report()["decode"] == "reference"
         assert slow.take_step_stats().native_s == 0

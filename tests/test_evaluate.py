@@ -55,7 +55,7 @@ def test_losses_are_those_of_the_logits() -> None:
         for window in windows:
             for at in range(window.first, len(window.ids)):
                 with Session(engine) as session:
-                    logits = session.logits(window.ids[:at]).double()
+                    logits = torch.from_numpy(session.logits(window.ids[:at])).double()
                 expected.append(-float(torch.log_softmax(logits, -1)[window.ids[at]]))
         assert len(expected) == 60
         assert found.tolist() == pytest.approx(expected, abs=1e-12)
@@ -84,7 +84,7 @@ def test_the_distance_of_two_models(tmp_path: Path) -> None:
 
 def _logits(engine: Engine, ids: list[int]) -> torch.Tensor:
     with Session(engine) as session:
-        return session.logits(ids)
+        return torch.from_numpy(session.logits(ids))
 
 
 def test_texts_and_token_files(tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 import numpy as np
 import pytest
-import torch
 from stores_small import make_store
 
 from edgemoe.engine import Engine
@@ -42,8 +41,8 @@ class Rerouted:
         self._executor, self._routes = executor, routes
 
     def run(self, layer, x, ids, weights):
-        ids = torch.from_numpy(self._routes[0][layer : layer + 1])
-        weights = torch.from_numpy(self._routes[1][layer : layer + 1]).float()
+        ids = self._routes[0][layer : layer + 1]
+        weights = self._routes[1][layer : layer + 1].astype(np.float32)
         return self._executor.run(layer, x, ids, weights)
 
     def __getattr__(self, name):
@@ -54,9 +53,9 @@ def test_the_routes_of_the_routers_change_no_bit(engine):
     kv_cache, seen = context_of(engine), []
     expected = engine.forward([7], kv_cache, on_route=lambda *routing: seen.append(routing))
     kv_cache.trim(len(PROMPT))
-    ids = np.concatenate([ids.numpy() for _, ids, _ in seen])
-    weights = np.concatenate([weights.numpy() for _, _, weights in seen])
-    assert torch.equal(engine.forward([7], kv_cache, forced=(ids, weights)), expected)
+    ids = np.concatenate([ids for _, ids, _ in seen])
+    weights = np.concatenate([weights for _, _, weights in seen])
+    assert np.array_equal(engine.forward([7], kv_cache, forced=(ids, weights)), expected)
 
 
 @pytest.mark.parametrize("top_k", [1, 2, 3])
@@ -69,7 +68,7 @@ def test_any_routes_are_computed_as_a_layer_at_a_time(engine, top_k):
     layers, embed, norm, lm_head = engine._model._layers._weights
     executor = Rerouted(engine._executor, routes)
     slow = NativeLayers(engine.args, layers, embed, norm, lm_head, executor, None)
-    expected = slow.logits(slow.run(torch.tensor([7]), kv_cache, None))
+    expected = slow.logits(slow.run(np.array([7]), kv_cache, None))
     kv_cache.trim(len(PROMPT))
 
     seen = []
@@ -78,11 +77,11 @@ def test_any_routes_are_computed_as_a_layer_at_a_time(engine, top_k):
     engine.cache.trim(0)
     engine.cache.trim(engine._full_capacity)
     forced = engine.forward([7], kv_cache, **options)
-    assert torch.equal(forced, expected) and not torch.equal(forced, plain)
+    assert np.array_equal(forced, expected) and not np.array_equal(forced, plain)
     assert engine.take_step_stats().misses == 3 * top_k
-    assert np.array_equal(np.concatenate([ids.numpy() for _, ids, _ in seen]), routes[0])
+    assert np.array_equal(np.concatenate([ids for _, ids, _ in seen]), routes[0])
     kv_cache.trim(len(PROMPT))
-    assert torch.equal(engine.forward([7], kv_cache), plain)
+    assert np.array_equal(engine.forward([7], kv_cache), plain)
 
 
 @pytest.mark.parametrize(
@@ -103,7 +102,7 @@ def test_routes_that_cannot_be_are_refused(engine, ids, message):
     kv_cache.trim(len(PROMPT))
     with pytest.raises(UsageError, match=message):
         engine.forward([7], kv_cache, forced=(np.array(ids), np.ones(np.shape(ids))))
-    assert torch.equal(engine.forward([7], kv_cache), plain)
+    assert np.array_equal(engine.forward([7], kv_cache), plain)
 
 
 @pytest.mark.parametrize("top_k", [1, 3])
@@ -116,7 +115,9 @@ def test_a_prompt_takes_routes_as_its_tokens_do_one_by_one(engine, top_k):
     ]
     kv_cache.trim(len(PROMPT))
     routes = tuple(np.stack(parts) for parts in zip(*every, strict=True))
-    assert torch.equal(engine.forward(tokens, kv_cache, "all", forced=routes), torch.cat(rows))
+    assert np.array_equal(
+        engine.forward(tokens, kv_cache, "all", forced=routes), np.concatenate(rows)
+    )
 
 
 def test_routes_of_another_number_of_tokens_are_refused(engine):

@@ -1,14 +1,16 @@
 """The KV cache by hand-sized examples."""
 
+import numpy as np
 import pytest
 import torch
 
 from edgemoe.kv_cache import KVCache
 from edgemoe.runtime.errors import UsageError
+from edgemoe.runtime.packing import BF16, to_bf16, to_fp32
 
 
-def step(cache: KVCache, layer: int, num_tokens: int, start: float) -> torch.Tensor:
-    keys = torch.arange(num_tokens * 2 * 4, dtype=torch.float32).reshape(num_tokens, 2, 4) + start
+def step(cache: KVCache, layer: int, num_tokens: int, start: float) -> np.ndarray:
+    keys = np.arange(num_tokens * 2 * 4, dtype=np.float32).reshape(num_tokens, 2, 4) + start
     cache.append(layer, keys, -keys)
     return keys
 
@@ -21,11 +23,11 @@ def test_a_step_is_stored_behind_the_last_one():
     second = step(cache, 1, 2, 7.0)
     keys, values = cache.append(1, second, -second)
     cache.advance(2)
-    assert cache.offset == 5 and keys.shape == (2, 5, 4) and keys.is_contiguous()
-    expected = torch.cat((first[1], second)).transpose(0, 1)
-    assert torch.equal(keys, expected) and torch.equal(values, -expected)
-    other, _ = cache.append(0, torch.empty(0, 2, 4), torch.empty(0, 2, 4))
-    assert torch.equal(other[:, :3], first[0].transpose(0, 1))
+    assert cache.offset == 5 and keys.shape == (2, 5, 4) and keys.flags.c_contiguous
+    expected = np.concatenate((first[1], second)).swapaxes(0, 1)
+    assert np.array_equal(keys, expected) and np.array_equal(values, -expected)
+    other, _ = cache.append(0, np.empty((0, 2, 4)), np.empty((0, 2, 4)))
+    assert np.array_equal(other[:, :3], first[0].swapaxes(0, 1))
 
 
 def test_trim_forgets_the_end():
@@ -36,7 +38,7 @@ def test_trim_forgets_the_end():
     new = step(cache, 0, 1, 50.0)
     keys, _ = cache.append(0, new, new)
     assert cache.offset == 1
-    assert torch.equal(keys[:, :2], torch.cat((kept[:1], new)).transpose(0, 1))
+    assert np.array_equal(keys[:, :2], np.concatenate((kept[:1], new)).swapaxes(0, 1))
     with pytest.raises(UsageError, match="trim"):
         cache.trim(2)
     with pytest.raises(UsageError, match="trim"):
@@ -45,24 +47,35 @@ def test_trim_forgets_the_end():
 
 def test_16_bits_round_to_the_nearest():
     cache = KVCache(1, 1, 2, capacity=1, kv_bits=16)
-    x = torch.tensor([[[1.00390625, 3.141592]]])  # a tie, and a number between two bf16
+    x = np.array(
+        [[[1.00390625, 3.141592]]], dtype=np.float32
+    )  # a tie, and a number between two bf16
     keys, values = cache.append(0, x, -x)
-    assert keys.dtype == torch.bfloat16
-    assert keys.flatten().tolist() == [1.0, 3.140625]
-    assert values.flatten().tolist() == [-1.0, -3.140625]
+    assert keys.dtype == BF16
+    assert to_fp32(keys).flatten().tolist() == [1.0, 3.140625]
+    assert to_fp32(values).flatten().tolist() == [-1.0, -3.140625]
+
+
+def test_bf16_is_that_of_torch():
+    bits = np.random.default_rng(2).integers(0, 1 << 32, 4096, dtype=np.uint32)
+    ends = [0, 1, 0x7F7FFFFF, 0x7F800000, 0xFF800000, 0x7F7F8000, 0x3F808000, 0x3F818000]
+    x = np.concatenate([bits, np.array(ends, dtype=np.uint32)]).view(np.float32)
+    expected = torch.from_numpy(x).bfloat16().float().numpy()
+    np.testing.assert_array_equal(to_fp32(to_bf16(x)), expected)
+    assert np.array_equal(to_bf16(expected), to_bf16(to_fp32(to_bf16(expected))))
 
 
 def test_8_bits_are_within_half_a_step_of_the_largest():
     cache = KVCache(2, 3, 16, capacity=5, kv_bits=8)
-    keys = torch.randn(4, 3, 16, generator=torch.Generator().manual_seed(1)) * 10
+    keys = 10 * np.random.default_rng(1).normal(size=(4, 3, 16)).astype(np.float32)
     keys[2, 1] = 0
     stored, _ = cache.append(1, keys, -keys)
     key_scales, value_scales = cache.scales(1)
-    assert stored.dtype == torch.int8 and torch.equal(key_scales[:, :4], value_scales[:, :4])
-    got = (stored.float() * key_scales[..., None])[:, :4].transpose(0, 1)
-    step = keys.abs().amax(-1, keepdim=True) / 127
-    assert ((got - keys).abs() <= step * 0.5001).all()
-    assert torch.equal(got[2, 1], torch.zeros(16))
+    assert stored.dtype == np.int8 and np.array_equal(key_scales[:, :4], value_scales[:, :4])
+    got = (stored * key_scales[..., None])[:, :4].swapaxes(0, 1)
+    step = np.abs(keys).max(-1, keepdims=True) / 127
+    assert (np.abs(got - keys) <= step * 0.5001).all()
+    assert np.array_equal(got[2, 1], np.zeros(16))
     assert KVCache(1, 1, 2, capacity=1, kv_bits=16).scales(0) == (None, None)
 
 
@@ -75,10 +88,10 @@ def test_the_size_is_known_beforehand(kv_bits, head_bytes):
 
 def test_overflow_names_the_context_length():
     cache = KVCache(1, 1, 2, capacity=4, kv_bits=32)
-    cache.append(0, torch.zeros(3, 1, 2), torch.zeros(3, 1, 2))
+    cache.append(0, np.zeros((3, 1, 2)), np.zeros((3, 1, 2)))
     cache.advance(3)
     with pytest.raises(UsageError, match="3 of the 4 tokens of the context length"):
-        cache.append(0, torch.zeros(2, 1, 2), torch.zeros(2, 1, 2))
+        cache.append(0, np.zeros((2, 1, 2)), np.zeros((2, 1, 2)))
     with pytest.raises(UsageError, match="context length"):
         cache.advance(2)
     assert cache.offset == 3

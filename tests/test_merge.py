@@ -101,10 +101,10 @@ def test_similarity_of_logits_is_their_cosine_and_chunks_add_up():
 
     class Router:
         def linear(self, x):
-            return x @ weight.T
+            return x @ weight.numpy().T
 
-    soft, gram = logit_sums(Router(), x)
-    parts = [logit_sums(Router(), part) for part in x.split(77)]
+    soft, gram = logit_sums(Router(), x.numpy())
+    parts = [logit_sums(Router(), part.numpy()) for part in x.split(77)]
     assert torch.allclose(sum(g for _, g in parts), gram, rtol=1e-10)
     assert torch.allclose(sum(s for s, _ in parts), soft, rtol=1e-10)
     logits = (x @ weight.T).double()

@@ -125,7 +125,7 @@ def run(engine: Engine, routes: np.ndarray | None, right: float | None) -> dict[
     seen: list[np.ndarray] = []
     for at in range(TOKENS):
         options = {} if guesses is None else {"guesses": guesses[at]}
-        options["on_route"] = lambda layer, ids, weights: seen.append(ids[0].numpy())
+        options["on_route"] = lambda layer, ids, weights: seen.append(ids[0])
         engine.forward([at + 5], kv_cache, **options)
     step, after = engine.take_step_stats(), engine.reader.stats()
     demand, *guessed = np.subtract(after["priority_bytes"], before["priority_bytes"]).tolist()

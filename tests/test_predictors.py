@@ -6,7 +6,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from stores_small import make_store
 
 from edgemoe.engine import Engine
@@ -116,16 +115,15 @@ def path(tmp_path_factory):
     return make_store(tmp_path_factory.mktemp("predictors"))
 
 
-@torch.inference_mode()
 @pytest.mark.parametrize("backend", ["native", "reference"])
 def test_routers_on_their_own_input_are_always_right(path, backend):
-    ids = torch.tensor(np.random.default_rng(8).integers(0, 400, 40))
+    ids = np.random.default_rng(8).integers(0, 400, 40)
     with Engine.from_pretrained(path, context=64, backend=backend) as engine:
         layers, seen = engine._model._layers, []
         engine.forward(
             ids.tolist(),
             KVCache.for_model(engine.args, 64, 16),
-            on_route=lambda *routing: seen.append(routing[1].numpy()),
+            on_route=lambda *routing: seen.append(routing[1]),
         )
         kv_cache = KVCache.for_model(engine.args, 64, 16)
         routes, scores = observe_routers(layers, ids, kv_cache, 2)

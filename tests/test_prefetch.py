@@ -6,7 +6,6 @@ import zlib
 
 import numpy as np
 import pytest
-import torch
 from stores_small import make_store
 
 from edgemoe.engine import Engine
@@ -52,11 +51,11 @@ def greedy(engine, num_tokens, guesses=None):
         logits = engine.forward(
             tokens[-1:],
             kv_cache,
-            on_route=lambda layer, ids, weights, seen=seen: seen.append(ids[0].numpy()),
+            on_route=lambda layer, ids, weights, seen=seen: seen.append(ids[0]),
             **({} if guesses is None else {"guesses": guesses[step]}),
         )
         routes.append(seen)
-        crc = zlib.crc32(logits.numpy().tobytes(), crc)
+        crc = zlib.crc32(logits.tobytes(), crc)
     return tokens, np.array(routes), crc
 
 
@@ -261,7 +260,7 @@ def test_a_guess_that_cannot_be_read_fails_no_token(tmp_path):
         engine.forward([5], kv_cache)
         guesses = np.array([[-1], [expert], [-1]])
         while prefetch.stats().num_failed < 3:
-            assert torch.equal(engine.forward([7], kv_cache, guesses=guesses), expected)
+            assert np.array_equal(engine.forward([7], kv_cache, guesses=guesses), expected)
             kv_cache.trim(1)
         # Demanded, it is read anew: an error that names it while it is damaged, then nothing.
         ids = np.tile(np.sort([expert, (expert + 1) % NUM_EXPERTS]), (PLACES, 1))
@@ -272,9 +271,9 @@ def test_a_guess_that_cannot_be_read_fails_no_token(tmp_path):
         with open(path / "experts.safetensors", "r+b") as file:
             file.seek(engine._index.records[1, expert].offset + 100)
             file.write(good)
-        assert torch.isfinite(engine.forward([7], kv_cache, **options)).all()
+        assert np.isfinite(engine.forward([7], kv_cache, **options)).all()
         kv_cache.trim(1)
-        assert torch.equal(engine.forward([7], kv_cache, guesses=guesses), expected)
+        assert np.array_equal(engine.forward([7], kv_cache, guesses=guesses), expected)
 
 
 def test_prompts_trims_and_closing_may_come_while_guesses_are_read(path, text):
@@ -293,7 +292,7 @@ def test_prompts_trims_and_closing_may_come_while_guesses_are_read(path, text):
                 logits = engine.forward(tokens[step : step + 1], kv_cache, guesses=guesses[step])
             again = KVCache.for_model(engine.args, engine.context, 16)
             engine.forward(PROMPT + tokens[:5], again)
-            assert torch.equal(engine.forward(tokens[5:6], again), logits)
+            assert np.array_equal(engine.forward(tokens[5:6], again), logits)
             engine.forward(tokens[6:7], kv_cache, guesses=guesses[6])
         engine.forward(tokens[7:8], kv_cache, guesses=guesses[7])
     assert engine.closed

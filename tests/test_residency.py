@@ -70,7 +70,7 @@ def test_a_prompt_reads_each_expert_at_most_once(store: Path, records: int) -> N
         chosen: set[tuple[int, int]] = set()
 
         def note(layer, expert_ids, _weights):
-            chosen.update((layer, expert) for expert in expert_ids.unique().tolist())
+            chosen.update((layer, expert) for expert in np.unique(expert_ids).tolist())
 
         before = engine.reader.stats()["num_reads"]
         tokens = rng.integers(0, 400, 200).tolist()

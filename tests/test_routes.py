@@ -2,7 +2,6 @@
 
 import numpy as np
 import pytest
-import torch
 from stores_small import make_store
 
 from edgemoe.engine import Engine
@@ -13,6 +12,7 @@ from edgemoe.models.rules import Rule
 from edgemoe.runtime import core
 from edgemoe.runtime.errors import UsageError
 from edgemoe.runtime.profile import Profile
+from edgemoe.runtime.reference import softmax
 from edgemoe.runtime.transitions import PlaceTables, path_keys
 from edgemoe.session import Session
 
@@ -28,12 +28,12 @@ def path(tmp_path_factory):
     return make_store(tmp_path_factory.mktemp("routes"), num_experts_per_tok=3)
 
 
-def logits_of(engine: Engine, ids=PROMPT, split: int = 30) -> torch.Tensor:
+def logits_of(engine: Engine, ids=PROMPT, split: int = 30) -> np.ndarray:
     """Of a prompt of `split` tokens, and of the others one by one."""
     kv_cache = KVCache.for_model(engine.args, engine.context, 16)
     rows = [engine.forward(ids[:split], kv_cache, "all")]
     rows += [engine.forward([token], kv_cache) for token in ids[split:]]
-    return torch.cat(rows)
+    return np.concatenate(rows)
 
 
 class Rerouted:
@@ -58,24 +58,24 @@ def test_entries_of_none_are_neither_read_nor_computed(path, backend):
     named land."""
     tolerance = 0.0 if backend == "native" else 1e-4  # between a prompt and its tokens
     with Engine.from_pretrained(path, backend=backend, context=64, warm_start="off") as engine:
-        x = torch.randn((5, 64), generator=torch.Generator().manual_seed(1))
-        ids = torch.tensor([[2, -1, -1], [2, 6, -1], [-1, -1, -1], [6, -1, -1], [2, -1, -1]])
-        weights = torch.rand((5, 3), generator=torch.Generator().manual_seed(2))
-        weights = weights.where(ids >= 0, torch.zeros(()))
+        x = np.random.default_rng(1).normal(size=(5, 64)).astype(np.float32)
+        ids = np.array([[2, -1, -1], [2, 6, -1], [-1, -1, -1], [6, -1, -1], [2, -1, -1]])
+        weights = np.random.default_rng(2).random((5, 3), dtype=np.float32)
+        weights = np.where(ids >= 0, weights, np.float32(0))
         engine.take_step_stats()
         y = engine._executor.run(1, x, ids, weights)
         stats = engine.take_step_stats()
         assert (stats.hits, stats.misses) == (0, 2)
         landed = np.asarray(engine.reader.landed_ns)
         assert sorted(np.flatnonzero(landed)) == [8 + 2, 8 + 6]
-        assert not y[2].any() and y[[0, 1, 3, 4]].all(dim=-1).any()
+        assert not y[2].any() and y[[0, 1, 3, 4]].all(axis=-1).any()
         for t in range(5):
             num = int((ids[t] >= 0).sum())
             alone = engine._executor.run(1, x[t : t + 1], ids[t : t + 1], weights[t : t + 1])
-            assert torch.allclose(alone[0], y[t], rtol=tolerance, atol=tolerance)
+            assert np.allclose(alone[0], y[t], rtol=tolerance, atol=tolerance)
             if num:
                 short = (ids[t : t + 1, :num], weights[t : t + 1, :num])
-                assert torch.equal(engine._executor.run(1, x[t : t + 1], *short), alone)
+                assert np.array_equal(engine._executor.run(1, x[t : t + 1], *short), alone)
         with pytest.raises(UsageError, match="-1 for none"):
             engine._executor.run(1, x, ids - 1, weights)
 
@@ -105,7 +105,7 @@ def test_the_core_decodes_ragged_routes(path, prefetch):
                 forced=(ids[t], weights[t]),
                 on_route=lambda *routes, seen=seen: seen.append(routes),
             )
-            assert torch.equal(row[0], expected[t])
+            assert np.array_equal(row[0], expected[t])
             assert np.array_equal(np.concatenate([r[1] for r in seen]), ids[t])
         stats = engine.take_step_stats()
         assert stats.hits + stats.misses + stats.guessed == (ids >= 0).sum()
@@ -129,7 +129,7 @@ def test_a_rule_changes_neither_bits_nor_counts_by_path(path, rule):
             rows = logits_of(engine)
             seen[cache_bytes] = rows
             engine.on_route = None
-            assert torch.equal(logits_of(engine, split=40), rows)
+            assert np.array_equal(logits_of(engine, split=40), rows)
             engine.take_step_stats()
             logits_of(engine, split=1)
             stats = engine.take_step_stats()
@@ -139,19 +139,19 @@ def test_a_rule_changes_neither_bits_nor_counts_by_path(path, rule):
                 assert demanded == 40 * 3 * (rule.active_experts or 3)
             engine._model.set_rule(Rule())
             full = logits_of(engine)
-            assert torch.equal(full, rows) == rule.is_plain
-    assert torch.equal(seen[1 << 16], seen[None])
+            assert np.array_equal(full, rows) == rule.is_plain
+    assert np.array_equal(seen[1 << 16], seen[None])
 
 
 @pytest.mark.parametrize("renormalise", [False, True])
 @pytest.mark.parametrize("p", [0.2, 0.5, 0.9, 0.999999, 1.0])
-def test_top_p_in_torch_is_the_paper_s_rule(p, renormalise):
+def test_top_p_in_the_reference_is_the_paper_s_rule(p, renormalise):
     """2403.07652: sorted shares until their sum exceeds p, weights as they are; ties to the lowest
     ids; at least one, at most K."""
-    logits = 3 * torch.randn((200, 12), generator=torch.Generator().manual_seed(4))
+    logits = np.float32(3) * np.random.default_rng(4).normal(size=(200, 12)).astype(np.float32)
     logits[::3, 5] = logits[::3, 2]
-    scores = torch.softmax(logits, dim=-1)
-    ids, weights = choose(Rule(top_p=p), scores, torch.arange(12), 4, renormalise)
+    scores = softmax(logits)
+    ids, weights = choose(Rule(top_p=p), scores, np.arange(12), 4, renormalise)
     for t, row in enumerate(scores.tolist()):
         order = sorted(range(12), key=lambda e, row=row: (-row[e], e))[:4]
         taken, total = [], 0.0
@@ -169,10 +169,10 @@ def test_top_p_in_torch_is_the_paper_s_rule(p, renormalise):
 # ---- rows that share bodies ---------------------------------------------------------------------
 
 
-def map_rows(ids: torch.Tensor, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def map_rows(ids: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The naive routes: every row's body, each alias on its own; nulls weigh nothing."""
-    bodies = torch.from_numpy(BODIES).long()[ids.long()]
-    return bodies.clamp(min=0), weights.where(bodies >= 0, torch.zeros(()))
+    bodies = BODIES.astype(np.int64)[ids.astype(np.int64)]
+    return bodies.clip(0), np.where(bodies >= 0, weights, np.float32(0))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -184,10 +184,10 @@ def test_two_aliases_of_one_token_are_the_naive_sum(path, backend):
         nonlocal num_both
         num_both += int(((ids == 3).any(1) & (ids == 4).any(1)).sum())
         bodies, weights = map_rows(ids, weights)
-        y = torch.zeros_like(x)
+        y = np.zeros_like(x)
         for k in range(3):
             part = slice(k, k + 1)
-            y += executor.run(layer, x, bodies[:, part].contiguous(), weights[:, part].contiguous())
+            y += executor.run(layer, x, bodies[:, part], weights[:, part])
         return y
 
     with Engine.from_pretrained(path, backend=backend, context=64) as engine:
@@ -198,13 +198,12 @@ def test_two_aliases_of_one_token_are_the_naive_sum(path, backend):
         kind, weights = type(layers), layers.weights
         slow = kind(engine.args, weights, *_trunk(layers), _Runs(executor, run), None)
         kv_cache = KVCache.for_model(engine.args, 64, 32)
-        with torch.inference_mode():
-            expected = slow.logits(slow.run(torch.tensor(PROMPT), kv_cache, None))
+        expected = slow.logits(slow.run(np.array(PROMPT), kv_cache, None))
         assert executor.run == executor_run and num_both > 0
         engine._model.set_bodies(dict.fromkeys(range(3), BODIES))
         kv_cache.trim(0)
         found = engine.forward(PROMPT, kv_cache, "all")
-        assert torch.allclose(found, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+        assert np.allclose(found, expected, rtol=1e-4, atol=1e-4 * float(np.abs(expected).max()))
 
 
 class _Runs:
@@ -224,7 +223,7 @@ def _trunk(layers):
 
 @NATIVE
 @pytest.mark.parametrize("renormalise", [False, True])
-def test_the_core_maps_rows_as_torch_does(tmp_path, monkeypatch, renormalise):
+def test_the_core_maps_rows_as_the_reference_does(tmp_path, monkeypatch, renormalise):
     """Of the same router input: the same bodies, weights within rounding; with rules on top."""
     path = make_store(tmp_path, num_experts_per_tok=3, norm_topk_prob=renormalise)
     gains = np.array([1, 0.5, 1, 2, 1, 1, 0, 1], dtype=np.float32)
@@ -232,7 +231,7 @@ def test_the_core_maps_rows_as_torch_does(tmp_path, monkeypatch, renormalise):
         seen, run = [], engine._executor.run
 
         def watch(layer, x, ids, weights):
-            seen.append((layer, x.clone(), ids.long(), weights.clone()))
+            seen.append((layer, x.copy(), ids.astype(np.int64), weights.copy()))
             return run(layer, x, ids, weights)
 
         monkeypatch.setattr(engine._executor, "run", watch)
@@ -249,8 +248,8 @@ def test_the_core_maps_rows_as_torch_does(tmp_path, monkeypatch, renormalise):
                     router.set_bodies(BODIES if layer < 2 else None)
                     router.set_gains(tuned.get(layer))
                     expected_ids, expected_weights = router(x)
-                    assert torch.equal(ids, expected_ids)
-                    assert torch.allclose(weights, expected_weights, rtol=4e-6, atol=1e-9)
+                    assert np.array_equal(ids, expected_ids)
+                    assert np.allclose(weights, expected_weights, rtol=4e-6, atol=1e-9)
                 assert any((ids < 0).any() for _, _, ids, _ in seen)
                 seen.clear()
 
@@ -276,10 +275,10 @@ def test_bits_of_a_mapped_model_do_not_depend_on_memory(path, prefetch):
             plain = logits_of(engine)
             engine._model.set_bodies(dict.fromkeys(range(3), BODIES))
             rows.append(logits_of(engine))
-            assert torch.equal(logits_of(engine, split=1), rows[0])
+            assert np.array_equal(logits_of(engine, split=1), rows[0])
             engine._model.set_bodies({})
-            assert torch.equal(logits_of(engine), plain)
-    assert torch.equal(*rows) and not torch.equal(rows[0], plain)
+            assert np.array_equal(logits_of(engine), plain)
+    assert np.array_equal(*rows) and not np.array_equal(rows[0], plain)
 
 
 # ---- what looks at routes afterwards ------------------------------------------------------------

@@ -5,7 +5,6 @@ import os
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
@@ -25,6 +24,7 @@ from edgemoe.runtime.index import (
 )
 from edgemoe.runtime.io import ERR_CRC, READY, Arena
 from edgemoe.runtime.memory import Pile
+from edgemoe.runtime.packing import BF16, to_bf16
 from edgemoe.runtime.store import Store, file_sha256
 
 BACKENDS = ["reference"] + (["native"] if core.lib else [])
@@ -65,13 +65,12 @@ def test_reads_what_safetensors_reads(index, backend):
 
 
 def write_trunk(index, tensors):
-    """Replace the trunk by `tensors` (name -> torch tensor or packed NumPy bytes)."""
-    names = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "int64": "I64", "uint8": "U8"}
+    """Replace the trunk by `tensors` (name -> array)."""
+    names = {"float32": "F32", "float16": "F16", "int64": "I64", "uint8": "U8"}
     entries, data = [], []
     for name, tensor in tensors.items():
-        tensor = torch.as_tensor(tensor).contiguous()
-        raw = tensor.reshape(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else b""
-        dtype = names[str(tensor.dtype).removeprefix("torch.")]
+        raw = tensor.tobytes()
+        dtype = "BF16" if tensor.dtype == BF16 else names[str(tensor.dtype)]
         entries.append((name, dtype, list(tensor.shape), len(raw)))
         data.append(raw)
     (index.path / TRUNK_FILE).write_bytes(encode_header(entries, {}) + b"".join(data))
@@ -84,11 +83,11 @@ def test_trunk_tensors(index, backend):
     scales = rng.uniform(0.01, 0.02, (48, 2)).astype(np.float16)
     packed = kernels.pack_codes(codes, scales, None, spec)
     tensors = {
-        "norm": torch.randn(7),
-        "linear": torch.randn(3, 5).to(torch.bfloat16),
-        "half": torch.randn(2, 3, 4).to(torch.float16),
-        "ids": torch.arange(5),
-        "empty": torch.zeros(0, 4),
+        "norm": rng.normal(size=7).astype(np.float32),
+        "linear": to_bf16(rng.normal(size=(3, 5))),
+        "half": rng.normal(size=(2, 3, 4)).astype(np.float16),
+        "ids": np.arange(5),
+        "empty": np.zeros((0, 4), dtype=np.float32),
         "packed": packed,
     }
     write_trunk(index, tensors)
@@ -99,11 +98,11 @@ def test_trunk_tensors(index, backend):
         assert store.trunk_entry("linear").shape == (3, 5)
         for name in list(tensors)[:-1]:
             found = store.trunk_tensor(name)
-            assert found.dtype == tensors[name].dtype and torch.equal(found, tensors[name])
+            assert found.dtype == tensors[name].dtype and np.array_equal(found, tensors[name])
         matrix = store.trunk_tensor("packed")
         assert isinstance(matrix, kernels.PackedMatrix)
         expected = scales.astype(np.float32).repeat(32, 1) * (codes.astype(np.float32) - 128)
-        np.testing.assert_array_equal(matrix.dequantize().numpy(), expected)
+        np.testing.assert_array_equal(matrix.dequantize(), expected)
         with pytest.raises(NotFoundError, match="no tensor `other`"):
             store.trunk_tensor("other")
 
@@ -194,7 +193,7 @@ def test_deleted_while_open(index, backend):
         embed = store.trunk_tensor("embed")
         for file in index.path.iterdir():
             file.unlink()
-        assert torch.equal(store.trunk_tensor("embed"), embed)
+        assert np.array_equal(store.trunk_tensor("embed"), embed)
         with Arena(index.max_record_bytes, backend) as arena:
             store.reader.submit(np.array([3]), np.array([arena.address], dtype=np.uint64))
             assert store.reader.wait(3) == READY

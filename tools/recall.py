@@ -12,7 +12,6 @@ import json
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from edgemoe import Engine
 from edgemoe.kv_cache import KVCache
@@ -38,7 +37,6 @@ def pieces(engine: Engine, texts: list[str], num_tokens: int) -> list[list[int]]
     return found
 
 
-@torch.inference_mode()
 def measure(engine: Engine, samples: list[list[int]], profile: Profile | None) -> list[Recall]:
     """Every predictor at every layer, at n = K and 2 K."""
     args = engine.args
@@ -47,7 +45,7 @@ def measure(engine: Engine, samples: list[list[int]], profile: Profile | None) -
     texts, scores = [], []
     for ids in samples:
         kv_cache = KVCache.for_model(args, engine.context, 16)
-        routes, observed = observe_routers(layers, torch.tensor(ids), kv_cache, DEPTH)
+        routes, observed = observe_routers(layers, np.array(ids), kv_cache, DEPTH)
         texts.append(routes)
         scores.append(observed)
     moe_layers = list(args.moe_layers)

@@ -31,23 +31,21 @@ class Decoded:
 
 def greedy(session: Any, prompt: Sequence[int], num_tokens: int) -> Decoded:
     """Decode `num_tokens` tokens after the token ids of `prompt`."""
-    import torch
-
     result, digest, engine = Decoded(), hashlib.sha256(), session.engine
     engine.take_step_stats()  # what others did before is not ours
     begin = time.perf_counter()
     logits = session.logits(prompt)
-    token = int(torch.argmax(logits))
+    token = int(logits.argmax())
     result.prefill_s = time.perf_counter() - begin
     result.prefill = counters(engine.take_step_stats())
     while True:
         result.token_ids.append(token)
-        digest.update(logits.contiguous().numpy())
+        digest.update(logits)
         if len(result.token_ids) >= num_tokens:
             break
         begin = time.perf_counter()
         logits, best = session.step(token)
-        token = int(torch.argmax(logits)) if best is None else best
+        token = int(logits.argmax()) if best is None else best
         result.step_s.append(time.perf_counter() - begin)
     result.decode = counters(engine.take_step_stats())
     result.logits_hash = digest.hexdigest()

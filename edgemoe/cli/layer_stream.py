@@ -7,13 +7,11 @@ executor, bit for bit.
 
 import time
 from itertools import pairwise
-from typing import TYPE_CHECKING
+
+import numpy as np
 
 from ..runtime.executor import Executor
 from ..runtime.waves import Wave
-
-if TYPE_CHECKING:
-    import torch
 
 Part = list[int]  # keys of a run of records of one layer
 
@@ -54,14 +52,14 @@ class LayerStream(Executor):
     def run(
         self,
         layer: int,
-        x: "torch.Tensor",
-        expert_ids: "torch.Tensor",
-        routing_weights: "torch.Tensor",
-    ) -> "torch.Tensor":
+        x: np.ndarray,
+        expert_ids: np.ndarray,
+        routing_weights: np.ndarray,
+    ) -> np.ndarray:
         self._check(layer, x, expert_ids, routing_weights)
-        x = x.contiguous()
-        y = x.new_zeros(x.shape)
-        keys, begins = self._group(layer, expert_ids.numpy(), routing_weights.numpy())
+        x = np.ascontiguousarray(x)
+        y = np.zeros_like(x)
+        keys, begins = self._group(layer, expert_ids, routing_weights)
         self.cache.begin_layer(layer)
         held = sum(key < self._num_resident for key in keys)
         if held:

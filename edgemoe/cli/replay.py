@@ -137,8 +137,6 @@ def token_id(position: int, vocab: int) -> int:
 def replay(engine: Any, kv_cache: "KVCache", prompt: Routing | None, decoded: Routing) -> Decoded:
     """Run the prompt, if there is one, in one go, then each step; like `decode.greedy`, but that
     the likeliest tokens are noted and not fed."""
-    import torch
-
     result, digest, vocab = Decoded(), hashlib.sha256(), engine.args.vocab
     engine.take_step_stats()
     if prompt is not None and len(prompt):
@@ -147,7 +145,7 @@ def replay(engine: Any, kv_cache: "KVCache", prompt: Routing | None, decoded: Ro
         logits = engine.forward(tokens, kv_cache, forced=(prompt.ids, prompt.weights))
         result.prefill_s = time.perf_counter() - begin
         result.prefill = counters(engine.take_step_stats())
-        digest.update(logits.contiguous().numpy())
+        digest.update(logits)
     result.decode = dict.fromkeys(counters(engine.take_step_stats()), 0)
     for step in range(len(decoded)):
         token = token_id(kv_cache.offset, vocab)
@@ -158,7 +156,7 @@ def replay(engine: Any, kv_cache: "KVCache", prompt: Routing | None, decoded: Ro
         result.step_s.append(time.perf_counter() - begin)
         for name, value in counters(engine.take_step_stats()).items():
             result.decode[name] += value
-        result.token_ids.append(int(torch.argmax(logits)))
-        digest.update(logits.contiguous().numpy())
+        result.token_ids.append(int(logits.argmax()))
+        digest.update(logits)
     result.logits_hash = digest.hexdigest()
     return result

@@ -93,7 +93,7 @@ def _decode(engine: "Engine", tokens: list[int], num_prompt: int) -> dict[str, A
             begin = time.perf_counter()
             logits, _ = session.step(token)
             step_s.append(time.perf_counter() - begin)
-            digest.update(logits.contiguous().numpy())
+            digest.update(logits)
         stats = engine.take_step_stats()
         held = engine.cache.capacity_bytes
         engine.cache.trim(0)

@@ -1,6 +1,6 @@
 """Model wiring: one file per `model_type` of a checkpoint's config.json. Floor 2.
 
-Parsing a configuration and naming tensors needs no torch; `causal_lm` and what it imports do.
+Parsing a configuration and naming tensors needs no NumPy; `causal_lm` and what it imports do.
 """
 
 from collections.abc import Mapping

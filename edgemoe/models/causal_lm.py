@@ -3,8 +3,6 @@
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from ..kv_cache import KVCache
 from ..runtime import core, kernels
@@ -15,9 +13,9 @@ from . import load_module
 from .args import ModelArgs
 from .moe import Experts, OnRoute
 from .native import NativeLayers
+from .reference_layers import ReferenceLayers
 from .rules import RoutingCounts, Rule
 from .steps import ForcedRoutes, Steps, check_token_ids
-from .torch_layers import TorchLayers
 from .trunk import ReadTensor, Trunk
 
 
@@ -28,8 +26,8 @@ class CausalLM:
     tensor. The largest come first: while a tensor is packed it is in memory twice, and that must
     not be on top of all the others.
 
-    `decode` says what runs the layers: `native`, the blocks of the core, or `torch`, the same
-    layers out of single operations, which the reference backend is made of.
+    `decode` says what runs the layers: `native`, the blocks of the core, or `reference`,
+    the same layers out of single operations of NumPy.
     """
 
     def __init__(
@@ -47,8 +45,8 @@ class CausalLM:
         lm_head = embed if args.tie_embeddings else weights.matrix("lm_head")
         layers = [weights.layer(layer) for layer in range(args.num_layers)]
         self.is_native = backend == "native"
-        self.decode = "native" if self.is_native else "torch: the reference backend"
-        kind = NativeLayers if self.is_native else TorchLayers
+        self.decode = "native" if self.is_native else "reference"
+        kind = NativeLayers if self.is_native else ReferenceLayers
         self.bodies: dict[int, np.ndarray] = {}  # by layer, of `set_bodies`
         self._layers = kind(args, layers, embed, weights.vector("norm"), lm_head, executor, pool)
 
@@ -82,7 +80,7 @@ class CausalLM:
         through."""
         self._layers.set_rule(rule)
 
-    def set_thetas(self, thetas: Mapping[int, Tensor]) -> None:
+    def set_thetas(self, thetas: Mapping[int, np.ndarray]) -> None:
         """By what experts stand in for themselves as auxiliary ones: by MoE layer fp32 [E, D]."""
         for layer in self.args.moe_layers:
             self._layers.set_theta(layer, thetas.get(layer))
@@ -98,13 +96,13 @@ class CausalLM:
 
     def forward(
         self,
-        token_ids: Sequence[int] | Tensor,
+        token_ids: Sequence[int] | np.ndarray,
         kv_cache: KVCache,
         logits: str = "last",
         on_route: OnRoute | None = None,
         forced: ForcedRoutes | None = None,
         guesses: np.ndarray | None = None,
-    ) -> Tensor:
+    ) -> np.ndarray:
         """Append T tokens to the cache; returns fp32 logits `[n, vocab]`.
 
         `logits`: "last" (n = 1), "all" (n = T) or "none" (n = 0). The bits of a row depend on
@@ -144,7 +142,7 @@ class CausalLM:
             )
         return ids, weights
 
-    def step(self, token_id: int, kv_cache: KVCache) -> tuple[Tensor, int | None]:
+    def step(self, token_id: int, kv_cache: KVCache) -> tuple[np.ndarray, int | None]:
         """Append one token, as cheaply as that goes. Returns its fp32 logits `[vocab]`, good until
         the next step, and the lowest id of the largest: -1 where that is not finite, None where
         nobody has looked. Raises as `forward`."""
@@ -161,21 +159,20 @@ class CausalLM:
         if self.is_native:
             self._layers.guess_with(prefetch)
 
-    def decodes(self, token_ids: Sequence[int] | Tensor, logits: str) -> bool:
+    def decodes(self, token_ids: Sequence[int] | np.ndarray, logits: str) -> bool:
         """Whether the core runs this call alone, as one token from the first layer to the last."""
         is_token = isinstance(token_ids, list) and len(token_ids) == 1
         return self.is_native and is_token and logits != "none"
 
-    @torch.inference_mode()  # not for one native token, which it would cost a tenth of its Python
     def _forward(
         self,
-        token_ids: Sequence[int] | Tensor,
+        token_ids: Sequence[int] | np.ndarray,
         kv_cache: KVCache,
         logits: str,
         on_route: OnRoute | None,
         forced: ForcedRoutes | None,
-    ) -> Tensor:
-        ids = torch.as_tensor(token_ids, dtype=torch.int64)
+    ) -> np.ndarray:
+        ids = np.asarray(token_ids, dtype=np.int64)
         if ids.ndim != 1 or len(ids) == 0:
             raise UsageError("a step needs at least one token", f"got shape {list(ids.shape)}")
         check_token_ids(int(ids.min()), int(ids.max()), self.args.vocab)
@@ -193,4 +190,4 @@ class CausalLM:
             raise
         if logits == "last":
             return self._layers.logits(x[-1:])
-        return torch.cat(rows) if rows else torch.empty((0, self.args.vocab))
+        return np.concatenate(rows or [np.empty((0, self.args.vocab), dtype=np.float32)])

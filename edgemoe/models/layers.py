@@ -1,40 +1,29 @@
-"""Norm, attention and the dense gated MLP in torch: the twins of the core's blocks. T tokens,
+"""Norm, attention and the dense gated MLP in NumPy: the twins of the core's blocks. T tokens,
 D hidden, H heads, KV key/value heads.
-
-NumPy computes the exponentials: torch's own take another code path at the end of a vector than in
-the middle.
 """
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from ..kv_cache import KVCache
 from ..runtime import kernels
+from ..runtime.reference import silu
 from .args import ModelArgs
 from .rope import rotate
 from .trunk import LayerWeights
 
 
-def sigmoid(x: Tensor) -> Tensor:
-    values = x.numpy()
+def sigmoid(x: np.ndarray) -> np.ndarray:
     with np.errstate(over="ignore"):  # exp(-x) = inf gives 0, as it should
-        return torch.from_numpy(1.0 / (1.0 + np.exp(-values)))
-
-
-def silu(x: Tensor) -> Tensor:
-    values = x.numpy()
-    with np.errstate(over="ignore"):
-        return torch.from_numpy(values / (1.0 + np.exp(-values)))
+        return 1.0 / (1.0 + np.exp(-x))
 
 
 class RMSNorm:
     """y = x / sqrt(mean(x^2) + eps) * weight over the last dimension."""
 
-    def __init__(self, weight: Tensor, eps: float) -> None:
+    def __init__(self, weight: np.ndarray, eps: float) -> None:
         self._weight, self._eps = weight, eps
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: np.ndarray) -> np.ndarray:
         return kernels.rms_norm(x, self._weight, self._eps, "reference")
 
 
@@ -59,18 +48,18 @@ class Attention:
             self._norms = tuple(RMSNorm(weight, args.rms_eps) for weight in norms)
         self._norm_per_head = args.qk_norm == "head"
 
-    def __call__(self, x: Tensor, kv_cache: KVCache, angles: tuple[Tensor, Tensor]) -> Tensor:
+    def __call__(
+        self, x: np.ndarray, kv_cache: KVCache, angles: tuple[np.ndarray, np.ndarray]
+    ) -> np.ndarray:
         """x, result `[T, D]`; angles: cosine and sine of the T positions from `offset` on."""
         num_tokens = x.shape[0]
         y = self._qkv.linear(x, self._qkv_bias)  # [T, (H + 2 KV) hd]
         if self._norms and not self._norm_per_head:
             y = self._norm_whole(y)
         if self._clip is not None:
-            y = y.clamp(-self._clip, self._clip)
-        heads = y.view(num_tokens, -1, self._head_dim)
-        to_rotate, values = heads.split(
-            [self._num_heads + self._num_kv_heads, self._num_kv_heads], dim=1
-        )
+            y = y.clip(-self._clip, self._clip)
+        heads = y.reshape(num_tokens, -1, self._head_dim)
+        to_rotate, values = np.split(heads, [self._num_heads + self._num_kv_heads], axis=1)
         if self._norms and self._norm_per_head:
             to_rotate = self._norm_heads(to_rotate)
         rotated = rotate(to_rotate, *angles)
@@ -88,17 +77,18 @@ class Attention:
         )
         return self._o.linear(mixed, self._o_bias)
 
-    def _norm_whole(self, y: Tensor) -> Tensor:
+    def _norm_whole(self, y: np.ndarray) -> np.ndarray:
         """Norm all query heads of a token together, and all key heads."""
         key_width = self._num_kv_heads * self._head_dim
-        query, key, value = y.split([self._num_heads * self._head_dim, key_width, key_width], -1)
+        query_width = self._num_heads * self._head_dim
+        query, key, value = np.split(y, [query_width, query_width + key_width], axis=-1)
         norm_query, norm_key = self._norms
-        return torch.cat((norm_query(query), norm_key(key), value), dim=-1)
+        return np.concatenate((norm_query(query), norm_key(key), value), axis=-1)
 
-    def _norm_heads(self, heads: Tensor) -> Tensor:
+    def _norm_heads(self, heads: np.ndarray) -> np.ndarray:
         norm_query, norm_key = self._norms
-        queries, keys = heads.split([self._num_heads, self._num_kv_heads], dim=1)
-        return torch.cat((norm_query(queries), norm_key(keys)), dim=1)
+        queries, keys = np.split(heads, [self._num_heads], axis=1)
+        return np.concatenate((norm_query(queries), norm_key(keys)), axis=1)
 
 
 class DenseMlp:
@@ -107,6 +97,6 @@ class DenseMlp:
     def __init__(self, weights: LayerWeights) -> None:
         self._gate_up, self._down = weights.gate_up, weights.down
 
-    def __call__(self, x: Tensor) -> Tensor:
-        gate, up = self._gate_up.linear(x).chunk(2, dim=-1)
+    def __call__(self, x: np.ndarray) -> np.ndarray:
+        gate, up = np.split(self._gate_up.linear(x), 2, axis=-1)
         return self._down.linear(silu(gate) * up)

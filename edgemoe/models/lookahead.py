@@ -7,25 +7,24 @@ residual before the MoE half of an earlier layer find most of its experts ("gate
 """
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from ..kv_cache import KVCache
 from ..runtime.kernels import rms_norm
+from ..runtime.reference import softmax
 from .args import ModelArgs
 from .steps import Routed, Steps
 from .trunk import LayerWeights
 
 
-def router_scores(args: ModelArgs, weights: LayerWeights, x: Tensor) -> NDArray[np.float32]:
+def router_scores(args: ModelArgs, weights: LayerWeights, x: np.ndarray) -> NDArray[np.float32]:
     """Softmax of the layer's router for a residual x `[T, D]`, `[T, E]`."""
     normed = rms_norm(x, weights.post_norm, args.rms_eps)
-    return torch.softmax(weights.router.linear(normed), dim=-1).numpy()
+    return softmax(weights.router.linear(normed))
 
 
 def observe_routers(
-    layers: Steps, ids: Tensor, kv_cache: KVCache, depth: int
+    layers: Steps, ids: np.ndarray, kv_cache: KVCache, depth: int
 ) -> tuple[NDArray[np.int32], list[dict[int, NDArray[np.float32]]]]:
     """Append ids `[T]` to the context. Returns the choices [T, places, K], and for each place the
     scores [T, E] that its router gives to the residual of `d` places before, by d = 0 .. depth;
@@ -40,7 +39,7 @@ def observe_routers(
         y = None
         if layer in moe_layers:
             place = moe_layers.index(layer)
-            routes[:, place] = routed.expert_ids.numpy()
+            routes[:, place] = routed.expert_ids
             for ahead, target in enumerate(moe_layers[place : place + depth + 1]):
                 scores[place + ahead][ahead] = router_scores(args, layers.weights[target], x)
             y = layers.experts.run(layer, layers.expert_inputs(layer, routed), *routed[1:])

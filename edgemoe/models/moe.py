@@ -1,4 +1,4 @@
-"""Router and MoE block in torch, and what both backends ask of an executor. T tokens, E experts,
+"""Router and MoE block in NumPy, and what both backends ask of an executor. T tokens, E experts,
 K top-k, D hidden.
 
 Nothing here knows where experts are: expert ids and routing weights go to the executor, which
@@ -9,11 +9,10 @@ from collections.abc import Callable
 from typing import Protocol
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from ..runtime.native_cache import NativeCache
 from ..runtime.records import RecordTable
+from ..runtime.reference import softmax
 from .args import ModelArgs
 from .layers import DenseMlp, sigmoid
 from .routes import choose, input_scale
@@ -22,16 +21,18 @@ from .trunk import LayerWeights, Linear
 
 # Called with (layer, expert_ids int64 [T, K], routing_weights fp32 [T, K]) for every router that
 # has spoken, layers ascending; the ids of a token ascend, those of one with fewer end with -1.
-OnRoute = Callable[[int, Tensor, Tensor], None]
+OnRoute = Callable[[int, np.ndarray, np.ndarray], None]
 
 
 class Experts(Protocol):
-    """The part of the executor that the wiring uses; `run` is all that the torch path asks for."""
+    """The part of the executor that the wiring uses; the reference path asks for `run` alone."""
 
     table: RecordTable
     cache: NativeCache  # that the core decodes tokens through
 
-    def run(self, layer: int, x: Tensor, expert_ids: Tensor, routing_weights: Tensor) -> Tensor: ...
+    def run(
+        self, layer: int, x: np.ndarray, expert_ids: np.ndarray, routing_weights: np.ndarray
+    ) -> np.ndarray: ...
 
 
 class Router:
@@ -40,13 +41,13 @@ class Router:
 
     def __init__(self, args: ModelArgs, weight: Linear) -> None:
         self._weight, self._top_k, self._renormalise = weight, args.top_k, args.norm_topk
-        self._mask: Tensor | None = None
+        self._mask: np.ndarray | None = None
         self._threshold = 0.0
-        self._bodies: Tensor | None = None
-        self._gains: Tensor | None = None
-        self._theta: Tensor | None = None
+        self._bodies: np.ndarray | None = None
+        self._gains: np.ndarray | None = None
+        self._theta: np.ndarray | None = None
         self.rule = Rule()
-        self._scales: list[Tensor] = []  # of the last call's tokens, [T, D] together; empty: 1
+        self._scales: list[np.ndarray] = []  # of the last call's tokens, [T, D] together; empty: 1
         self.num_routed = self.num_active = 0  # tokens, and their experts
 
     def set_mask(self, mask: np.ndarray | None, threshold: float) -> None:
@@ -55,22 +56,22 @@ class Router:
         An expert that is out comes back for a token of which it has a share of at least `threshold`
         in the softmax over all experts; above 1 there is no such token.
         """
-        self._mask = None if mask is None else torch.from_numpy(mask != 0)
+        self._mask = None if mask is None else mask != 0
         self._threshold = threshold
 
     def set_bodies(self, bodies: np.ndarray | None) -> None:
         """Let row e stand for body `bodies[e]`, i32 [E], -1: none; None: for body e."""
-        self._bodies = None if bodies is None else torch.from_numpy(bodies).long()
+        self._bodies = bodies
 
     def set_gains(self, gains: np.ndarray | None) -> None:
         """Multiply routing weights by fp32 [E]; an expert with 0 is out of the choice."""
-        self._gains = None if gains is None else torch.from_numpy(gains)
+        self._gains = gains
 
-    def set_theta(self, theta: Tensor | None) -> None:
+    def set_theta(self, theta: np.ndarray | None) -> None:
         """fp32 `[E, D]` by which experts stand in for themselves as auxiliary ones."""
         self._theta = theta
 
-    def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def __call__(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """x `[T, D]` -> expert_ids int64 `[T, K]`, ascending, routing_weights fp32 `[T, K]`."""
         self._scales.clear()
         ids, weights = self._routes(self._weight.linear(x))
@@ -78,11 +79,11 @@ class Router:
         self.num_active += int((ids >= 0).sum())
         return ids, weights
 
-    def expert_inputs(self, x: Tensor) -> Tensor:
+    def expert_inputs(self, x: np.ndarray) -> np.ndarray:
         """What the experts of the tokens that were routed last take of their x `[T, D]`."""
-        return x * torch.cat(self._scales) if self._scales else x
+        return x * np.concatenate(self._scales) if self._scales else x
 
-    def _routes(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+    def _routes(self, logits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         is_in = self._mask
         if self._gains is not None:
             is_on = self._gains > 0
@@ -91,20 +92,22 @@ class Router:
             return self._choose(logits)
         if self._mask is None or self._threshold > 1:
             return self._among(logits, is_in)
-        insists = torch.softmax(logits, dim=-1) >= self._threshold
+        insists = softmax(logits) >= self._threshold
         is_in = is_in | (insists if self._gains is None else insists & is_on)
         rows = [self._among(logits[t : t + 1], row) for t, row in enumerate(is_in)]
-        return torch.cat([ids for ids, _ in rows]), torch.cat([weights for _, weights in rows])
+        return tuple(np.concatenate(parts) for parts in zip(*rows, strict=True))
 
-    def _among(self, logits: Tensor, is_in: Tensor) -> tuple[Tensor, Tensor]:
+    def _among(self, logits: np.ndarray, is_in: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The choice among some experts, bool `[E]`: that of a router with their rows only."""
-        kept = is_in.nonzero()[:, 0]
+        kept = np.flatnonzero(is_in)
         return self._choose(logits[:, kept], kept)
 
-    def _choose(self, logits: Tensor, kept: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def _choose(
+        self, logits: np.ndarray, kept: np.ndarray | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
         """Of logits `[T, n]` of the rows `kept` `[n]`, None: all."""
-        scores = torch.softmax(logits, dim=-1)
-        rows = torch.arange(scores.shape[1]) if kept is None else kept
+        scores = softmax(logits)
+        rows = np.arange(scores.shape[1]) if kept is None else kept
         if self._theta is not None and self.rule.num_auxiliary:
             scale = input_scale(self.rule, scores, rows, self._top_k, self._theta)
             self._scales.append(scale)
@@ -112,11 +115,13 @@ class Router:
         if not self.rule.is_plain or not is_whole:
             options = (self._bodies, self._gains)
             return choose(self.rule, scores, rows, self._top_k, self._renormalise, *options)
-        weights, expert_ids = torch.topk(scores, self._top_k, dim=-1)
+        expert_ids = (-scores).argsort(axis=-1, kind="stable")[:, : self._top_k]
+        weights = np.take_along_axis(scores, expert_ids, axis=-1)
         if self._renormalise:
-            weights = weights / weights.sum(dim=-1, keepdim=True)
-        expert_ids, order = expert_ids.sort(dim=-1)
-        return rows[expert_ids], weights.gather(-1, order)
+            weights = weights / weights.sum(axis=-1, keepdims=True)
+        order = expert_ids.argsort(axis=-1)
+        expert_ids = np.take_along_axis(expert_ids, order, axis=-1)
+        return rows[expert_ids], np.take_along_axis(weights, order, axis=-1)
 
 
 class MoEBlock:
@@ -128,7 +133,7 @@ class MoEBlock:
         if self._shared_weight is not None:
             self._shared = DenseMlp(weights)
 
-    def finish(self, x: Tensor, y: Tensor) -> Tensor:
+    def finish(self, x: np.ndarray, y: np.ndarray) -> np.ndarray:
         """The block's output: y of the routed experts, and the shared expert of x `[T, D]`."""
         if self._shared is None:
             return y

@@ -10,8 +10,6 @@ from collections.abc import Sequence
 from threading import get_ident
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from ..kv_cache import KVCache
 from ..runtime import core
@@ -31,7 +29,7 @@ from .trunk import LayerWeights, Linear
 
 _ANGLE_BLOCK = 64  # positions whose angles are computed together
 # First position, end, capacity of the context; addresses of cosines and sines, and what holds them.
-_Angles = tuple[int, int, int, int, int, tuple[Tensor, Tensor] | None]
+_Angles = tuple[int, int, int, int, int, tuple[np.ndarray, np.ndarray] | None]
 _MAIN_THREAD = threading.main_thread().ident
 
 
@@ -46,7 +44,7 @@ class NativeLayers(NativeRouting):
         args: ModelArgs,
         layers: Sequence[LayerWeights],
         embed: PackedMatrix,
-        norm: Tensor,
+        norm: np.ndarray,
         lm_head: Linear,
         experts: Experts,
         pool: ThreadPool | None,
@@ -60,9 +58,9 @@ class NativeLayers(NativeRouting):
         self._stop = ctypes.c_int32()  # written by a signal while a token is decoded
         self._angles: _Angles = (0, 0, 0, 0, 0, None)
         self._angle_bytes = args.rope.rotary_dim // 2 * 4  # of one position
-        self._step_logits: Tensor | None = None
+        self._step_logits: np.ndarray | None = None
         self._em_decode = core.lib.em_decode
-        self._prompt_angles: tuple[tuple[int, int, int], Tensor, Tensor] | None = None
+        self._prompt_angles: tuple[tuple[int, int, int], np.ndarray, np.ndarray] | None = None
         num_places = len(args.moe_layers)
         self._routes = np.zeros((num_places, args.top_k), dtype=np.int32)
         self._routing_weights = np.zeros((num_places, args.top_k), dtype=np.float32)
@@ -80,24 +78,23 @@ class NativeLayers(NativeRouting):
 
     def run(
         self,
-        ids: Tensor,
+        ids: np.ndarray,
         kv_cache: KVCache,
         on_route: OnRoute | None,
         forced: ForcedRoutes | None = None,
-    ) -> Tensor:
+    ) -> np.ndarray:
         """Append the tokens ids `[T]` to the context; returns x `[T, D]` behind the last layer."""
         return steps.run(self, ids, kv_cache, on_route, forced)
 
-    def embed(self, ids: Tensor) -> Tensor:
+    def embed(self, ids: np.ndarray) -> np.ndarray:
         steps.check_token_ids(int(ids.min()), int(ids.max()), self.args.vocab)
-        ids = ids.to(torch.int32)
-        x = torch.empty((len(ids), self.args.hidden))
-        check_step(
-            core.lib.em_decoder_embed(self._decoder(), len(ids), ids.data_ptr(), x.data_ptr())
-        )
+        ids = np.ascontiguousarray(ids, dtype=np.int32)
+        x = np.empty((len(ids), self.args.hidden), dtype=np.float32)
+        parts = (ids.ctypes.data, x.ctypes.data)
+        check_step(core.lib.em_decoder_embed(self._decoder(), len(ids), *parts))
         return x
 
-    def attend(self, layer: int, x: Tensor, kv_cache: KVCache, routed: Routed) -> None:
+    def attend(self, layer: int, x: np.ndarray, kv_cache: KVCache, routed: Routed) -> None:
         offset, num_tokens = kv_cache.offset, len(x)
         place = (offset, num_tokens, kv_cache.capacity)
         if self._prompt_angles is None or self._prompt_angles[0] != place:
@@ -109,33 +106,32 @@ class NativeLayers(NativeRouting):
                 self._decoder(),
                 layer,
                 ctypes.byref(kv_cache.view),
-                cos.data_ptr(),
-                sin.data_ptr(),
+                cos.ctypes.data,
+                sin.ctypes.data,
                 num_tokens,
-                x.data_ptr(),
-                *(part.data_ptr() for part in routed),
+                x.ctypes.data,
+                *(part.ctypes.data for part in routed),
             )
         )
 
-    def finish(self, layer: int, x: Tensor, routed: Routed, y: Tensor | None) -> None:
+    def finish(self, layer: int, x: np.ndarray, routed: Routed, y: np.ndarray | None) -> None:
         check_step(
             core.lib.em_decoder_finish(
                 self._decoder(),
                 layer,
                 len(x),
-                routed.normed.data_ptr(),
-                None if y is None else y.data_ptr(),
-                x.data_ptr(),
+                routed.normed.ctypes.data,
+                None if y is None else y.ctypes.data,
+                x.ctypes.data,
             )
         )
 
-    def logits(self, x: Tensor) -> Tensor:
+    def logits(self, x: np.ndarray) -> np.ndarray:
         """x `[T, D]` -> fp32 logits `[T, vocab]`."""
-        x = x.contiguous()
-        out = torch.empty((len(x), self.args.vocab))
-        check_step(
-            core.lib.em_decoder_logits(self._decoder(), len(x), x.data_ptr(), out.data_ptr())
-        )
+        x = np.ascontiguousarray(x)
+        out = np.empty((len(x), self.args.vocab), dtype=np.float32)
+        parts = (x.ctypes.data, out.ctypes.data)
+        check_step(core.lib.em_decoder_logits(self._decoder(), len(x), *parts))
         return out
 
     def guess_with(self, prefetch: Prefetcher) -> None:
@@ -144,13 +140,13 @@ class NativeLayers(NativeRouting):
 
     # ---- one token -----------------------------------------------------------------------------
 
-    def step(self, token_id: int, kv_cache: KVCache) -> tuple[Tensor, int]:
+    def step(self, token_id: int, kv_cache: KVCache) -> tuple[np.ndarray, int]:
         """Append one token to the context; returns its fp32 logits `[vocab]`, good until the next
         step, and the lowest id of the largest, -1 where that is not finite."""
         call = self._call
         if self._step_logits is None:
-            self._step_logits = torch.empty(self.args.vocab)
-            self._step_address = self._step_logits.data_ptr()
+            self._step_logits = np.empty(self.args.vocab, dtype=np.float32)
+            self._step_address = self._step_logits.ctypes.data
         if call.forced_ids:
             self._force(None)
         if call.guesses:
@@ -166,7 +162,7 @@ class NativeLayers(NativeRouting):
         on_route: OnRoute | None,
         forced: ForcedRoutes | None = None,
         guesses: np.ndarray | None = None,
-    ) -> Tensor:
+    ) -> np.ndarray:
         """Append one token to the context; returns its fp32 logits `[1, vocab]`.
 
         `forced`: routes in the place of those of the routers. Raises UsageError for routes that do
@@ -176,15 +172,15 @@ class NativeLayers(NativeRouting):
         routes, routing_weights = self._routes, self._routing_weights
         if forced is not None or self._call.forced_ids:
             routes, routing_weights = self._force(forced)
-        logits = torch.empty((1, self.args.vocab))
+        logits = np.empty((1, self.args.vocab), dtype=np.float32)
         if guesses is not None or self._call.guesses:
             self._guess(guesses)
-        self._call.logits = logits.data_ptr()
+        self._call.logits = logits.ctypes.data
         self._run_token(token_id, kv_cache, routes)
         if on_route is not None:
             for place, layer in enumerate(self.args.moe_layers):
-                ids = torch.from_numpy(routes[place : place + 1].astype(np.int64))
-                on_route(layer, ids, torch.from_numpy(routing_weights[place : place + 1].copy()))
+                ids = routes[place : place + 1].astype(np.int64)
+                on_route(layer, ids, routing_weights[place : place + 1].copy())
         return logits
 
     def _run_token(self, token_id: int, kv_cache: KVCache, routes: np.ndarray) -> None:
@@ -245,7 +241,7 @@ class NativeLayers(NativeRouting):
         """The angles of the block of positions that `position` is in."""
         first = position - position % _ANGLE_BLOCK
         angles = self._rotary.angles(first, _ANGLE_BLOCK, capacity)
-        cos, sin = (part.data_ptr() for part in angles)
+        cos, sin = (part.ctypes.data for part in angles)
         self._angles = (first, first + _ANGLE_BLOCK, capacity, cos, sin, angles)
         return self._angles
 

@@ -3,8 +3,6 @@
 from dataclasses import astuple
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from ..runtime import core
 from ..runtime.errors import EdgeMoeError
@@ -17,7 +15,7 @@ class NativeRouting:
 
     def __init__(self) -> None:
         self._has_auxiliary = False
-        self._thetas: dict[int, Tensor | None] = {}
+        self._thetas: dict[int, np.ndarray | None] = {}
 
     def _decoder(self) -> int:
         raise NotImplementedError
@@ -44,10 +42,10 @@ class NativeRouting:
         check_step(core.lib.em_decoder_set_routing(self._decoder(), table))
         self._has_auxiliary = rule.num_auxiliary > 0
 
-    def set_theta(self, layer: int, theta: Tensor | None) -> None:
+    def set_theta(self, layer: int, theta: np.ndarray | None) -> None:
         """By what a layer's experts stand in for themselves as auxiliary ones, fp32 [E, D]."""
         self._thetas[layer] = theta  # the core points into it
-        address = None if theta is None else theta.data_ptr()
+        address = None if theta is None else theta.ctypes.data
         check_step(core.lib.em_decoder_set_theta(self._decoder(), layer, address))
 
     def routing_counts(self) -> RoutingCounts:
@@ -56,12 +54,12 @@ class NativeRouting:
         core.lib.em_decoder_get_routing_stats(self._decoder(), stats)
         return RoutingCounts(*(getattr(stats, name) for name, _ in stats._fields_))
 
-    def expert_inputs(self, layer: int, routed: Routed) -> Tensor:
+    def expert_inputs(self, layer: int, routed: Routed) -> np.ndarray:
         """What the experts of a layer take, `[T, D]`, of the tokens that it attended to last."""
         if not self._has_auxiliary:
             return routed.normed
-        x = torch.empty_like(routed.normed)
-        parts = (len(x), routed.normed.data_ptr(), x.data_ptr())
+        x = np.empty_like(routed.normed)
+        parts = (len(x), routed.normed.ctypes.data, x.ctypes.data)
         check_step(core.lib.em_decoder_expert_inputs(self._decoder(), *parts))
         return x
 

@@ -6,7 +6,7 @@ The tables point into the weights, whose owner must keep them.
 import ctypes
 from collections.abc import Sequence
 
-from torch import Tensor
+import numpy as np
 
 from ..runtime import core_decoder
 from ..runtime.kernels import PackedMatrix
@@ -19,7 +19,7 @@ def model_table(
     args: ModelArgs,
     layers: Sequence[LayerWeights],
     embed: PackedMatrix,
-    norm: Tensor,
+    norm: np.ndarray,
     lm_head: Linear,
     records: RecordTable,
 ) -> core_decoder.Model:
@@ -59,8 +59,8 @@ def model_table(
     )
 
 
-def _address(vector: Tensor | None) -> int | None:
-    return None if vector is None else vector.data_ptr()
+def _address(vector: np.ndarray | None) -> int | None:
+    return None if vector is None else vector.ctypes.data
 
 
 def _matrix(matrix: Linear | None) -> core_decoder.Matrix:
@@ -72,5 +72,5 @@ def _matrix(matrix: Linear | None) -> core_decoder.Matrix:
         cols=matrix.cols,
         format=core_decoder.Format.of(parts[0].spec),
         num_parts=len(parts),
-        packed=(ctypes.c_void_p * 3)(*(part.data.data_ptr() for part in parts)),
+        packed=(ctypes.c_void_p * 3)(*(part.data.ctypes.data for part in parts)),
     )

@@ -8,8 +8,6 @@ stored, and a prompt would give other bits in two pieces than in one.
 import math
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from .args import RopeArgs
 
@@ -65,7 +63,9 @@ class Rotary:
         self._rope = rope
         self._frequencies: dict[int, np.ndarray] = {}  # by capacity
 
-    def angles(self, position: int, num_tokens: int, capacity: int) -> tuple[Tensor, Tensor]:
+    def angles(
+        self, position: int, num_tokens: int, capacity: int
+    ) -> tuple[np.ndarray, np.ndarray]:
         """Cosine and sine `[T, 1, rotary_dim / 2]` of the tokens from `position` on."""
         if capacity not in self._frequencies:
             self._frequencies[capacity] = frequencies(self._rope, capacity)
@@ -73,11 +73,11 @@ class Rotary:
         angle = positions[:, None, None] * self._frequencies[capacity]
         factor = self._rope.attention_factor
         cos, sin = np.cos(angle) * factor, np.sin(angle) * factor
-        return torch.from_numpy(cos.astype(np.float32)), torch.from_numpy(sin.astype(np.float32))
+        return cos.astype(np.float32), sin.astype(np.float32)
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def rotate(x: np.ndarray, cos: np.ndarray, sin: np.ndarray) -> np.ndarray:
     """x `[T, H, hd]`; pairs are (i, i + rotary_dim / 2), the rest of the head passes through."""
     half = cos.shape[-1]
     first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
-    return torch.cat((first * cos - second * sin, second * cos + first * sin, rest), dim=-1)
+    return np.concatenate((first * cos - second * sin, second * cos + first * sin, rest), axis=-1)

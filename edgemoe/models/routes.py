@@ -5,8 +5,7 @@ of equal ones the lowest; of those the shortest run that adds up to more than `t
 divided where the model does; gains; rows of one body summed up, null experts dropped.
 """
 
-import torch
-from torch import Tensor
+import numpy as np
 
 from .rules import Rule
 
@@ -15,51 +14,59 @@ NO_BODY = -1
 
 def choose(
     rule: Rule,
-    scores: Tensor,
-    rows: Tensor,
+    scores: np.ndarray,
+    rows: np.ndarray,
     top_k: int,
     renormalise: bool,
-    bodies: Tensor | None = None,
-    gains: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+    bodies: np.ndarray | None = None,
+    gains: np.ndarray | None = None,
+) -> tuple[np.ndarray, np.ndarray]:
     """scores `[T, n]`, a softmax over the router's rows `rows` int64 `[n]`, ascending -> routes:
     bodies int64 `[T, K]`, ascending, then -1, and routing weights fp32 `[T, K]`, then 0.
 
     `bodies` int64 `[E]`: what each row stands for, -1: nothing (a null expert). `gains` fp32 `[E]`.
     """
     count = min(rule.active_experts or top_k, scores.shape[1])
-    weights, order = scores.sort(dim=-1, descending=True, stable=True)
-    weights, chosen = weights[:, :count], rows[order[:, :count]]
+    order = (-scores).argsort(axis=-1, kind="stable")[:, :count]
+    weights, chosen = np.take_along_axis(scores, order, axis=-1), rows[order]
     found = chosen if bodies is None else bodies[chosen]
     is_used = found >= 0
+    before = weights.cumsum(axis=-1, dtype=np.float64)
     if renormalise:  # over what has a body; top-p spreads nothing over those that stay
-        weights = weights / weights.where(is_used, torch.zeros(())).sum(dim=-1, keepdim=True)
+        weights = weights / np.where(is_used, weights, 0.0).sum(axis=-1, keepdims=True)
     if 0 < rule.top_p < 1:
-        before = scores.gather(-1, order[:, :count]).double().cumsum(dim=-1)
-        is_used[:, 1:] &= before[:, :-1] <= float(torch.tensor(rule.top_p))
+        is_used[:, 1:] &= before[:, :-1] <= float(np.float32(rule.top_p))
     if gains is not None:
         weights = weights * gains[chosen]
-    chosen, order = chosen.sort(dim=-1)  # weights of one body are added in the order of rows
-    weights, found, is_used = (part.gather(-1, order) for part in (weights, found, is_used))
+    order = chosen.argsort(axis=-1)  # weights of one body are added in the order of rows
+    weights, found, is_used = (
+        np.take_along_axis(part, order, axis=-1) for part in (weights, found, is_used)
+    )
     num_bodies = int(rows[-1]) + 1 if bodies is None else int(bodies.max()) + 1
-    found = found.where(is_used, num_bodies)  # one column more, for what is not used
-    sums = torch.zeros(len(scores), num_bodies + 1).scatter_add_(1, found, weights)
-    is_active = torch.zeros(len(scores), num_bodies + 1, dtype=torch.bool)
-    is_active.scatter_(1, found, True)[:, num_bodies] = False
-    places = torch.arange(num_bodies + 1).where(is_active, num_bodies).sort(dim=-1).values
-    ids = torch.full((len(scores), top_k), num_bodies)
+    found = np.where(is_used, found, num_bodies)  # one column more, for what is not used
+    token = np.arange(len(scores))[:, None]
+    sums = np.zeros((len(scores), num_bodies + 1), dtype=np.float32)
+    np.add.at(sums, (token, found), weights)
+    is_active = np.zeros(sums.shape, dtype=np.bool_)
+    is_active[token, found] = True
+    is_active[:, num_bodies] = False
+    places = np.sort(np.where(is_active, np.arange(num_bodies + 1), num_bodies), axis=-1)
+    ids = np.full((len(scores), top_k), num_bodies)
     ids[:, : places.shape[1]] = places[:, :top_k]
+    weights = np.take_along_axis(sums, ids, axis=-1)
     is_none = ids == num_bodies
-    return ids.masked_fill(is_none, NO_BODY), sums.gather(-1, ids).masked_fill(is_none, 0.0)
+    return np.where(is_none, NO_BODY, ids), np.where(is_none, np.float32(0), weights)
 
 
-def input_scale(rule: Rule, scores: Tensor, rows: Tensor, top_k: int, theta: Tensor) -> Tensor:
+def input_scale(
+    rule: Rule, scores: np.ndarray, rows: np.ndarray, top_k: int, theta: np.ndarray
+) -> np.ndarray:
     """What the input of a token's experts is multiplied with, `[T, D]`: 1 + sum of a (theta - 1)
     over its auxiliary ones, a being the share of each among them; thetas of 1 change no bit.
     scores, rows as in `choose`; theta fp32 `[E, D]`."""
     active = rule.active_experts or top_k
-    order = scores.argsort(dim=-1, descending=True, stable=True)
+    order = (-scores).argsort(axis=-1, kind="stable")
     order = order[:, active : active + rule.num_auxiliary]
-    shares = scores.gather(-1, order)
-    shares = shares / shares.sum(dim=-1, keepdim=True)
-    return 1.0 + (shares[:, :, None] * (theta[rows[order]] - 1.0)).sum(dim=1)
+    shares = np.take_along_axis(scores, order, axis=-1)
+    shares = shares / shares.sum(axis=-1, keepdims=True)
+    return 1.0 + (shares[:, :, None] * (theta[rows[order]] - 1.0)).sum(axis=1)

@@ -12,7 +12,7 @@ class Rule:
     whose weights stay as they are without it (2403.07652). `num_auxiliary`: the next largest so
     many stand in the input of the active with their theta alone (compressed experts, 2503.00634).
     `cold_share`, `max_dropped`, `stand_ins`, `stand_in_after`: of the core, for one token; the
-    torch path has runtime/cold.py and runtime/stand_ins.py.
+    reference has runtime/cold.py and runtime/stand_ins.py.
     """
 
     active_experts: int = 0

@@ -8,8 +8,6 @@ from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from ..kv_cache import KVCache
 from ..runtime.errors import UsageError
@@ -26,17 +24,17 @@ class Routed(NamedTuple):
     """What goes into the MLP of a layer: normed `[T, D]`; expert_ids int32 `[T, K]`, ascending,
     then -1, and routing_weights fp32 `[T, K]`, of no meaning in a layer without a router."""
 
-    normed: Tensor
-    expert_ids: Tensor
-    routing_weights: Tensor
+    normed: np.ndarray
+    expert_ids: np.ndarray
+    routing_weights: np.ndarray
 
     @classmethod
     def room(cls, args: ModelArgs, num_tokens: int) -> "Routed":
         """Memory for as many tokens."""
         return cls(
-            torch.empty((num_tokens, args.hidden)),
-            torch.empty((num_tokens, args.top_k), dtype=torch.int32),
-            torch.empty((num_tokens, args.top_k)),
+            np.empty((num_tokens, args.hidden), dtype=np.float32),
+            np.empty((num_tokens, args.top_k), dtype=np.int32),
+            np.empty((num_tokens, args.top_k), dtype=np.float32),
         )
 
 
@@ -47,20 +45,20 @@ class Steps(Protocol):
     experts: Experts
     weights: Sequence[LayerWeights]
 
-    def embed(self, ids: Tensor) -> Tensor:
+    def embed(self, ids: np.ndarray) -> np.ndarray:
         """ids `[T]` -> x `[T, D]`. Raises UsageError as `check_token_ids`."""
         ...
 
-    def attend(self, layer: int, x: Tensor, kv_cache: KVCache, routed: Routed) -> None:
+    def attend(self, layer: int, x: np.ndarray, kv_cache: KVCache, routed: Routed) -> None:
         """Add the attention of a layer to x, whose keys and values go into the KV cache at its
         offset, and fill in `routed`."""
         ...
 
-    def expert_inputs(self, layer: int, routed: Routed) -> Tensor:
+    def expert_inputs(self, layer: int, routed: Routed) -> np.ndarray:
         """What the experts of a layer take, `[T, D]`, of the tokens that it attended to last."""
         ...
 
-    def finish(self, layer: int, x: Tensor, routed: Routed, y: Tensor | None) -> None:
+    def finish(self, layer: int, x: np.ndarray, routed: Routed, y: np.ndarray | None) -> None:
         """Add the experts' y `[T, D]` and a shared expert, or the dense MLP (y None), to x."""
         ...
 
@@ -74,11 +72,11 @@ def check_token_ids(low: int, high: int, vocab: int) -> None:
 
 def run(
     layers: Steps,
-    ids: Tensor,
+    ids: np.ndarray,
     kv_cache: KVCache,
     on_route: OnRoute | None,
     forced: ForcedRoutes | None = None,
-) -> Tensor:
+) -> np.ndarray:
     """Append the tokens ids `[T]` to the context; returns x `[T, D]` behind the last layer.
 
     `forced`: routes of these tokens in the place of the routers', which run all the same.
@@ -92,10 +90,9 @@ def run(
         if layer in place:
             expert_ids, weights = routed.expert_ids, routed.routing_weights
             if forced is not None:
-                parts = (np.ascontiguousarray(part[:, place[layer]]) for part in forced)
-                expert_ids, weights = (torch.from_numpy(part) for part in parts)
+                expert_ids, weights = (part[:, place[layer]] for part in forced)
             if on_route is not None:
-                on_route(layer, expert_ids.long(), weights.clone())
+                on_route(layer, expert_ids.astype(np.int64), weights.copy())
             inputs = layers.expert_inputs(layer, routed)
             y = layers.experts.run(layer, inputs, expert_ids, weights)
         layers.finish(layer, x, routed, y)

@@ -4,19 +4,19 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-import torch
-from torch import Tensor
+import numpy as np
 
 from ..runtime.errors import FormatError
 from ..runtime.format import TILE_ROWS
 from ..runtime.kernels import PackedMatrix, ThreadPool
 from ..runtime.memory import Pile
+from ..runtime.packing import BF16, to_bf16, to_fp32
 from . import names
 from .args import ModelArgs
 
 # Gives a stored tensor by its name, raising where there is none (`Store.trunk_tensor`); packed ones
 # in the pile, where one is given.
-ReadTensor = Callable[[str, Pile | None], Tensor | PackedMatrix]
+ReadTensor = Callable[[str, Pile | None], np.ndarray | PackedMatrix]
 
 
 class Linear(Protocol):
@@ -26,8 +26,8 @@ class Linear(Protocol):
     cols: int
 
     def linear(
-        self, x: Tensor, bias: Tensor | None = None, pool: ThreadPool | None = None
-    ) -> Tensor: ...  # [T, cols] -> [T, rows]
+        self, x: np.ndarray, bias: np.ndarray | None = None, pool: ThreadPool | None = None
+    ) -> np.ndarray: ...  # [T, cols] -> [T, rows]
 
 
 class Fp32Matrix:
@@ -36,17 +36,17 @@ class Fp32Matrix:
     24 bits of mantissa are three times 8: w = high + middle + low, each of them a bf16.
     """
 
-    def __init__(self, weight: Tensor, backend: str | None) -> None:
+    def __init__(self, weight: np.ndarray, backend: str | None) -> None:
         self.rows, self.cols = weight.shape
         parts, rest = [], weight
         for _ in range(3):
-            parts.append(rest.to(torch.bfloat16))
-            rest = rest - parts[-1].float()
+            parts.append(to_bf16(rest))
+            rest = rest - to_fp32(parts[-1])
         self.parts = [PackedMatrix.from_16bit(part, backend) for part in parts]
 
     def linear(
-        self, x: Tensor, bias: Tensor | None = None, pool: ThreadPool | None = None
-    ) -> Tensor:
+        self, x: np.ndarray, bias: np.ndarray | None = None, pool: ThreadPool | None = None
+    ) -> np.ndarray:
         high, middle, low = (part.linear(x, None, pool) for part in self.parts)
         y = high + (middle + low)
         return y if bias is None else y + bias
@@ -60,9 +60,9 @@ class Rows:
         self.rows, self.cols = sum(part.rows for part in parts), parts[0].cols
 
     def linear(
-        self, x: Tensor, bias: Tensor | None = None, pool: ThreadPool | None = None
-    ) -> Tensor:
-        y = torch.cat([part.linear(x, None, pool) for part in self.parts], dim=-1)
+        self, x: np.ndarray, bias: np.ndarray | None = None, pool: ThreadPool | None = None
+    ) -> np.ndarray:
+        y = np.concatenate([part.linear(x, None, pool) for part in self.parts], axis=-1)
         return y if bias is None else y + bias
 
 
@@ -71,14 +71,14 @@ class LayerWeights:
     """The trunk of one layer; None where the model has no such part. `gate_up` and `down` are the
     dense MLP of a layer without a router, else the shared expert."""
 
-    input_norm: Tensor
-    post_norm: Tensor
+    input_norm: np.ndarray
+    post_norm: np.ndarray
     qkv: Linear
-    qkv_bias: Tensor | None
-    q_norm: Tensor | None
-    k_norm: Tensor | None
+    qkv_bias: np.ndarray | None
+    q_norm: np.ndarray | None
+    k_norm: np.ndarray | None
     output: Linear
-    output_bias: Tensor | None
+    output_bias: np.ndarray | None
     router: Linear | None
     gate_up: Linear | None
     down: Linear | None
@@ -119,19 +119,19 @@ class Trunk:
             shared_weight=matrix("layer.shared_weight"),
         )
 
-    def vector(self, slot: str, layer: int = -1) -> Tensor:
+    def vector(self, slot: str, layer: int = -1) -> np.ndarray:
         """A norm or a bias, fp32 `[n]`, contiguous."""
         _, value = self._stored(slot, layer)
-        return value.to(torch.float32).contiguous()
+        return np.ascontiguousarray(to_fp32(value))
 
     def embedding(self, slot: str) -> PackedMatrix:
         """A matrix whose rows can be looked up."""
         name, value = self._stored(slot, -1, self._pile)
         if isinstance(value, PackedMatrix):
             return value
-        if value.dtype not in (torch.bfloat16, torch.float16):
+        if value.dtype not in (BF16, np.float16):
             raise FormatError(
-                f"tensor `{name}` is stored as {str(value.dtype).removeprefix('torch.')}",
+                f"tensor `{name}` is stored as {value.dtype}",
                 "expected 16 bits or tiles",
                 "convert the checkpoint again",
             )
@@ -145,7 +145,7 @@ class Trunk:
         _, value = self._stored(slot, layer, pile)
         if isinstance(value, PackedMatrix):
             return value
-        if value.dtype == torch.float32:
+        if value.dtype == np.float32:
             return Fp32Matrix(value, self._backend)
         return PackedMatrix.from_16bit(value, self._backend, pile)
 
@@ -161,20 +161,20 @@ class Trunk:
             for part in parts
         ):
             return Rows(parts)
-        data = torch.from_numpy(self._pile.take(sum(part.num_bytes for part in parts)))
-        torch.cat([part.data for part in parts], out=data)
+        data = self._pile.take(sum(part.num_bytes for part in parts))
+        np.concatenate([part.data for part in parts], out=data)
         rows = sum(part.rows for part in parts)
         return PackedMatrix.from_packed(data, rows, first.cols, first.spec, self._backend)
 
-    def stacked_vector(self, slots: Sequence[str], layer: int) -> Tensor | None:
+    def stacked_vector(self, slots: Sequence[str], layer: int) -> np.ndarray | None:
         """Norms or biases of one input as one, or None where the model has none."""
         if (slots[0], layer) not in self._shapes:
             return None
-        return torch.cat([self.vector(slot, layer) for slot in slots])
+        return np.concatenate([self.vector(slot, layer) for slot in slots])
 
     def _stored(
         self, slot: str, layer: int, pile: Pile | None = None
-    ) -> tuple[str, Tensor | PackedMatrix]:
+    ) -> tuple[str, np.ndarray | PackedMatrix]:
         name = names.spellings(self._table, slot, layer)[0]  # a store uses the released names
         value = self._read(name, pile)
         packed = isinstance(value, PackedMatrix)

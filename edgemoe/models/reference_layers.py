@@ -1,9 +1,8 @@
-"""The decoder's layers in torch: the reference backend, and the oracle of the native one."""
+"""The decoder's layers in NumPy: the reference backend, and the oracle of the native one."""
 
 from collections.abc import Sequence
 
 import numpy as np
-from torch import Tensor
 
 from ..kv_cache import KVCache
 from ..runtime.kernels import PackedMatrix, ThreadPool
@@ -31,15 +30,15 @@ class _Layer:
             self.dense = DenseMlp(weights)
 
 
-class TorchLayers:
-    """All layers of a model, with the face of `NativeLayers`; torch has its own threads."""
+class ReferenceLayers:
+    """All layers of a model, with the face of `NativeLayers`; NumPy has its own threads."""
 
     def __init__(
         self,
         args: ModelArgs,
         layers: Sequence[LayerWeights],
         embed: PackedMatrix,
-        norm: Tensor,
+        norm: np.ndarray,
         lm_head: Linear,
         experts: Experts,
         pool: ThreadPool | None,
@@ -63,7 +62,7 @@ class TorchLayers:
         """Multiply a layer's routing weights by fp32 [E]; 0 takes an expert out of the choice."""
         self._layers[layer].moe.router.set_gains(gains)
 
-    def set_theta(self, layer: int, theta: Tensor | None) -> None:
+    def set_theta(self, layer: int, theta: np.ndarray | None) -> None:
         """By what a layer's experts stand in for themselves as auxiliary ones, fp32 [E, D]."""
         self._layers[layer].moe.router.set_theta(theta)
 
@@ -73,7 +72,7 @@ class TorchLayers:
         counts = ([r.num_routed for r in routers], [r.num_active for r in routers])
         return RoutingCounts(*map(sum, counts))
 
-    def expert_inputs(self, layer: int, routed: Routed) -> Tensor:
+    def expert_inputs(self, layer: int, routed: Routed) -> np.ndarray:
         """What the experts of a layer take, `[T, D]`, of the tokens that it attended to last."""
         return self._layers[layer].moe.router.expert_inputs(routed.normed)
 
@@ -85,32 +84,30 @@ class TorchLayers:
 
     def run(
         self,
-        ids: Tensor,
+        ids: np.ndarray,
         kv_cache: KVCache,
         on_route: OnRoute | None,
         forced: ForcedRoutes | None = None,
-    ) -> Tensor:
+    ) -> np.ndarray:
         """Append the tokens ids `[T]` to the context; returns x `[T, D]` behind the last layer."""
         return steps.run(self, ids, kv_cache, on_route, forced)
 
-    def embed(self, ids: Tensor) -> Tensor:
+    def embed(self, ids: np.ndarray) -> np.ndarray:
         steps.check_token_ids(int(ids.min()), int(ids.max()), self.args.vocab)
         return self._embed.rows_of(ids)
 
-    def attend(self, layer: int, x: Tensor, kv_cache: KVCache, routed: Routed) -> None:
+    def attend(self, layer: int, x: np.ndarray, kv_cache: KVCache, routed: Routed) -> None:
         part = self._layers[layer]
         angles = self._rotary.angles(kv_cache.offset, len(x), kv_cache.capacity)
         x += part.attention(part.input_norm(x), kv_cache, angles)
-        routed.normed.copy_(part.post_norm(x))
+        routed.normed[:] = part.post_norm(x)
         if part.moe is not None:
-            expert_ids, weights = part.moe.router(routed.normed)
-            routed.expert_ids.copy_(expert_ids)
-            routed.routing_weights.copy_(weights)
+            routed.expert_ids[:], routed.routing_weights[:] = part.moe.router(routed.normed)
 
-    def finish(self, layer: int, x: Tensor, routed: Routed, y: Tensor | None) -> None:
+    def finish(self, layer: int, x: np.ndarray, routed: Routed, y: np.ndarray | None) -> None:
         part = self._layers[layer]
         x += part.dense(routed.normed) if y is None else part.moe.finish(routed.normed, y)
 
-    def logits(self, x: Tensor) -> Tensor:
+    def logits(self, x: np.ndarray) -> np.ndarray:
         """x `[T, D]` -> fp32 logits `[T, vocab]`."""
         return self._lm_head.linear(self._norm(x))
