@@ -1,4 +1,5 @@
 // The record reader: bytes and checksums, order, cancellation, files that end too early.
+#include <cerrno>
 #include <cstring>
 #include <filesystem>
 #include <thread>
@@ -41,6 +42,54 @@ int64_t slot_bytes(const StoreFolder &folder) {
 }
 
 }  // namespace
+
+TEST(records_of_two_files_arrive_side_by_side) {
+  const StoreFolder first = make();
+  const StoreFolder second = make_store("second", 128, 96, {0, 1}, 6, {{2, 32, EM_MODE_SYM}});
+  const int64_t num = static_cast<int64_t>(first.records.size());
+  std::vector<em_record> records;  // by turns
+  std::vector<const std::vector<uint8_t> *> right;
+  for (int64_t i = 0; i < num; ++i) {
+    for (const StoreFolder *folder : {&second, &first}) {
+      records.push_back(folder->records[i]);
+      records.back().file = folder == &second;
+      right.push_back(&folder->experts[i].record);
+    }
+  }
+  const std::string names[] = {first.experts_path(), second.experts_path()};
+  const std::string absent = names[1] + ".absent";
+  const char *const paths[] = {names[0].c_str(), names[1].c_str()};
+  const char *const wrong[] = {paths[0], absent.c_str()};
+  for (const Way way : kWays) {
+    const Slots slots(2 * num, slot_bytes(first));
+    const auto open = [&](const char *const *files, int32_t num_files, int32_t *error) {
+      return em_store_open_files(files, num_files, records.data(), 2 * num, 2, way.io, way.method,
+                                 error);
+    };
+    int32_t error = 1;
+    em_store *store = open(paths, 2, &error);
+    CHECK_EQUAL(error, 0);
+    CHECK(store != nullptr);
+    std::vector<int32_t> keys;
+    std::vector<void *> dst;
+    for (int64_t key = 2 * num; key-- > 0;) {
+      keys.push_back(static_cast<int32_t>(key));
+      dst.push_back(slots.at(key));
+    }
+    CHECK_EQUAL(em_store_submit(store, 2 * num, keys.data(), dst.data(), 0), 0);
+    for (int64_t key = 0; key < 2 * num; ++key) {
+      CHECK_EQUAL(em_store_wait(store, static_cast<int32_t>(key)), EM_READY);
+      CHECK(std::memcmp(slots.at(key), right[key]->data(), right[key]->size()) == 0);
+    }
+    em_store_close(store);
+    CHECK(open(wrong, 2, &error) == nullptr);
+    CHECK_EQUAL(error, -ENOENT);
+    CHECK(open(paths, 1, &error) == nullptr);  // a record names the file that is not given
+    CHECK_EQUAL(error, EM_ERR_ARG);
+    CHECK(open(paths, 0, &error) == nullptr);
+    CHECK_EQUAL(error, EM_ERR_ARG);
+  }
+}
 
 TEST(records_arrive_as_they_are_on_storage) {
   const StoreFolder folder = make();
