@@ -20,7 +20,7 @@ from ..runtime.stand_ins import STAND_INS_FILE, encode_stand_ins
 from .calibrated import Calibration, calibrated_records
 from .checkpoint import Checkpoint
 from .convert import num_cpus, plain_records
-from .journal import write_error
+from .journal import DISK_FULL
 from .options import ConvertOptions
 from .plan import ConversionPlan, make_plan
 from .progress import Progress, Silent
@@ -87,7 +87,13 @@ def make_stand_ins(
                 os.fsync(file.fileno())
             os.replace(partial, target)
         except OSError as error:
-            raise write_error(error, partial) from error
+            if error.errno not in DISK_FULL:
+                raise
+            raise BudgetError(
+                f"the disk is full while writing `{target.name}`",
+                os.strerror(error.errno),
+                "free some space and run the same command again",
+            ) from error
         finally:
             partial.unlink(missing_ok=True)
             progress.close()

@@ -9,11 +9,14 @@ from stores_small import make_store
 from tiny_checkpoint import make_checkpoint
 
 from edgemoe.cli import main
+from edgemoe.cli.chat_commands import handle
+from edgemoe.cli.conversation import Conversation
 from edgemoe.engine import Engine
 from edgemoe.kv_cache import KVCache
 from edgemoe.models.steps import Routed
 from edgemoe.quant.convert import convert
 from edgemoe.quant.options import ConvertOptions
+from edgemoe.quant.progress import Silent
 from edgemoe.quant.stand_ins import make_stand_ins
 from edgemoe.routing import Routing
 from edgemoe.runtime import core, kernels
@@ -211,7 +214,7 @@ def test_prompts_use_full_records_and_tokens_read_less(path):
 
 
 @NATIVE
-def test_what_is_said(path, capsys):
+def test_what_is_said(path, tmp_path, capsys):
     with opened(path, 0.1, cache_bytes=SMALL) as engine:
         stats = engine.generate(PROMPT, SamplingParams(max_tokens=8)).stats
         assert stats.routing == "stand-ins after 0.1" and stats.stand_ins > 0
@@ -223,6 +226,11 @@ def test_what_is_said(path, capsys):
     assert main(words) == 0
     document = json.loads(capsys.readouterr().out)
     assert not document["engine"]["lossless"] and document["stats"]["stand_ins"] > 0
+    np.save(tmp_path / "text.npy", np.array(PROMPT))
+    words = ["eval", str(path), str(path), "--text", str(tmp_path / "text.npy"), "--window", "32"]
+    assert main([*words, "--json", "--stand-in", "0"]) == 0  # token by token
+    document = json.loads(capsys.readouterr().out)
+    assert document["stand_ins"] > 0 and document["kl"] > 0
     assert main(["verify", str(path), "--quick", "--json"]) == 0
     document = json.loads(capsys.readouterr().out)
     assert document["num_records"] == 24 and document["num_stand_ins"] == 24
@@ -250,6 +258,13 @@ def test_from_where_it_was_made(path, tmp_path):
             make_stand_ins(target, TWO_BITS, wrong)
     with pytest.raises(UsageError, match="not smaller"):
         make_stand_ins(target, ConvertOptions(bits=8, group_size=32))
+
+    class Interrupted(Silent):
+        def advance(self, count: int) -> None:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        make_stand_ins(target, ConvertOptions(bits=3, group_size=32), progress=Interrupted())
     assert (target / STAND_INS_FILE).read_bytes() == made[2]
     assert not list(target.glob("*.partial"))
 
@@ -316,7 +331,13 @@ def test_an_engine_that_was_opened_without_them(path):
     with opened(path) as engine:
         with pytest.raises(UsageError, match="has no stand-ins"):
             engine.use_routing(Routing(stand_in=0.5))
+        conversation = Conversation(engine, SamplingParams(max_tokens=3))
+        with pytest.raises(UsageError, match="has no stand-ins"):
+            handle(conversation, "/set routing stand-in 0.5")
         assert engine.report()["lossless"]
+    with opened(path, 0.5) as engine:
+        handle(Conversation(engine, SamplingParams(max_tokens=3)), "/set routing stand-in 0.25")
+        assert engine.routing.label == "stand-ins after 0.25"
 
 
 def test_a_store_made_of_another_has_none(path, tmp_path):
