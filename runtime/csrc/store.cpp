@@ -131,8 +131,9 @@ em_store *em_store_open_files(const char *const *paths, int32_t num_files, const
   }
   for (int64_t i = 0; i < num_records; ++i) {
     const em_record &record = records[i];
-    if (record.file < 0 || record.file >= num_files || record.offset < 0 || record.offset % kPage || record.num_bytes <= 0 ||
-        record.num_bytes % kPage || record.down_offset <= 0 || record.down_offset % kPage ||
+    if (record.file < 0 || record.file >= num_files || record.offset < 0 ||
+        record.offset % kPage || record.num_bytes <= 0 || record.num_bytes % kPage ||
+        record.down_offset <= 0 || record.down_offset % kPage ||
         record.down_offset >= record.num_bytes) {
       return nullptr;
     }
