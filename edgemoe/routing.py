@@ -68,12 +68,6 @@ class Routing:
             raise UsageError("`max_dropped` without `drop_cold`", "it bounds what that drops")
         if self.stand_in is not None and not 0 <= self.stand_in <= 1:
             raise UsageError("bad option `stand_in`", f"expected 0 to 1, got {self.stand_in}")
-        if self.stand_in is not None and self.drop_cold is not None:
-            raise UsageError(
-                "`stand_in` and `drop_cold` do not go together",
-                "an absent expert of little weight has a stand-in or is left out",
-                "give one of them",
-            )
 
     @property
     def is_plain(self) -> bool:

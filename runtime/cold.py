@@ -29,15 +29,22 @@ class ColdRule:
         weights: NDArray[np.float32],
         addresses: Callable[[Sequence[int]], Sequence[int]],
         first_key: int,
+        stand_in_step: int = 0,
     ) -> tuple[NDArray[np.integer], NDArray[np.float32]]:
-        """The routes [K] of one token and layer, ascending, then -1, without what goes."""
+        """The routes [K] of one token and layer, ascending, then -1, without what goes.
+
+        `stand_in_step`: how far the stand-in of a record is behind it, 0: it has none; where that
+        is in memory the record stays.
+        """
         ids, weights = ids.copy(), weights.copy()
         active = np.flatnonzero(ids >= 0)
         self.num_picks += len(active)
         if not len(active):
             return ids, weights
-        where = addresses((ids[active] + first_key).tolist())
-        is_cold = np.array(where) == 0
+        keys = ids[active] + first_key
+        is_cold = np.array(addresses(keys.tolist())) == 0
+        if stand_in_step:
+            is_cold &= np.array(addresses((keys + stand_in_step).tolist())) == 0
         is_cold &= weights[active] < np.float32(self.share) * weights[active].sum()
         is_cold &= weights[active] < weights[active].max()
         cold = active[is_cold]

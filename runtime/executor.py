@@ -134,7 +134,8 @@ class Executor:
         ids, weights = expert_ids, routing_weights
         if self.cold.share and num_tokens == 1:
             first_key = self.table.first_key[layer]
-            row = self.cold.left_of(ids[0], weights[0], self.cache.addresses, first_key)
+            step = self.table.stand_in_step(layer) if self.stand_ins.after is not None else 0
+            row = self.cold.left_of(ids[0], weights[0], self.cache.addresses, first_key, step)
             ids, weights = (part[None] for part in row)
         keys, begins = self._group(layer, ids, weights)
         if not keys:

@@ -106,14 +106,20 @@ def test_the_rule():
 
 
 @NATIVE
-@pytest.mark.parametrize("after", [0.0, 0.3, 0.7])
-def test_core_and_twin_are_one_rule(path, after):
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"stand_in": 0.3}, {"stand_in": 0.7}, {"drop_cold": 0.2}, {"active_experts": 3}],
+    ids=str,
+)
+def test_core_and_twin_are_one_rule(path, options):
     """Bits of the logits, demand, and what is in memory afterwards."""
     seen = []
+    routing = Routing(**({"stand_in": 0.0} | options))
     for run in (logits_of, twin_logits_of):
-        with opened(path, after, cache_bytes=SMALL) as engine:
+        with Engine.from_pretrained(path, routing=routing, cache_bytes=SMALL, **OPTIONS) as engine:
             engine.take_step_stats()
             seen.append((run(engine), *state(engine)))
+            assert (engine.routing_counts().num_dropped > 0) == (routing.drop_cold is not None)
     assert np.array_equal(seen[0][0], seen[1][0])
     assert seen[0][1:] == seen[1][1:]
     assert seen[0][4] > 0
@@ -318,7 +324,6 @@ def test_files_that_do_not_go_with_the_store(path, tmp_path, capsys):
         ({"stand_in": -0.1}, "`stand_in`"),
         ({"stand_in": 1.1}, "`stand_in`"),
         ({"stand_in": float("nan")}, "`stand_in`"),
-        ({"stand_in": 0.5, "drop_cold": 0.1}, "do not go together"),
     ],
 )
 def test_options_that_cannot_be_meant(options, message):

@@ -466,7 +466,8 @@ typedef struct em_routing {
   /* em_decode alone, with stand_ins 1, in layers that have them: of the experts that a token goes
    * through, most weight first, an absent one before which more than stand_in_after of their weights
    * has gone is read and computed as its stand-in, where that is smaller: a second record of the same
-   * expert (HOBBIT, 2411.01433, T1). Never the one with the largest weight. Depends on what was in memory, too. */
+   * expert (HOBBIT, 2411.01433, T1). Never the one with the largest weight. It depends on what was in
+   * memory, too. With cold_share nothing is left out whose stand-in is in memory. */
   int32_t stand_ins;
   float stand_in_after;
 } em_routing;

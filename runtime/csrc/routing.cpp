@@ -277,8 +277,8 @@ int32_t Decoder::route(int64_t number, const float *normed, int64_t num_tokens, 
   return 0;
 }
 
-// Leaves absent records of little weight out of a token's routes, the coldest first; returns how many
-// entries are left.
+// Leaves records of little weight out of a token's routes that are absent, as is what may stand in for
+// them, the coldest first; returns how many entries are left.
 int64_t Decoder::drop_cold(const em_block &layer, const Cache &cache, int32_t *ids, float *weights,
                            int64_t num) {
   float sum = 0.0f, largest = 0.0f;
@@ -287,13 +287,18 @@ int64_t Decoder::drop_cold(const em_block &layer, const Cache &cache, int32_t *i
     largest = std::max(largest, weights[k]);
   }
   num_picks_ += num;
+  const int64_t stand_ins = rule_.stand_ins != 0 ? layer.first_stand_in : 0;
+  const auto is_absent = [&](int32_t id) {
+    return cache.is_absent(static_cast<int32_t>(layer.first_key + id)) &&
+           (stand_ins == 0 || cache.is_absent(static_cast<int32_t>(stand_ins + id)));
+  };
   for (int64_t left = num; left > 1; --left) {
     const double limit = static_cast<double>(rule_.max_dropped) * static_cast<double>(num_picks_);
     if (static_cast<double>(counts_.num_dropped + 1) > limit) return left;
     int64_t coldest = -1;
     for (int64_t k = 0; k < left; ++k) {
-      const bool is_cold = weights[k] < rule_.cold_share * sum && weights[k] < largest &&
-                           cache.is_absent(static_cast<int32_t>(layer.first_key + ids[k]));
+      const bool is_cold =
+          weights[k] < rule_.cold_share * sum && weights[k] < largest && is_absent(ids[k]);
       if (is_cold && (coldest < 0 || weights[k] < weights[coldest])) coldest = k;
     }
     if (coldest < 0) return left;
