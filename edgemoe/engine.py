@@ -445,9 +445,12 @@ class Engine:
         """Give back memory, threads and files. May be called again."""
         if self.closed:
             return
+        has_run = self.warm_start is not None and self.warm_start.is_over
+        if self.warm_start is not None:
+            self.warm_start.stop()
         with self._lock:
             self.closed = True
-            if self.warm_start is not None and self.warm_start.is_over:
+            if has_run:
                 resident = self.cache.resident_mask()[self.cache.table.own_keys]
                 save_last_run(self._index, resident)
             self.template_worker.close()

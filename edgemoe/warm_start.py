@@ -24,6 +24,7 @@ from .runtime.profile import PROFILE_FILE
 from .runtime.profile_parts import read_popularity
 
 STEP_S = 0.01  # of reading in one go; one record at least
+PAUSE_S = 0.001  # between two: a lock that is taken again at once never reaches who waits for it
 _PRIOR_TOKENS = 16 / np.log(2.0)  # what a frequency with a half-life of 16 tokens decays to
 
 
@@ -145,3 +146,4 @@ class WarmStart:
                 break
             if read:
                 step_bytes = int(read / max(elapsed, 1e-6) * STEP_S)
+            time.sleep(PAUSE_S)
