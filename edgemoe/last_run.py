@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from .runtime.errors import FormatError
 from .runtime.index import EXPERTS_FILE, StoreIndex
+from .runtime.outputs import replacing
 
 _FORMAT, _VERSION = "edgemoe-last-run", 1
 _MAX_BYTES = 1 << 20
@@ -52,14 +53,10 @@ def save_last_run(index: StoreIndex, resident: NDArray[np.bool_]) -> None:
         "num_records": len(resident),
         "resident": base64.b64encode(np.packbits(resident).tobytes()).decode(),
     }
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    try:
+    with suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(json.dumps(document), encoding="ascii")
-        os.replace(temporary, path)
-    except OSError:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
+        with replacing(path, sync=False) as temporary:
+            temporary.write_text(json.dumps(document), encoding="ascii")
 
 
 def load_last_run(index: StoreIndex) -> NDArray[np.bool_] | None:

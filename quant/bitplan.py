@@ -7,7 +7,6 @@
 """
 
 import json
-import os
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..runtime.errors import FormatError, NotFoundError, UsageError
+from ..runtime.outputs import write_json
 from .options import ExpertSpec
 
 NAMED = ("experts-int8", "moqe")
@@ -66,10 +66,7 @@ class BitPlan:
 
     def save(self, path: str | Path) -> None:
         """Write it as JSON: to a temporary name, then renamed."""
-        path = Path(path)
-        temporary = path.with_name(path.name + ".tmp")
-        temporary.write_text(json.dumps(self.to_json(), indent=1), encoding="utf-8")
-        os.replace(temporary, path)
+        write_json(path, self.to_json())
 
     @classmethod
     def load(cls, path: str | Path) -> "BitPlan":

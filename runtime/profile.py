@@ -9,7 +9,6 @@ checkpoint), tokenizer (sha256) and texts (name, sha256, tokens).
 """
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +19,7 @@ from numpy.typing import NDArray
 
 from .errors import FormatError, NotFoundError, UsageError
 from .format import encode_header
+from .outputs import replacing
 from .profile_sums import STATES, TENSORS, LayerSums
 from .transitions import PlaceTables, StateCounts, count_pairs, following_choices, path_keys
 
@@ -159,19 +159,11 @@ class Profile:
         entries = [(name, _DTYPES[a.dtype.str], a.shape, a.nbytes) for name, a in ordered]
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-        try:
-            with open(
-                temporary, "wb"
-            ) as file:  # one by one: the library holds a second copy of all
-                file.write(encode_header(entries, metadata))
-                for _, array in ordered:
-                    file.write(np.ascontiguousarray(array).data)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        # One by one: the library holds a second copy of all.
+        with replacing(path) as temporary, open(temporary, "wb") as file:
+            file.write(encode_header(entries, metadata))
+            for _, array in ordered:
+                file.write(np.ascontiguousarray(array).data)
 
     def merge(self, other: "Profile") -> "Profile":
         """The profile of both texts. Raises UsageError where the two are of different models."""

@@ -13,7 +13,6 @@ A set is a file, `STORE/sets/NAME.json`, beside weights that it does not change:
 """
 
 import json
-import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -21,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import FormatError, NotFoundError, UsageError
+from .outputs import write_json
 
 if TYPE_CHECKING:
     import numpy as np
@@ -188,15 +188,7 @@ def save_set(store: str | Path, expert_set: ExpertSet) -> Path:
         "layers": layers,
     }
     target.parent.mkdir(exist_ok=True)
-    temporary = target.with_suffix(f".{os.getpid()}.tmp")
-    try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            json.dump(document, file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_json(target, document)
     return target
 
 

@@ -4,7 +4,6 @@ A trace file is a safetensors file (docs/trace.md); `load` also reads the same a
 A step is one token, a place is one MoE layer in the order in which they run.
 """
 
-import os
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -14,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .errors import FormatError, NotFoundError
+from .outputs import replacing
 
 PREFILL, DECODE = 0, 1
 NO_EXPERT = -1
@@ -103,9 +103,8 @@ class Trace:
 
     def save(self, path: str | Path) -> None:
         """Write a safetensors file: to a temporary name, then renamed."""
-        from safetensors.numpy import save_file
+        from safetensors.numpy import save
 
-        path = Path(path)
         small = self.experts.max(initial=0) <= np.iinfo(np.int16).max
         tensors = {
             "experts": self.experts.astype(np.int16 if small else np.int32),
@@ -118,12 +117,9 @@ class Trace:
         if self.record_bytes is not None:
             tensors["record_bytes"] = self.record_bytes
         metadata = {**self.metadata, "format": FORMAT, "version": VERSION, "model": self.model}
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        try:
-            save_file({k: np.ascontiguousarray(v) for k, v in tensors.items()}, temporary, metadata)
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        data = save({k: np.ascontiguousarray(v) for k, v in tensors.items()}, metadata)
+        with replacing(path) as temporary:
+            temporary.write_bytes(data)
 
 
 def _is_zip(path: Path) -> bool:

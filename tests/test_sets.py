@@ -31,7 +31,8 @@ def test_a_set_comes_back_as_it_was_saved(path):
     assert expert_set.masks()[0].tolist() == [1, 0, 1, 0, 0, 1, 0, 0]
     assert set_names(path) == ["code", "prose"]
     assert expert_set.by_use()[:5] == [(0, 2), (1, 7), (2, 4), (0, 5), (1, 3)]
-    assert not list(set_path(path, "code").parent.glob("*.tmp"))
+    files = sorted(file.name for file in set_path(path, "code").parent.iterdir())
+    assert files == ["code.json", "prose.json"]
 
 
 def test_sets_mix(path):

@@ -1,12 +1,12 @@
 """`edgemoe bench MODEL`: speed, reads, memory at several budgets, and what the machine allows."""
 
 import argparse
-import json
 from pathlib import Path
 
 from ..runtime.errors import UsageError
 from . import options, sets_arms
-from .render import note, open_output
+from .render import open_output
+from .reports import add_report_options, check_report_options, print_report
 
 DESCRIPTION = """Measure decode, prefill, time to first token, reads, hits, stalls and peak memory.
 
@@ -73,10 +73,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     sets_arms.add_arguments(parser)
     _add_ablation(parser)
-    parser.add_argument("--markdown", action="store_true", help="Markdown tables")
-    parser.add_argument(
-        "--json", nargs="?", const="-", metavar="FILE", help="JSON into FILE, or instead of tables"
-    )
+    add_report_options(parser)
 
 
 def _add_ablation(parser: argparse.ArgumentParser) -> None:
@@ -133,9 +130,7 @@ def _add_ablation(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     path = Path(options.model_path(args) or options.bundled_model())
-    target = None if args.json in (None, "-") else Path(args.json)
-    if target is not None and target.is_dir():
-        raise UsageError(f"--json would write to the folder `{target}`", "", "--json=FILE")
+    check_report_options(args)
     open_output()
     is_report = bool(args.sets or args.others)
     if args.plot is not None:
@@ -161,13 +156,5 @@ def run(args: argparse.Namespace) -> int:
         from .draw import sets
 
         sets(document, args.plot)
-    if args.json == "-":
-        print(json.dumps(document, indent=1))
-        return 0
-    if target is not None:
-        temporary = target.with_name(target.name + ".tmp")
-        temporary.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-        temporary.replace(target)
-        note(f"wrote {target}")
-    print(tables(document, markdown=args.markdown or is_report))
+    print_report(document, args, lambda: tables(document, markdown=args.markdown or is_report))
     return 0

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from ..runtime.amounts import format_bytes
 from ..runtime.errors import UsageError
 from . import options
-from .render import markdown, note, open_output, table
+from .render import markdown, open_output, table
+from .reports import add_report_options, check_report_options, print_report
 
 if TYPE_CHECKING:
     from ..runtime.index import StoreIndex
@@ -69,23 +70,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "-r", "--repeats", type=options.count, default=5, metavar="N", help="default: 5"
     )
-    parser.add_argument("--markdown", action="store_true", help="Markdown tables")
-    parser.add_argument(
-        "--json", nargs="?", const="-", metavar="FILE", help="JSON into FILE, or instead of tables"
-    )
+    add_report_options(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     path = Path(options.model_path(args) or options.bundled_model())
+    check_report_options(args)
     open_output()
     document = measure(path, args.depths, args.repeats)
-    if args.json == "-":
-        print(json.dumps(document, indent=1))
-        return 0
-    if args.json is not None:
-        Path(args.json).write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-        note(f"wrote {args.json}")
-    print(report(document, markdown if args.markdown else table))
+    print_report(document, args, lambda: report(document, markdown if args.markdown else table))
     return 0
 
 

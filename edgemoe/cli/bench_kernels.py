@@ -5,7 +5,6 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 from ..runtime.amounts import MIB
@@ -13,6 +12,7 @@ from ..runtime.errors import EdgeMoeError, UsageError
 from ..runtime.format import BITS, GROUP_SIZES, MODES, QuantSpec
 from . import options
 from .render import note, open_output
+from .reports import add_report_options, check_report_options, print_report
 
 DESCRIPTION = """Measure the kernels of the native core on random experts. Needs no model.
 
@@ -63,10 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "-r", "--repeats", type=options.count, default=7, metavar="N", help="default: 7"
     )
-    parser.add_argument("--markdown", action="store_true", help="Markdown tables")
-    parser.add_argument(
-        "--json", nargs="?", const="-", metavar="FILE", help="JSON into FILE, or instead of tables"
-    )
+    add_report_options(parser)
 
 
 def formats(text: str) -> list[QuantSpec]:
@@ -106,9 +103,7 @@ def run(args: argparse.Namespace) -> int:
     from ..config import num_cores
     from ..runtime import core
 
-    target = None if args.json in (None, "-") else Path(args.json)
-    if target is not None and target.is_dir():
-        raise UsageError(f"--json would write to the folder `{target}`", "", "--json=FILE")
+    check_report_options(args)
     if core.lib is None:
         raise EdgeMoeError(
             "there is nothing to measure", "the native core is not built", "install edgemoe anew"
@@ -116,17 +111,9 @@ def run(args: argparse.Namespace) -> int:
     open_output()
     args.threads = args.threads or sorted({1, num_cores()})
     document = measure(args)
-    if args.json == "-":
-        print(json.dumps(document, indent=1))
-        return 0
-    if target is not None:
-        temporary = target.with_name(target.name + ".tmp")
-        temporary.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-        temporary.replace(target)
-        note(f"wrote {target}")
     from .bench_kernels_report import tables
 
-    print(tables(document, args.markdown))
+    print_report(document, args, lambda: tables(document, args.markdown))
     return 0
 
 

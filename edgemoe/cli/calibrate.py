@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ..runtime.amounts import format_bytes
 from ..runtime.errors import BudgetError, UsageError
 from ..runtime.index import STORE_FILE
+from ..runtime.outputs import need_place
 from . import options
 from .render import note, open_output, table
 
@@ -88,6 +89,8 @@ def _target(source: Path, args: argparse.Namespace) -> Path:
             "its sums would be lost",
             "--add adds this text to it, --replace starts over, --name TASK makes another",
         )
+    if args.text:
+        need_place(out, makes_folder=True)
     return out
 
 

@@ -1,6 +1,5 @@
 """Every picture that a command draws; matplotlib is an extra."""
 
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -10,6 +9,7 @@ from typing import Any
 
 from ..runtime.amounts import format_bytes
 from ..runtime.errors import UsageError
+from ..runtime.outputs import need_place, replacing
 
 ENDINGS = (".svg", ".png", ".pdf")
 _LEAST_KL = 1e-5  # what is drawn for less, on a logarithmic axis
@@ -27,8 +27,7 @@ def need_matplotlib(path: str) -> None:
         raise UsageError(
             f"`{path}` is no picture", f"expected a name ending with {', '.join(ENDINGS)}"
         )
-    if not Path(path).absolute().parent.is_dir():
-        raise UsageError(f"`{path}` cannot be written", "its folder is not there")
+    need_place(path)
 
 
 @contextmanager
@@ -43,14 +42,11 @@ def _figure(path: str, rows: int, columns: int, width: float, height: float) -> 
     figure, panels = pyplot.subplots(
         rows, columns, figsize=(width * columns, height * rows), squeeze=False, layout="constrained"
     )
-    target = Path(path)
-    temporary = target.with_name(f".{target.stem}.{os.getpid()}{target.suffix}")
     try:
         yield figure, panels
-        figure.savefig(temporary, dpi=150)
-        os.replace(temporary, target)
+        with replacing(path) as temporary:
+            figure.savefig(temporary, dpi=150)
     finally:
-        temporary.unlink(missing_ok=True)
         pyplot.close(figure)
 
 

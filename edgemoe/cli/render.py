@@ -12,7 +12,7 @@ from ..runtime.errors import EdgeMoeError, FormatError, UsageError
 # For errors that do not say themselves what to do.
 _NEXT: dict[type, str] = {
     UsageError: "edgemoe COMMAND --help lists what can be given",
-    FormatError: "copy the store again, or convert the checkpoint again",
+    FormatError: "it is damaged: copy it again, or make it again",
 }
 
 
@@ -48,8 +48,11 @@ def _foreign(error: Exception) -> tuple[str, str, str, int]:
         return "out of memory", str(error), "give a smaller --memory or --context", 1
     if isinstance(error, OSError):
         name = f"`{error.filename}`: " if error.filename else ""
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        step, code = ("free some disk space", 3) if full else (debug, 1)
+        step, code = debug, 1
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            step, code = "free some disk space", 3
+        elif error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
+            step = "check its permissions, or name another place"
         return f"{name}{error.strerror or error}", "the operating system refused", step, code
     return f"internal error: {type(error).__name__}", str(error), debug, 1
 

@@ -2,9 +2,9 @@
 
 import argparse
 import json
-from pathlib import Path
 
 from ..runtime.errors import UsageError
+from ..runtime.outputs import need_place
 from . import options
 from .render import note, open_output, print_notes
 
@@ -36,8 +36,7 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError("expected either --text FILE or --prompt TEXT")
     if args.out is None:
         raise UsageError("no --out FILE given", "", "name the file to write: --out NAME.trace")
-    if not Path(args.out).absolute().parent.is_dir():
-        raise UsageError(f"`{args.out}` cannot be written", "its folder is not there")
+    need_place(args.out)
     open_output()
     from ..engine import Engine
     from ..quant.windows import read_tokens
