@@ -4,7 +4,8 @@
   head of a group is its most picked expert.
 - msmoe (M-SMoE, 2310.01334): the most picked experts of all layers together are dominant, so that
   layers differ; every other joins the dominant expert of its layer whose logits are most like its
-  own.
+  own. mc-smoe (MC-SMoE, of the same paper) groups in the same way, and factors the merged bodies
+  (factoring.py).
 - diversify (2407.09590): spectral clusters of the experts' outputs on the same inputs; the rows of
   the router are merged like the experts.
 
@@ -22,7 +23,7 @@ from ..runtime.profile import Profile
 from .clustering import logit_similarity, spectral_clusters
 from .prune import Amount, num_to_keep
 
-MERGE_METHODS = ("uncurl", "msmoe", "diversify")
+MERGE_METHODS = ("uncurl", "msmoe", "mc-smoe", "diversify")
 ROUTERS = ("index-map", "merged", "untrained")
 Similarities = Mapping[int, NDArray[np.float64]]  # by MoE layer, [E, E]
 
@@ -66,8 +67,8 @@ def router_of(method: str, router: str | None) -> str:
     """What becomes of the routers: the one asked for, else what the method needs no training for.
     Raises UsageError where the two do not go together."""
     usual = "merged" if method == "diversify" else "index-map"
-    possible = {"uncurl": ("index-map", "untrained"), "msmoe": ("index-map",)}
-    allowed = possible.get(method, ("merged",))
+    possible = {"uncurl": ("index-map", "untrained"), "diversify": ("merged",)}
+    allowed = possible.get(method, ("index-map",))
     if router is not None and router not in allowed:
         raise UsageError(
             f"`--router {router}` does not go with `--method {method}`",
@@ -103,7 +104,7 @@ def choose_groups(
         for layer, sums in profile.layers.items()
     }
     picks = {layer: sums.hard_count for layer, sums in profile.layers.items()}
-    if method == "msmoe":
+    if method in ("msmoe", "mc-smoe"):
         return _by_dominant(picks, similarities, counts, top_k)
     merge = {}
     for layer, count in counts.items():

@@ -16,6 +16,7 @@ from .assignment import best_assignment
 from .merge import Group
 
 Body = tuple[Tensor, Tensor, Tensor]  # gate [F, D], up [F, D], down [D, F], fp32
+Orders = dict[int, Tensor]  # by member: which of its neurons is where, int64 [F]
 
 
 def neuron_order(target: Body, body: Body) -> Tensor:
@@ -26,25 +27,28 @@ def neuron_order(target: Body, body: Body) -> Tensor:
     return torch.from_numpy(best_assignment(scores.numpy()))
 
 
-def aligned(target: Body, body: Body) -> Body:
-    """`body`, its neurons in the order of those of `target`: the same function."""
-    order = neuron_order(target, body)
+def ordered(body: Body, order: Tensor) -> Body:
+    """`body`, its neurons in this order: the same function."""
     gate, up, down = body
     return gate[order], up[order], down[:, order]
 
 
-def merged_body(group: Group, read: Callable[[int], Body]) -> Body:
-    """The average of a group by its weights, every member in the order of neurons of the head. In
-    memory are three experts.
+def merged_body(group: Group, read: Callable[[int], Body], orders: Orders | None = None) -> Body:
+    """The average of a group by its weights, every member in the order of neurons of the head,
+    which go into `orders`. In memory are three experts.
 
     Differences from the head are averaged, so that equal members give the head bit for bit.
     """
     head = fp32(read(group.head))
+    orders = {} if orders is None else orders
+    orders[group.head] = torch.arange(len(head[0]))
     total = tuple(part.clone() for part in head)
     for expert, weight in zip(group.members, group.weights, strict=True):
         if expert == group.head or not weight:
             continue
-        member = aligned(head, fp32(read(expert)))
+        member = fp32(read(expert))
+        orders[expert] = neuron_order(head, member)
+        member = ordered(member, orders[expert])
         for sum_, part, base in zip(total, member, head, strict=True):
             sum_.add_(part - base, alpha=weight)
     return total

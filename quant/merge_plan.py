@@ -9,8 +9,9 @@ from numpy.typing import NDArray
 from ..runtime.amounts import format_bytes
 from ..runtime.index import ExpertRecord, StoreIndex
 from ..runtime.profile import Profile
+from .factoring import Factoring
 from .merge import Merge
-from .merge_write import merged_layouts
+from .merge_records import merged_layouts
 from .prune_plan import BudgetRow, LayerPlan, columns, replayed_rows, rows_text, warnings_on
 from .prune_replay import NOBODY, pick_share_in_memory
 
@@ -36,11 +37,24 @@ class LayerMergePlan:
 
 
 @dataclass(frozen=True, slots=True)
+class FactorPlan:
+    """How the bodies of all layers but `whole_layers` are stored; bytes of the largest."""
+
+    dense: int
+    num_neurons: int
+    rank: int
+    record_bytes: int
+    whole_record_bytes: int
+    whole_layers: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class MergePlan:
     """Everything `prune` says of a merge before it is written."""
 
     method: str
     router: str
+    factors: FactorPlan | None
     layers: tuple[LayerMergePlan, ...]
     expert_bytes: int
     merged_bytes: int
@@ -61,6 +75,7 @@ def make_merge_plan(
     rows: Sequence[BudgetRow] = (),
     rows_from: str = "",
     keeps_first: bool = False,
+    factoring: Factoring | None = None,
 ) -> MergePlan:
     """The plan of a merge of the experts of a store."""
     layers = []
@@ -82,9 +97,10 @@ def make_merge_plan(
     return MergePlan(
         method=method,
         router=router,
+        factors=None if factoring is None else _factor_plan(index, factoring),
         layers=tuple(layers),
         expert_bytes=index.expert_bytes,
-        merged_bytes=sum(layout.num_bytes for layout in merged_layouts(index, merge).values()),
+        merged_bytes=merged_index(index, merge, factoring).expert_bytes,
         num_experts=len(index.records),
         num_merged=sum(each.num_merged for each in layers),
         moved_pick_share=float(np.mean([each.moved_pick_share for each in layers])),
@@ -108,29 +124,48 @@ def merged_routes(routes: NDArray[np.integer], merge: Merge) -> NDArray[np.int64
     return result
 
 
-def merged_index(index: StoreIndex, merge: Merge) -> StoreIndex:
+def _factor_plan(index: StoreIndex, factoring: Factoring) -> FactorPlan:
+    whole = max((r.layout for r in index.records.values()), key=lambda layout: layout.num_bytes)
+    return FactorPlan(
+        factoring.dense,
+        whole.width,
+        factoring.rank,
+        factoring.layout(-1, whole).num_bytes,
+        whole.num_bytes,
+        tuple(sorted(factoring.whole_layers)),
+    )
+
+
+def merged_index(index: StoreIndex, merge: Merge, factoring: Factoring | None = None) -> StoreIndex:
     """The records that the store will have; their places in the file are not known yet."""
-    layouts = merged_layouts(index, merge)
+    layouts = merged_layouts(index, merge, factoring)
     records = {key: ExpertRecord(0, layout, (0, 0)) for key, layout in layouts.items()}
     return replace(index, records=records)
 
 
 def replayed_merge_rows(
-    routes: NDArray[np.integer], merge: Merge, index: StoreIndex, cache_sizes: Sequence[int]
+    routes: NDArray[np.integer],
+    merge: Merge,
+    index: StoreIndex,
+    merged: StoreIndex,
+    cache_sizes: Sequence[int],
 ) -> list[BudgetRow]:
     """Full and merged store decoding the same recorded choices [T, places, K], token by token, in
     caches of these sizes, which are empty at first. What routers choose behind a merged layer will
     differ a little."""
-    merged = merged_routes(routes, merge)
-    return replayed_rows(routes, merged, index, cache_sizes, merged_index(index, merge))
+    return replayed_rows(routes, merged_routes(routes, merge), index, cache_sizes, merged)
 
 
 def counted_merge_rows(
-    profile: Profile, merge: Merge, index: StoreIndex, cache_sizes: Sequence[int]
+    profile: Profile,
+    merge: Merge,
+    index: StoreIndex,
+    merged: StoreIndex,
+    cache_sizes: Sequence[int],
 ) -> list[BudgetRow]:
     """The same from counts alone: hits where the most picked experts stay in memory for good."""
     both: list[tuple[list[NDArray[np.float64]], list[int], float]] = []
-    for is_merged, of in ((False, index), (True, merged_index(index, merge))):
+    for is_merged, of in ((False, index), (True, merged)):
         shares, cycle = [], 0.0
         for layer, each in merge.items():
             counts = profile.layers[layer].hard_count.astype(np.float64)
@@ -163,6 +198,14 @@ def merge_plan_text(plan: MergePlan) -> list[str]:
         "another",
         words[plan.router],
     ]
+    if plan.factors is not None:
+        each = plan.factors
+        but = f" but those of layer {each.whole_layers[0]}" if each.whole_layers else ""
+        lines.append(
+            f"all experts{but} keep {each.dense} of {each.num_neurons} neurons as they are, the "
+            f"others as products of rank {each.rank}: {format_bytes(each.record_bytes)} each, "
+            f"{format_bytes(each.whole_record_bytes)} whole"
+        )
     header = ("layer", "experts", "of", "largest group", "picks that move")
     cells = [
         (

@@ -8,16 +8,14 @@ members. Routers stay as they are where an index map says which expert a row sta
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from ..runtime.errors import UsageError
-from ..runtime.format import PAGE_BYTES, RecordLayout, encode_header, record_name
+from ..runtime.format import PAGE_BYTES, encode_header, record_name
 from ..runtime.index import (
     EXPERTS_FILE,
     TRUNK_FILE,
@@ -26,8 +24,9 @@ from ..runtime.index import (
     load_index,
     save_index,
 )
-from .bitplan import BitPlan
+from ..runtime.profile import Profile
 from .checkpoint import Checkpoint
+from .factoring import Factoring
 from .journal import (
     Crcs,
     Partial,
@@ -37,11 +36,9 @@ from .journal import (
     partial_path,
     write_error,
 )
-from .merge import LayerMerge, Merge
-from .merge_bodies import merged_body
+from .merge import Merge
+from .merge_records import Layouts, MergedRecords, merged_layouts
 from .merge_trunk import write_trunk
-from .options import ExpertSpec
-from .pack import checked, in_order, pack_expert
 from .progress import Progress, Silent
 from .readback import check_experts, sha256_of
 from .store_source import StoreSource, WeightSource
@@ -51,16 +48,6 @@ _BLOCK_BYTES = 16 << 20
 _DISK_MARGIN_BYTES = 32 << 20
 
 
-def merged_layouts(index: StoreIndex, merge: Merge) -> dict[tuple[int, int], RecordLayout]:
-    """The format of every merged expert, by (layer, number): the widest of its members'."""
-    layouts = {}
-    for layer, groups in merge.items():
-        for number, group in enumerate(groups.groups):
-            members = (index.records[layer, expert].layout for expert in group.members)
-            layouts[layer, number] = max(members, key=lambda layout: layout.num_bytes)
-    return layouts
-
-
 def write_merged(
     store: str | Path,
     merge: Merge,
@@ -68,28 +55,31 @@ def write_merged(
     *,
     router: str = "index-map",
     checkpoint: str | Path | None = None,
+    factoring: Factoring | None = None,
+    profile: Profile | None = None,
     provenance: dict[str, Any] | None = None,
     progress: Progress | None = None,
     num_threads: int = 1,
 ) -> StoreIndex:
     """Write the store `out` of the merged experts of `store`; returns its index.
 
-    `router`: `index-map` keeps all rows, `merged` averages those of a group. `provenance` goes into
-    store.json. Goes on where an equal merge was interrupted. Raises UsageError, CheckpointError,
-    BudgetError.
+    `router`: `index-map` keeps all rows, `merged` averages those of a group. `factoring`: bodies
+    become factors, whose errors `profile` weighs. `provenance` goes into store.json. Goes on where
+    an equal merge was interrupted. Raises UsageError, CheckpointError, BudgetError.
     """
     target, progress = Path(out), progress or Silent()
     with StoreSource(store) as own, _bodies_of(own, checkpoint) as bodies:
-        wanted = _identity(own, bodies, merge, router)
+        wanted = _identity(own, bodies, merge, router, factoring, profile)
         if finish_published(target, wanted):
             return load_index(target)
         check_target(target)
-        layouts = merged_layouts(own.index, merge)
+        layouts = merged_layouts(own.index, merge, factoring)
+        records = MergedRecords(own, bodies, merge, layouts, factoring, profile)
         header = _experts_header(layouts)
         _check_disk(target, own.index, layouts)
         partial = Partial.open(target, wanted)
         try:
-            _write_experts(own, bodies, merge, layouts, partial, header, progress, num_threads)
+            _write_experts(records, partial, header, progress, num_threads)
             write_trunk(own, merge, partial.path / TRUNK_FILE, router)
             for name in set(own.index.sha256) - {EXPERTS_FILE, TRUNK_FILE}:
                 (partial.path / name).parent.mkdir(exist_ok=True)
@@ -128,7 +118,14 @@ def _bodies_of(own: StoreSource, checkpoint: str | Path | None) -> WeightSource:
     return source
 
 
-def _identity(own: StoreSource, bodies: WeightSource, merge: Merge, router: str) -> dict[str, Any]:
+def _identity(
+    own: StoreSource,
+    bodies: WeightSource,
+    merge: Merge,
+    router: str,
+    factoring: Factoring | None,
+    profile: Profile | None,
+) -> dict[str, Any]:
     """What must be equal for two runs to give the same bytes."""
     groups = {layer: asdict(each) for layer, each in merge.items()}
     files = {}
@@ -142,12 +139,22 @@ def _identity(own: StoreSource, bodies: WeightSource, merge: Merge, router: str)
             "groups": hashlib.sha256(json.dumps(groups).encode()).hexdigest(),
             "--router": router,
             "bodies": type(bodies).__name__,
+            "factors": None if factoring is None else [factoring.dense, factoring.rank],
+            "profile": None if factoring is None else _moments_hash(profile),
         },
         "files": files,
     }
 
 
-def _experts_header(layouts: dict[tuple[int, int], RecordLayout]) -> bytes:
+def _moments_hash(profile: Profile | None) -> str | None:
+    digest = hashlib.sha256()
+    for sums in profile.layers.values() if profile is not None else ():
+        for part in (sums.input_square_sum, sums.hidden_square_sum):
+            digest.update(b"" if part is None else part.astype("<f4").tobytes())
+    return digest.hexdigest()
+
+
+def _experts_header(layouts: Layouts) -> bytes:
     entries = [
         (record_name(*key), "U8", [layout.num_bytes], layout.num_bytes)
         for key, layout in layouts.items()
@@ -155,9 +162,7 @@ def _experts_header(layouts: dict[tuple[int, int], RecordLayout]) -> bytes:
     return encode_header(entries, {"format": "edgemoe"}, PAGE_BYTES)
 
 
-def _check_disk(
-    target: Path, index: StoreIndex, layouts: dict[tuple[int, int], RecordLayout]
-) -> None:
+def _check_disk(target: Path, index: StoreIndex, layouts: Layouts) -> None:
     needed = sum(layout.num_bytes for layout in layouts.values()) + _DISK_MARGIN_BYTES
     needed += (index.path / TRUNK_FILE).stat().st_size
     written = partial_path(target) / EXPERTS_FILE
@@ -169,15 +174,9 @@ def _check_disk(
 
 
 def _write_experts(
-    own: StoreSource,
-    bodies: WeightSource,
-    merge: Merge,
-    layouts: dict[tuple[int, int], RecordLayout],
-    partial: Partial,
-    header: bytes,
-    progress: Progress,
-    num_threads: int,
+    records: MergedRecords, partial: Partial, header: bytes, progress: Progress, num_threads: int
 ) -> None:
+    merge, layouts = records.merge, records.layouts
     todo = [layer for layer in merge if layer not in partial.layer_to_crcs]
     sizes = {layer: merge[layer].num_experts for layer in merge}
     if len(todo) < len(merge):
@@ -185,13 +184,11 @@ def _write_experts(
     done = sum(sizes[layer] for layer in merge if layer not in todo)
     progress.start("experts", sum(sizes.values()), done, unit="experts")
     written = sum(layout.num_bytes for (layer, _), layout in layouts.items() if layer not in todo)
-    file, specs = partial.open_file(EXPERTS_FILE, header, written), _specs(own.index)
+    file = partial.open_file(EXPERTS_FILE, header, written)
     try:
         for layer in todo:
             crcs: Crcs = []
-            for count, record, pair in _records(
-                own, bodies, layer, merge[layer], layouts, specs, num_threads
-            ):
+            for count, (record, pair) in records.of_layer(layer, num_threads):
                 file.write(record)
                 crcs.append(pair)
                 progress.advance(count)
@@ -202,54 +199,13 @@ def _write_experts(
         file.close()
 
 
-def _records(
-    own: StoreSource,
-    bodies: WeightSource,
-    layer: int,
-    merge: LayerMerge,
-    layouts: dict[tuple[int, int], RecordLayout],
-    specs: Any,
-    num_threads: int,
-) -> Iterator[tuple[int, np.ndarray, tuple[int, int]]]:
-    """Number of members, record and checksums of every group of a layer."""
-
-    def make(number: int) -> tuple[int, np.ndarray, tuple[int, int]]:
-        group, layout = merge.groups[number], layouts[layer, number]
-        if len(group.members) == 1:
-            record, pair = checked(own.record(layer, group.head, layout), layout)
-        else:
-            body = merged_body(group, lambda expert: bodies.expert(layer, expert))
-            record, pair = pack_expert(body, layout, specs(layer, group.head))
-        return len(group.members), record, pair
-
-    yield from in_order(make, range(len(merge.groups)), num_threads)
-
-
-def _specs(index: StoreIndex) -> Any:
-    """(layer, expert) -> how the store's experts were quantized, as far as that can be repeated
-    without a text."""
-    plan = index.plan
-    if "bit_plan" in plan:
-        specs = BitPlan.from_json(plan["bit_plan"]).specs
-    else:
-        names = [each.name for each in fields(ExpertSpec)]
-        one = ExpertSpec(**{name: plan[name] for name in names if name in plan})
-        specs = dict.fromkeys(index.records, one)
-
-    def spec(layer: int, expert: int) -> ExpertSpec:
-        found = specs.get((layer, expert), ExpertSpec())
-        return replace(found, quantizer="search") if found.quantizer == "calibrated" else found
-
-    return spec
-
-
 # ---- the rest ------------------------------------------------------------------------------------
 
 
 def _index(
     own: StoreIndex,
     merge: Merge,
-    layouts: dict[tuple[int, int], RecordLayout],
+    layouts: Layouts,
     partial: Partial,
     header: bytes,
     router: str,

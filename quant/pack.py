@@ -11,6 +11,7 @@ from torch import Tensor
 from ..runtime import kernels
 from ..runtime.checksum import crc32c
 from ..runtime.format import QuantSpec, RecordLayout
+from .factoring import FactoredBody
 from .options import ExpertSpec
 from .quantize import Quantized, quantize, quantize_absmax, to_16bit
 from .scales import quantize_searched
@@ -40,6 +41,18 @@ def pack_expert(
         _coded(down, layout.down, spec.of_down, tall),
     )
     return checked(kernels.pack_record(*parts, layout), layout)
+
+
+def pack_factored(body: FactoredBody, layout: RecordLayout, spec: ExpertSpec) -> Record:
+    """The record of a factored body."""
+    front, back = layout.gate_up, layout.factors.spec
+    parts = (
+        _coded(body.gate, front, spec, None),
+        _coded(body.up, front, spec, None),
+        _coded(body.down, layout.down, spec.of_down, None),
+    )
+    factors = [_coded(part, back, spec, None) for part in (body.u_gate, body.u_up, body.v_down)]
+    return checked(kernels.pack_record(*parts, layout, factors=factors), layout)
 
 
 def checked(record: np.ndarray, layout: RecordLayout) -> Record:

@@ -221,11 +221,12 @@ def wave_pairs(chunk: int, top_k: int) -> int:
     return max(2 * chunk, top_k)
 
 
-def moe_workspace_bytes(num_tokens: int, num_pairs: int, hidden: int, width: int) -> int:
-    """Bytes of the executor's workspace for calls up to this size."""
+def moe_workspace_bytes(num_tokens: int, num_pairs: int, hidden: int, row_floats: int) -> int:
+    """Bytes of the executor's workspace for calls up to this size, of records whose layouts have
+    at most so many `row_floats`."""
     if core.lib is not None:
-        return 4 * core.lib.em_moe_workspace_floats(num_tokens, num_pairs, hidden, width)
-    return 4 * (num_pairs * hidden + num_tokens * (width + hidden)) + 12 * hidden * width
+        return 4 * core.lib.em_moe_workspace_floats(num_tokens, num_pairs, hidden, row_floats)
+    return 4 * (num_pairs * hidden + num_tokens * (row_floats + hidden)) + 12 * hidden * row_floats
 
 
 def _activation_bytes(dims: ModelDims, context: int, chunk: int, index: StoreIndex) -> int:
@@ -238,9 +239,9 @@ def _activation_bytes(dims: ModelDims, context: int, chunk: int, index: StoreInd
     router = 4 * num_experts + 4 * dims.top_k
     per_token += 3 * attention + 3 * dims.dense_width + router
     logits = 6 * dims.vocab  # of one token, and what sampling makes of them
-    workspace = moe_workspace_bytes(
-        tokens, wave_pairs(tokens, dims.top_k), dims.hidden, dims.expert_width
-    )
+    row_floats = max((each.layout.row_floats for each in index.records.values()), default=0)
+    num_pairs = wave_pairs(tokens, dims.top_k)
+    workspace = moe_workspace_bytes(tokens, num_pairs, dims.hidden, row_floats)
     return round_up(4 * (tokens * per_token + logits) + workspace, PAGE_BYTES)
 
 

@@ -51,8 +51,18 @@ class Record(ctypes.Structure):
         ("crc_gate_up", c_uint32),
         ("crc_down", c_uint32),
         ("file", c_int32),
-        ("reserved", c_int32),
+        ("factors", Format),
+        ("dense", c_int32),
+        ("rank", c_int32),
     ]
+
+    def describe(self, layout: layout.RecordLayout) -> None:
+        """Set all but the place in the file and the checksums."""
+        self.num_bytes, self.down_offset = layout.num_bytes, layout.down_offset
+        self.gate_up, self.down = Format.of(layout.gate_up), Format.of(layout.down)
+        if layout.factors is not None:
+            self.factors = Format.of(layout.factors.spec)
+            self.dense, self.rank = layout.factors.dense, layout.factors.rank
 
 
 class IndexLayer(ctypes.Structure):

@@ -76,9 +76,7 @@ class Executor:
         self._told, self._told_native_s = cache.place_stats.sum(axis=0), cache.native_s
         self._args = core.MoeArgs()
         if self._backend == "native":
-            num_bytes = moe_workspace_bytes(
-                chunk, self._max_pairs, hidden, max(table.width.values())
-            )
+            num_bytes = moe_workspace_bytes(chunk, self._max_pairs, hidden, table.max_row_floats)
             room = np.empty(num_bytes + LINE_BYTES, dtype=np.uint8)
             start = -room.ctypes.data % LINE_BYTES
             self._workspace = room[start:]

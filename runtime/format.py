@@ -38,13 +38,26 @@ can be one direct read. gate|up: for every tile t, the gate tile t, then the up 
 expert width, cols = hidden). down: its tiles in order (rows = hidden, cols = expert width). No
 header: the index holds offsets, formats and the crc32c of each section (padding included).
 
+Factored record (MC-SMoE, 2310.01334): of the F neurons the first S are `dense` and are stored as
+above; the weights of the others are products of rank R, gate = U_g V_g, up = U_u V_u, down =
+U_d V_d. Dense rows and first factors lie stacked, so that gate|up and down are those of an expert
+of width S + R:
+
+- gate|up section: tiles of [dense gate; V_g] and [dense up; V_u], each `[S + R, D]`; then, in the
+  format `factors`, the tiles of U_g and of U_u, each `[F - S, R]`, and of V_d `[R, F - S]`
+- down section: [dense down, U_d], `[D, S + R]`
+
+With p = V_g x, q = V_u x and h = silu(U_g p) * (U_u q): y = [dense down, U_d] [dense h; V_d h]. In
+any order neurons compute the same, so the dense ones need no index.
+
 experts.safetensors: a valid safetensors file. The JSON header is padded with spaces so that the
 data starts on a 4096-byte boundary; one U8 tensor per record, `layers.{layer}.experts.{expert}`, in
 (layer, expert) order without gaps. Both follow from safetensors itself (no holes) and from direct
 I/O (offset, length and memory on 4096).
 
 Restrictions and their reasons: columns are a multiple of G, since a group never spans two rows;
-hidden and expert width are multiples of 16, since a tile never mixes gate and up.
+hidden and expert width are multiples of 16, since a tile never mixes gate and up; S, R and F - S of
+a factored record are multiples of 32, since activations have a scale for every 32.
 """
 
 import json
@@ -55,7 +68,7 @@ from typing import Any, BinaryIO
 
 from .errors import FormatError, UsageError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 1 is written where no record is factored, which is all that 2 adds
 PAGE_BYTES = 4096
 TILE_ROWS = 16
 LINE_BYTES = 64
@@ -128,13 +141,30 @@ class QuantSpec:
 
 
 @dataclass(frozen=True, slots=True)
+class Factors:
+    """What is factored in a record: all neurons behind the first `dense`, by products of `rank`.
+    `spec`: the format of U_g, U_u and V_d."""
+
+    dense: int
+    rank: int
+    spec: QuantSpec
+
+    @classmethod
+    def of(cls, values: Sequence[Any], specs: Sequence[QuantSpec]) -> "Factors":
+        """From the numbers of store.json: which spec, `dense` and `rank`."""
+        spec, dense, rank = map(int, values)
+        return cls(dense, rank, specs[spec])
+
+
+@dataclass(frozen=True, slots=True)
 class RecordLayout:
-    """Sizes and offsets inside one expert record, in bytes."""
+    """Sizes and offsets inside one expert record, in bytes. `width`: neurons, factored or not."""
 
     gate_up: QuantSpec
     down: QuantSpec
     hidden: int
     width: int
+    factors: Factors | None = None
 
     def __post_init__(self) -> None:
         if self.hidden % TILE_ROWS or self.width % TILE_ROWS:
@@ -142,20 +172,59 @@ class RecordLayout:
                 f"hidden size {self.hidden} and expert width {self.width} must be multiples of "
                 f"{TILE_ROWS}"
             )
-        self.gate_up.check_shape(self.width, self.hidden)
-        self.down.check_shape(self.hidden, self.width)
+        if self.factors is not None:
+            dense, rank, factored = self.factors.dense, self.factors.rank, self.num_factored
+            if min(dense, rank - 1, factored - 1) < 0 or (dense | rank | factored) % ACT_GROUP:
+                raise UsageError(
+                    f"{dense} dense neurons of {self.width} and rank {rank} cannot be stored",
+                    f"both, and what is factored, are multiples of {ACT_GROUP}",
+                )
+            self.factors.spec.check_shape(factored, rank)
+            self.factors.spec.check_shape(rank, factored)
+        self.gate_up.check_shape(self.inner, self.hidden)
+        self.down.check_shape(self.hidden, self.inner)
+
+    @property
+    def num_factored(self) -> int:
+        """Neurons whose weights are products."""
+        return 0 if self.factors is None else self.width - self.factors.dense
+
+    @property
+    def inner(self) -> int:
+        """Rows of gate and of up as stored, columns of down: the width, or S + R."""
+        return self.width if self.factors is None else self.factors.dense + self.factors.rank
+
+    @property
+    def row_floats(self) -> int:
+        """fp32 values that computing one token takes between gate|up and down."""
+        return self.width + (0 if self.factors is None else 3 * self.factors.rank)
 
     @property
     def gate_up_bytes(self) -> int:
-        return 2 * self.gate_up.matrix_bytes(self.width, self.hidden)
+        return 2 * self.gate_up.matrix_bytes(self.inner, self.hidden)
+
+    @property
+    def factor_places(self) -> tuple[tuple[int, int, int], ...]:
+        """Where U_g, U_u and V_d begin in the record, and their rows and columns."""
+        places, begin = [], self.gate_up_bytes
+        if self.factors is not None:
+            shape = self.num_factored, self.factors.rank
+            for rows, cols in (shape, shape, shape[::-1]):
+                places.append((begin, rows, cols))
+                begin += self.factors.spec.matrix_bytes(rows, cols)
+        return tuple(places)
 
     @property
     def down_offset(self) -> int:
-        return round_up(self.gate_up_bytes, PAGE_BYTES)
+        end = self.gate_up_bytes
+        if self.factors is not None:
+            begin, rows, cols = self.factor_places[-1]
+            end = begin + self.factors.spec.matrix_bytes(rows, cols)
+        return round_up(end, PAGE_BYTES)
 
     @property
     def down_bytes(self) -> int:
-        return self.down.matrix_bytes(self.hidden, self.width)
+        return self.down.matrix_bytes(self.hidden, self.inner)
 
     @property
     def num_bytes(self) -> int:

@@ -13,7 +13,15 @@ from pathlib import Path
 from typing import Any
 
 from .errors import FormatError, NotFoundError, UsageError
-from .format import FORMAT_VERSION, PAGE_BYTES, QuantSpec, RecordLayout, read_header, record_name
+from .format import (
+    FORMAT_VERSION,
+    PAGE_BYTES,
+    Factors,
+    QuantSpec,
+    RecordLayout,
+    read_header,
+    record_name,
+)
 
 STORE_FILE = "store.json"
 EXPERTS_FILE = "experts.safetensors"
@@ -91,8 +99,13 @@ class StoreIndex:
 
     @property
     def is_derived(self) -> bool:
-        """Whether it was made of another store by leaving out or merging experts."""
-        return bool(self.kept or self.layer_to_bodies or self.untrained_routers)
+        """Whether it was made of another store by leaving out, merging or factoring experts."""
+        return any((self.kept, self.layer_to_bodies, self.num_factored, self.untrained_routers))
+
+    @property
+    def num_factored(self) -> int:
+        """Records whose matrices are products of smaller ones."""
+        return sum(record.layout.factors is not None for record in self.records.values())
 
     @property
     def expert_bytes(self) -> int:
@@ -120,7 +133,9 @@ def save_index(index: StoreIndex) -> None:
         if len(entry["experts"]) != expert or entry["width"] != layout.width:
             raise FormatError(f"layer {layer}: experts must be numbered from 0 and of one width")
         spec_ids = [number(layout.gate_up), number(layout.down)]
-        entry["experts"].append([*spec_ids, *record.crc32c])
+        factors = layout.factors
+        rest = [number(factors.spec), factors.dense, factors.rank] if factors else []
+        entry["experts"].append([*spec_ids, *record.crc32c, *rest])
     for layer, bodies in index.layer_to_bodies.items():
         layers[str(layer)]["aliases"] = list(bodies)
     packed = {
@@ -129,7 +144,7 @@ def save_index(index: StoreIndex) -> None:
     }
     document = {
         "format": "edgemoe",
-        "format_version": FORMAT_VERSION,
+        "format_version": FORMAT_VERSION if index.num_factored else 1,
         "hidden": index.hidden,
         "specs": specs,
         "layers": layers,
@@ -196,10 +211,11 @@ def _parse(path: Path, document: Mapping[str, Any]) -> StoreIndex:
     offset = 0  # counted from the start of the data; _check_experts_file adds the header
     for layer in sorted(document["layers"], key=int):
         entry = document["layers"][layer]
-        for expert, (gate_up, down, crc_gate_up, crc_down) in enumerate(entry["experts"]):
-            layout = RecordLayout(specs[gate_up], specs[down], hidden, int(entry["width"]))
+        for expert, (gate_up, down, crc_gate_up, crc_down, *rest) in enumerate(entry["experts"]):
+            factors = Factors.of(rest, specs) if rest else None
+            layout = RecordLayout(specs[gate_up], specs[down], hidden, int(entry["width"]), factors)
             crcs = int(crc_gate_up), int(crc_down)
-            if min(gate_up, down, *crcs) < 0 or max(crcs) >= 1 << 32:
+            if min(gate_up, down, *crcs, *rest) < 0 or max(crcs) >= 1 << 32:
                 raise ValueError(f"layer {layer}, expert {expert}: {crcs} are no checksums")
             records[int(layer), expert] = ExpertRecord(offset, layout, crcs)
             offset += layout.num_bytes

@@ -248,9 +248,8 @@ class _NativeReader:
     ) -> None:
         table = (core.Record * max(len(records), 1))()
         for row, record in zip(table, records, strict=False):
-            row.offset, row.num_bytes, row.file = record.offset, record.num_bytes, record.file
-            row.down_offset = record.layout.down_offset
-            row.gate_up, row.down = map(core.Format.of, (record.layout.gate_up, record.layout.down))
+            row.describe(record.layout)
+            row.offset, row.file = record.offset, record.file
             row.crc_gate_up, row.crc_down = record.crc32c
         error = ctypes.c_int32()
         mode = IO_MODES.index("direct" if direct else "buffered")

@@ -1,5 +1,6 @@
 """Between row-major matrices and tiles or records: native where the core is there. Floor 0."""
 
+from collections.abc import Sequence
 from typing import NoReturn
 
 import numpy as np
@@ -126,18 +127,22 @@ def pack_record(
     down: Coded | np.ndarray,
     layout: RecordLayout,
     backend: str | None = None,
+    factors: Sequence[Coded | np.ndarray] = (),
 ) -> np.ndarray:
     """One expert record, u8 `[layout.num_bytes]`, paddings zero.
 
     Each projection is (codes, scales, mins or None), or u16 words where its section has 16 bits;
-    gate, up `[F, D]`, down `[D, F]`.
+    gate, up `[F, D]`, down `[D, F]`. Of a factored record: what is stacked, and U_g, U_u, V_d.
     """
     record = np.zeros(layout.num_bytes, dtype=np.uint8)
     pairs = record[: layout.gate_up_bytes].reshape(-1, 2, layout.gate_up.tile_bytes(layout.hidden))
     for i, part in enumerate((gate, up)):
-        tiles = _pack(part, (layout.width, layout.hidden), layout.gate_up, backend)
+        tiles = _pack(part, (layout.inner, layout.hidden), layout.gate_up, backend)
         pairs[:, i] = tiles.reshape(len(pairs), -1)
-    tiles = _pack(down, (layout.hidden, layout.width), layout.down, backend)
+    for part, (begin, rows, cols) in zip(factors, layout.factor_places, strict=True):
+        tiles = _pack(part, (rows, cols), layout.factors.spec, backend)
+        record[begin : begin + tiles.size] = tiles
+    tiles = _pack(down, (layout.hidden, layout.inner), layout.down, backend)
     record[layout.down_offset : layout.down_offset + layout.down_bytes] = tiles
     return record
 
@@ -145,18 +150,27 @@ def pack_record(
 def unpack_record(
     record: np.ndarray, layout: RecordLayout, backend: str | None = None
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """One expert record -> fp32 gate `[F, D]`, up `[F, D]`, down `[D, F]`."""
+    """One expert record -> fp32 gate `[F, D]`, up `[F, D]`, down `[D, F]`, factors multiplied."""
     if record.dtype != np.uint8 or record.size != layout.num_bytes:
         raise UsageError(f"expected a record of {layout.num_bytes} bytes, got {record.size}")
     if (backend or core.BACKEND) != "native":
-        return reference.unpack_record(record, layout)
-    # A tile is 16 rows on its own, so that gate|up reads as one matrix of 2 F rows.
+        parts = reference.unpack_parts(record, layout)
+        return reference.whole_body(parts, layout)
+    # A tile is 16 rows on its own, so that gate|up reads as one matrix of twice the rows.
     rows = unpack(
-        record[: layout.gate_up_bytes], 2 * layout.width, layout.hidden, layout.gate_up, backend
+        record[: layout.gate_up_bytes], 2 * layout.inner, layout.hidden, layout.gate_up, backend
     ).reshape(-1, 2, TILE_ROWS, layout.hidden)
-    gate, up = (rows[:, i].reshape(layout.width, layout.hidden) for i in (0, 1))
+    gate, up = (rows[:, i].reshape(layout.inner, layout.hidden) for i in (0, 1))
     section = record[layout.down_offset : layout.down_offset + layout.down_bytes]
-    return gate, up, unpack(section, layout.hidden, layout.width, layout.down, backend)
+    down = unpack(section, layout.hidden, layout.inner, layout.down, backend)
+    if layout.factors is None:
+        return gate, up, down
+    spec = layout.factors.spec
+    factors = [
+        unpack(record[begin : begin + spec.matrix_bytes(rows, cols)], rows, cols, spec, backend)
+        for begin, rows, cols in layout.factor_places
+    ]
+    return reference.whole_body((gate, up, down, *factors), layout)
 
 
 def pack_16bit_into(words: np.ndarray, out: np.ndarray, backend: str | None) -> None:

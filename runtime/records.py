@@ -31,6 +31,7 @@ class RecordTable:
         self.place_of_layer = {layer: place for place, layer in enumerate(self.first_key)}
         self.place_of_key = [self.place_of_layer[layer] for layer, _ in self.names]
         self.width = {layer: self.layouts[key].width for layer, key in self.first_key.items()}
+        self.max_row_floats = max((layout.row_floats for layout in self.layouts), default=0)
 
     def __len__(self) -> int:
         return len(self.names)

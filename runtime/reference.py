@@ -6,7 +6,7 @@ Floor 0.
 """
 
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
@@ -67,18 +67,38 @@ def unpack(packed: np.ndarray, rows: int, cols: int, spec: QuantSpec) -> np.ndar
     return out.reshape(-1, cols)[:rows]
 
 
-def unpack_record(
-    record: np.ndarray, layout: RecordLayout
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """One expert record -> fp32 gate `[F, D]`, up `[F, D]`, down `[D, F]`."""
+def unpack_parts(record: np.ndarray, layout: RecordLayout) -> tuple[np.ndarray, ...]:
+    """One expert record -> fp32 gate `[F, D]`, up `[F, D]`, down `[D, F]`; of a factored one what
+    is stacked, and U_g, U_u `[F - S, R]`, V_d `[R, F - S]`."""
     tile_bytes = layout.gate_up.tile_bytes(layout.hidden)
     pairs = record[: layout.gate_up_bytes].reshape(-1, 2, tile_bytes)
     gate, up = (
-        unpack(np.ascontiguousarray(pairs[:, i]), layout.width, layout.hidden, layout.gate_up)
+        unpack(np.ascontiguousarray(pairs[:, i]), layout.inner, layout.hidden, layout.gate_up)
         for i in (0, 1)
     )
     section = record[layout.down_offset : layout.down_offset + layout.down_bytes]
-    return gate, up, unpack(section, layout.hidden, layout.width, layout.down)
+    down = unpack(section, layout.hidden, layout.inner, layout.down)
+    factors = []
+    for begin, rows, cols in layout.factor_places:
+        spec = layout.factors.spec
+        tiles = record[begin : begin + spec.matrix_bytes(rows, cols)]
+        factors.append(unpack(tiles, rows, cols, spec))
+    return gate, up, down, *factors
+
+
+def whole_body(
+    parts: Sequence[np.ndarray], layout: RecordLayout
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """`unpack_parts` -> gate `[F, D]`, up `[F, D]`, down `[D, F]`: factors are multiplied."""
+    gate, up, down, *factors = parts
+    if layout.factors is None:
+        return gate, up, down
+    dense, (u_gate, u_up, v_down) = layout.factors.dense, factors
+    return (
+        np.concatenate([gate[:dense], u_gate @ gate[dense:]]),
+        np.concatenate([up[:dense], u_up @ up[dense:]]),
+        np.concatenate([down[:, :dense], down[:, dense:] @ v_down], axis=1),
+    )
 
 
 def linear(x: np.ndarray, weight: np.ndarray, bias: np.ndarray | None) -> np.ndarray:
@@ -118,10 +138,19 @@ def experts_forward(
     time. `observe` is shown what goes into `down` [pairs, F] and what comes out of it [pairs, D].
     """
     for record, layout, tokens, weights in experts:
-        gate, up, down = unpack_record(record, layout)
-        inputs = x[tokens]
-        h = silu(linear(inputs, gate, None)) * linear(inputs, up, None)
-        outputs = linear(h, down, None)
+        gate, up, down, *factors = unpack_parts(record, layout)
+        gates, ups = linear(x[tokens], gate, None), linear(x[tokens], up, None)
+        if factors:
+            dense, (u_gate, u_up, v_down) = layout.factors.dense, factors
+            whole = silu(gates[:, :dense]) * ups[:, :dense]
+            gates, ups = linear(gates[:, dense:], u_gate, None), linear(ups[:, dense:], u_up, None)
+            rest = silu(gates) * ups
+            h = np.concatenate([whole, rest], axis=1)
+            inner = np.concatenate([whole, linear(rest, v_down, None)], axis=1)
+            outputs = linear(inner, down, None)
+        else:
+            h = silu(gates) * ups
+            outputs = linear(h, down, None)
         if observe is not None:
             observe(h, outputs)
         np.add.at(y, tokens, weights[:, None] * outputs)

@@ -127,19 +127,33 @@ class Expert:
 
     def __init__(self, rng: np.random.Generator, layout: RecordLayout) -> None:
         self.layout = layout
-        shapes = [(layout.width, layout.hidden)] * 2 + [(layout.hidden, layout.width)]
+        shapes = [(layout.inner, layout.hidden)] * 2 + [(layout.hidden, layout.inner)]
         specs = [layout.gate_up, layout.gate_up, layout.down]
+        if layout.factors is not None:
+            rank, rest = layout.factors.rank, layout.num_factored
+            shapes += [(rest, rank)] * 2 + [(rank, rest)]
+            specs += [layout.factors.spec] * 3
         parts = [random_part(rng, *s, spec) for s, spec in zip(shapes, specs, strict=True)]
-        self.record = kernels.pack_record(*parts, layout)
+        self.record = kernels.pack_record(*parts[:3], layout, factors=parts[3:])
         weights = [weights_of(part, spec) for part, spec in zip(parts, specs, strict=True)]
-        self.gate, self.up, self.down = weights
+        self.gate, self.up, self.down, *self.factors = weights
 
     def forward(self, x: np.ndarray) -> np.ndarray:
         """x fp32 [T, D] -> float64 [T, D], with the activations the native path sees."""
         a = activations(x, self.layout.gate_up)
         gate, up = a @ self.gate.T, a @ self.up.T
-        h = (gate / (1 + np.exp(-gate)) * up).astype(np.float32)
-        return activations(h, self.layout.down) @ self.down.T
+        if not self.factors:
+            return activations(_gated(gate, up), self.layout.down) @ self.down.T
+        dense, spec = self.layout.factors.dense, self.layout.factors.spec
+        p, q = (activations(part[:, dense:].astype(np.float32), spec) for part in (gate, up))
+        h = _gated(p @ self.factors[0].T, q @ self.factors[1].T)
+        reduced = (activations(h, spec) @ self.factors[2].T).astype(np.float32)
+        inner = np.concatenate([_gated(gate[:, :dense], up[:, :dense]), reduced], axis=1)
+        return activations(inner, self.layout.down) @ self.down.T
+
+
+def _gated(gate: np.ndarray, up: np.ndarray) -> np.ndarray:
+    return (gate / (1 + np.exp(-gate)) * up).astype(np.float32)
 
 
 def run_moe(
@@ -163,11 +177,10 @@ def run_moe(
         data = addresses
     records = (core.Record * num)()
     for record, expert in zip(records, experts, strict=True):
-        layout = expert.layout
-        record.num_bytes, record.down_offset = layout.num_bytes, layout.down_offset
-        record.gate_up, record.down = core.Format.of(layout.gate_up), core.Format.of(layout.down)
+        record.describe(expert.layout)
     hidden, width = experts[0].layout.hidden, experts[0].layout.width
-    floats = core.lib.em_moe_workspace_floats(len(x), len(token), hidden, width)
+    row_floats = max(expert.layout.row_floats for expert in experts)
+    floats = core.lib.em_moe_workspace_floats(len(x), len(token), hidden, row_floats)
     guard = 64
     workspace = np.full(floats + guard, 7.0, dtype=np.float32)
     x = np.ascontiguousarray(x)

@@ -18,7 +18,7 @@ from edgemoe.quant.merge import (
     dominant_experts,
     router_of,
 )
-from edgemoe.quant.merge_bodies import aligned, merged_body, merged_rows, neuron_order
+from edgemoe.quant.merge_bodies import merged_body, merged_rows, neuron_order, ordered
 from edgemoe.quant.merge_outputs import output_similarities
 from edgemoe.quant.merge_plan import merged_routes
 from edgemoe.quant.prune import Amount
@@ -228,7 +228,10 @@ def test_alignment_is_one_permutation_of_all_three_matrices():
     copy = permuted(body, order)
     found = neuron_order(body, copy)
     assert torch.equal(order[found], torch.arange(WIDTH))
-    assert all(torch.equal(a, b) for a, b in zip(aligned(body, copy), body, strict=True))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(ordered(copy, neuron_order(body, copy)), body, strict=True)
+    )
 
 
 def test_an_expert_and_its_permuted_copy_are_the_expert():
@@ -258,7 +261,7 @@ def test_identical_experts_merge_exactly():
 def test_the_average_is_weighted_by_use():
     bodies = {0: random_body(0), 1: random_body(1)}
     merged = merged_body(Group(1, (0, 1), (0.25, 0.75)), bodies.__getitem__)
-    other = aligned(bodies[1], bodies[0])
+    other = ordered(bodies[0], neuron_order(bodies[1], bodies[0]))
     for part, a, b in zip(merged, bodies[1], other, strict=True):
         assert torch.allclose(part, 0.75 * a + 0.25 * b, atol=1e-6)
     rows = torch.randn((2, 8))

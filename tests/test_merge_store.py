@@ -138,13 +138,13 @@ def test_aliases_that_cannot_be(merged, tmp_path, aliases):
 def test_a_merge_that_was_interrupted_goes_on(path, merged, tmp_path, monkeypatch):
     out, seen = tmp_path / "again.edgemoe", []
 
-    def stop(group, read):
+    def stop(group, read, orders):
         seen.append(group.head)
         if len(seen) == 7:
             raise KeyboardInterrupt
-        return merged_body(group, read)
+        return merged_body(group, read, orders)
 
-    monkeypatch.setattr("edgemoe.quant.merge_write.merged_body", stop)
+    monkeypatch.setattr("edgemoe.quant.merge_records.merged_body", stop)
     with pytest.raises(KeyboardInterrupt):
         write_merged(path, families(), out)
     assert not out.exists()
@@ -377,7 +377,7 @@ def test_a_dry_run_writes_nothing(path, text, tmp_path, capsys):
     [
         (["--method", "uncurl", "--keep", "50%"], "need a store of their own"),
         (["--method", "uncurl", "--fit", "4GiB", "--out", "x"], "`--fit` does not go with"),
-        (["--method", "msmoe", "--keep", "50%", "--out", "x", "--global"], "differ by itself"),
+        (["--method", "msmoe", "--keep", "50%", "--out", "x", "--global"], "differ by themselves"),
         (["--method", "uncurl", "--keep", "50%", "--out", "x", "--name", "y"], "`--name` does not"),
         (["--method", "diversify", "--keep", "50%", "--out", "x"], "needs a text"),
         (["--method", "reap", "--keep", "50%", "--name", "x", "--out", "y"], "`--out` does not go"),

@@ -56,7 +56,7 @@ def test_what_python_refuses_is_refused(change: str, tmp_path: Path) -> None:
     elif change == "expert":
         document["layers"]["1"]["experts"].pop()
     elif change == "version":
-        document["format_version"] += 1
+        document["format_version"] = 99
     elif change == "spec":
         document["layers"]["1"]["experts"][0][1] = len(document["specs"])
     elif change == "shorter":

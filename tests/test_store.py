@@ -214,8 +214,8 @@ def test_stores_that_do_not_open(index, tmp_path):
         Store(tmp_path / "nothing")
     with pytest.raises(NotFoundError, match="no edgemoe store"):
         Store(tmp_path)
-    change(index.path / STORE_FILE, format_version=2)
-    with pytest.raises(FormatError, match="format version 2.*up to version 1"):
+    change(index.path / STORE_FILE, format_version=3)
+    with pytest.raises(FormatError, match="format version 3.*up to version 2"):
         Store(index.path)
     change(index.path / STORE_FILE, format_version=1, format="other")
     with pytest.raises(FormatError, match="does not describe"):

@@ -79,8 +79,7 @@ class Bench:
         self.hashes = {}
         self.records = (core.Record * count)()
         for record in self.records:
-            record.num_bytes, record.down_offset = layout.num_bytes, layout.down_offset
-            record.gate_up = record.down = core.Format.of(spec)
+            record.describe(layout)
 
     def _next(self) -> list[int]:
         """The experts of the next layer, ascending."""

@@ -9,7 +9,7 @@ from typing import Any
 from ..runtime.amounts import format_bytes, format_count
 from ..runtime.errors import EdgeMoeError
 from ..runtime.format import DTYPE_BYTES, QuantSpec, TensorEntry, read_header
-from ..runtime.index import STORE_FILE, TRUNK_FILE, StoreIndex, load_index
+from ..runtime.index import STORE_FILE, TRUNK_FILE, ExpertRecord, StoreIndex, load_index
 from . import options
 from .render import open_output, table
 
@@ -106,6 +106,8 @@ def _expert_class(index: StoreIndex) -> dict[str, Any]:
     for record in index.records.values():
         formats[spec_name(record.layout.gate_up)] += 2
         formats[spec_name(record.layout.down)] += 1
+        if record.layout.factors is not None:
+            formats[spec_name(record.layout.factors.spec)] += 3
     weights = sum(3 * r.layout.hidden * r.layout.width for r in index.records.values())
     return _row("experts", formats, weights, index.expert_bytes)
 
@@ -154,12 +156,19 @@ def _layers(index: StoreIndex) -> list[dict[str, Any]]:
                 "num_experts": num_experts,
                 "num_rows": index.layer_to_num_rows[layer],  # of the router
                 "width": records[0].layout.width,
+                "factors": _factors(records),
                 "formats": [[gate_up, down, count] for (gate_up, down), count in formats],
                 "bytes": sum(r.num_bytes for r in records),
                 "record_bytes": max(r.num_bytes for r in records),
             }
         )
     return rows
+
+
+def _factors(records: list[ExpertRecord]) -> list[list[int]]:
+    """[dense neurons, rank, number of experts], the most frequent first; nothing of whole ones."""
+    kinds = Counter((f.dense, f.rank) for r in records if (f := r.layout.factors) is not None)
+    return [[dense, rank, count] for (dense, rank), count in kinds.most_common()]
 
 
 def _text(document: dict[str, Any], with_layers: bool) -> str:
@@ -226,6 +235,8 @@ def _layer_table(layers: list[dict[str, Any]]) -> str:
     rows = []
     for each in layers:
         formats = ", ".join(f"{n} x {a} / {b}" for a, b, n in each["formats"])
+        for dense, rank, number in each["factors"]:
+            formats += f"; {number} with {dense} dense neurons, the others of rank {rank}"
         sizes = (format_bytes(each["record_bytes"]), format_bytes(each["bytes"]))
         rows.append((each["layer"], each["num_experts"], each["width"], *sizes, formats))
     return table(rows, ("layer", "experts", "width", "largest", "all", "gate|up / down"), (0, -1))

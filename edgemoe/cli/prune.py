@@ -115,10 +115,10 @@ def run(args: argparse.Namespace) -> int:
     if args.method in prune_merge.METHODS:
         open_output()
         return prune_merge.run(path, args)
-    for name in ("out", "checkpoint", "router"):
+    for name in ("out", "checkpoint", "router", "rank", "dense_neurons", "body_size"):
         if getattr(args, name) is not None:
             raise UsageError(
-                f"`--{name}` does not go with `--method {args.method}`",
+                f"`--{name.replace('_', '-')}` does not go with `--method {args.method}`",
                 f"expected one of {', '.join(prune_merge.METHODS)}",
             )
     from ..runtime.sets import check_name, save_set, set_path

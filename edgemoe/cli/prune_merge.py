@@ -1,4 +1,4 @@
-"""`edgemoe prune STORE --method uncurl|msmoe|diversify --out OUT`: a store of merged experts."""
+"""`edgemoe prune STORE --method msmoe --out OUT`, and others: a store of merged experts."""
 
 import argparse
 import json
@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING
 
 from ..runtime.amounts import format_bytes
 from ..runtime.errors import UsageError
-from . import prune_task
+from . import options, prune_task
 from .render import note
 
 if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
+    from ..quant.factoring import Factoring
     from ..quant.merge import Merge, Similarities
     from ..quant.merge_plan import MergePlan
     from ..quant.progress import Progress
@@ -23,25 +24,52 @@ if TYPE_CHECKING:
     from ..runtime.index import StoreIndex
     from ..runtime.profile import Profile
 
-METHODS = ("uncurl", "msmoe", "diversify")
+METHODS = ("uncurl", "msmoe", "mc-smoe", "diversify")
+FACTOR_OPTIONS = ("--rank", "--dense-neurons", "--body-size")
 ROUTERS = ("index-map", "merged", "untrained")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("experts merged, in a new store")
-    group.add_argument(
-        "--out", metavar="OUT", help="the store that --method uncurl, msmoe or diversify writes"
-    )
+    group.add_argument("--out", metavar="OUT", help="the store that such a method writes")
     group.add_argument(
         "--checkpoint", metavar="DIR", help="average these 16-bit weights, not those of the store"
     )
     group.add_argument(
         "--router",
         choices=ROUTERS,
-        help="index-map: all rows stay (uncurl, msmoe); merged: averaged rows (diversify); "
+        help="index-map: all rows stay (all but diversify); merged: averaged rows (diversify); "
         "untrained: random ones, in a checkpoint to be trained (uncurl)",
     )
     group.add_argument("--seed", type=int, default=0, metavar="N", help="of the clustering")
+    group = parser.add_argument_group("factored bodies, of --method mc-smoe")
+    group.add_argument(
+        "--rank",
+        type=_number_or_share,
+        metavar="N",
+        help="of the factors: a number, or a share of the smaller side such as 25%% (default: 32)",
+    )
+    group.add_argument(
+        "--dense-neurons",
+        type=prune_task.share,
+        metavar="SHARE",
+        help="stored as they are, not as factors (default: 10%%, up to a multiple of 32)",
+    )
+    group.add_argument(
+        "--body-size",
+        type=_size_or_share,
+        metavar="SIZE",
+        help="instead of --rank: the largest whose bodies take no more than this, or than a share "
+        "of what they take whole, such as 50%%",
+    )
+
+
+def _number_or_share(text: str) -> int | float:
+    return prune_task.share(text) if text.endswith("%") else options.count(text)
+
+
+def _size_or_share(text: str) -> int | float:
+    return prune_task.share(text) if text.endswith("%") else options.size(text)
 
 
 def run(path: Path, args: argparse.Namespace) -> int:
@@ -63,6 +91,13 @@ def run(path: Path, args: argparse.Namespace) -> int:
 
 def _check(args: argparse.Namespace) -> None:
     """Raises UsageError for options that are of sets only, or that lack something."""
+    for name in FACTOR_OPTIONS if args.method != "mc-smoe" else ():
+        if getattr(args, name[2:].replace("-", "_")) is not None:
+            raise UsageError(
+                f"`{name}` does not go with `--method {args.method}`", "it is of mc-smoe"
+            )
+    if args.rank is not None and args.body_size is not None:
+        raise UsageError("`--rank` and `--body-size` are two ways to say one thing", "", "give one")
     for name, value in (("--fit", args.fit), ("--trace", args.trace), ("--name", args.name)):
         if value is not None:
             raise UsageError(
@@ -72,7 +107,7 @@ def _check(args: argparse.Namespace) -> None:
     if args.across:
         raise UsageError(
             f"`--global` does not go with `--method {args.method}`",
-            "msmoe lets layers differ by itself, the others keep as many of each",
+            "msmoe and mc-smoe let layers differ by themselves, others keep as many of each",
         )
     if args.out is None and not args.dry_run:
         raise UsageError("merged experts need a store of their own", "", "--out NAME.edgemoe")
@@ -120,15 +155,39 @@ def _merge(
         alike = _similarities(path, args, profile, inputs, progress)
     amount = Amount(args.keep, args.experts, keep_first=args.keep_first_layer)
     merge = choose_groups(args.method, profile, alike, owner.top_k, amount, args.seed)
-    rows = _rows(args, index, profile, merge, routes)
+    factoring = _factoring(args, index)
+    rows = _rows(args, index, profile, merge, factoring, routes)
     plan = make_merge_plan(
-        merge, profile, index, args.method, router, *rows, keeps_first=args.keep_first_layer
+        merge,
+        profile,
+        index,
+        args.method,
+        router,
+        *rows,
+        keeps_first=args.keep_first_layer,
+        factoring=factoring,
     )
     stack.close()  # the engine's memory, before bodies take theirs
     _say(plan, merge, target, args)
     if target is None or args.dry_run:
         return 0
-    return _write(path, target, router, merge, profile, args)
+    return _write(path, target, router, merge, factoring, profile, args)
+
+
+def _factoring(args: argparse.Namespace, index: "StoreIndex") -> "Factoring | None":
+    if args.method != "mc-smoe":
+        return None
+    from ..quant.factoring import choose_factoring
+
+    layouts = [record.layout for record in index.records.values()]
+    first = min(layer for layer, _ in index.records)
+    return choose_factoring(
+        max(layouts, key=lambda layout: layout.num_bytes),
+        args.rank,
+        args.dense_neurons,
+        args.body_size,
+        frozenset({first} if args.keep_first_layer else ()),
+    )
 
 
 def _similarities(
@@ -153,15 +212,17 @@ def _rows(
     index: "StoreIndex",
     profile: "Profile",
     merge: "Merge",
+    factoring: "Factoring | None",
     routes: "np.ndarray | None",
 ) -> "tuple[list[BudgetRow], str]":
-    from ..quant.merge_plan import counted_merge_rows, replayed_merge_rows
+    from ..quant.merge_plan import counted_merge_rows, merged_index, replayed_merge_rows
 
+    merged = merged_index(index, merge, factoring)
     sizes = prune_task.cache_sizes(args, index, profile)
     if routes is None:
-        rows = counted_merge_rows(profile, merge, index, sizes)
+        rows = counted_merge_rows(profile, merge, index, merged, sizes)
         return rows, "the most picked experts staying in it"
-    rows = replayed_merge_rows(routes, merge, index, sizes)
+    rows = replayed_merge_rows(routes, merge, index, merged, sizes)
     return rows, f"by replay of {len(routes)} tokens of the text"
 
 
@@ -183,6 +244,7 @@ def _write(
     target: Path,
     router: str,
     merge: "Merge",
+    factoring: "Factoring | None",
     profile: "Profile",
     args: argparse.Namespace,
 ) -> int:
@@ -197,6 +259,8 @@ def _write(
         "experts": args.experts,
         "keep_first_layer": args.keep_first_layer,
         "seed": args.seed,
+        "rank": None if factoring is None else factoring.rank,
+        "dense_neurons": None if factoring is None else factoring.dense,
         "bodies": "checkpoint" if args.checkpoint else "store",
         "fingerprint": profile.fingerprint,
         "profile": profile.name,
@@ -217,6 +281,8 @@ def _write(
             target,
             router=router,
             checkpoint=args.checkpoint,
+            factoring=factoring,
+            profile=profile,
             provenance={k: v for k, v in provenance.items() if v not in (None, False, [])},
             progress=progress,
             num_threads=args.threads or num_cpus(),

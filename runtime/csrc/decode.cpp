@@ -11,7 +11,9 @@
 #include "moe.h"
 #include "platform.h"
 #include "prefetch.h"
+#include "record_shape.h"
 #include "sigint.h"
+#include "store.h"
 #include "thread_pool.h"
 
 namespace em {
@@ -189,8 +191,12 @@ int32_t Decoder::run_experts(const em_block &layer, Cache &cache, em_decode_args
                              int64_t place, int64_t num, const float *normed, float *y) {
   const int64_t hidden = model_.hidden;
   for (int64_t k = 0; k < num; ++k) data_[k] = cache.data(keys_[k]);
+  const em_record *const records = records_of(cache.store());
+  int64_t floats = layer.expert_width;
+  for (int64_t k = 0; k < num; ++k)
+    floats = std::max(floats, row_floats(records[keys_[k]], layer.expert_width));
   float *workspace =
-      workspace_.floats(em_moe_workspace_floats(1, num_routes(args), hidden, layer.expert_width));
+      workspace_.floats(em_moe_workspace_floats(1, num_routes(args), hidden, floats));
   if (workspace == nullptr) return -ENOMEM;
   std::memset(y, 0, hidden * sizeof(float));
   em_moe_args run = {};

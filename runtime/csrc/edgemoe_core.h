@@ -42,12 +42,15 @@ typedef struct em_format {
 } em_format;
 
 /* One expert record of the store's index. down_offset counts from the start of the record; both
- * sections run to the next section or the end of the record, and their crc32c covers the padding. */
+ * sections run to the next section or the end of the record, and their crc32c covers the padding.
+ * rank > 0: all neurons behind the first `dense` are products of that rank; see runtime/format.py. */
 typedef struct em_record {
   int64_t offset, num_bytes, down_offset;
   em_format gate_up, down;
   uint32_t crc_gate_up, crc_down;
-  int32_t file, reserved; /* which of the files of em_store_open_files it lies in; 0 */
+  int32_t file;      /* which of the files of em_store_open_files it lies in */
+  em_format factors; /* of U_g, U_u and V_d */
+  int32_t dense, rank;
 } em_record;
 
 /* ---- library ------------------------------------------------------------------------------- */
@@ -364,9 +367,10 @@ typedef struct em_moe_args {
   int64_t stall_ns;           /* out: time in which nothing could be computed */
   int64_t failed;             /* out: position of the expert that failed, or -1 */
 } em_moe_args;
-/* Floats of workspace (any alignment of float) for calls of at most so many tokens and pairs. */
+/* Floats of workspace (any alignment of float) for calls of at most so many tokens and pairs.
+ * row_floats: the width of the experts, and three times the largest rank among factored ones. */
 EM_API int64_t em_moe_workspace_floats(int64_t num_tokens, int64_t num_pairs, int64_t hidden,
-                                       int64_t width);
+                                       int64_t row_floats);
 /* Returns 0, or the negative status of the record that failed (y is then undefined); all reads of
  * the list have ended when it returns. store may be NULL where every record is resident: then
  * formats come from `records` (same order as a store's index, NULL otherwise). */

@@ -13,6 +13,7 @@
 #include "json.h"
 #include "kernels.h"
 #include "platform.h"
+#include "record_shape.h"
 
 namespace em {
 namespace {
@@ -24,6 +25,7 @@ constexpr std::string_view kModes[] = {"sym", "asym", "bf16", "fp16", "nf4"};  /
 
 struct Row {  // an expert in store.json
   int64_t gate_up, down, crc_gate_up, crc_down;
+  int64_t factors, dense, rank;  // rank 0: it is not factored
 };
 struct Layer {
   int64_t layer, width = -1, first_row = 0, num_rows = -1;
@@ -180,14 +182,15 @@ bool read_layer(JsonReader *json, Document *document, Layer *layer) {
       layer->width = json->integer();
     } else if (fields.is("experts", 1)) {
       for (json->enter('['); json->next(']');) {
-        int64_t values[4] = {};
+        int64_t values[7] = {};
         int num = 0;
         for (json->enter('['); json->next(']'); ++num) {
           const int64_t value = json->integer();
-          if (num < 4) values[num] = value;
+          if (num < 7) values[num] = value;
         }
-        if (num != 4) return false;
-        rows->push_back({values[0], values[1], values[2], values[3]});
+        if (num != 4 && (num != 7 || values[6] < 1)) return false;
+        rows->push_back(
+            {values[0], values[1], values[2], values[3], values[4], values[5], values[6]});
       }
     } else if (fields.is("aliases", 2)) {
       layer->first_alias = static_cast<int64_t>(document->aliases.size());
@@ -303,12 +306,18 @@ bool Opener::make_records(const std::string &path, const Document &document, Ind
         record.down = document.specs[row.down];
         record.crc_gate_up = static_cast<uint32_t>(row.crc_gate_up);
         record.crc_down = static_cast<uint32_t>(row.crc_down);
-        const int64_t gate_bytes = em_matrix_bytes(layer.width, hidden, record.gate_up);
-        const int64_t down_bytes = em_matrix_bytes(hidden, layer.width, record.down);
+        if (row.rank > 0) {
+          is_valid = is_spec(row.factors) && row.dense >= 0 && row.dense <= kMaxSide &&
+                     row.rank <= kMaxSide;
+          if (is_valid) record.factors = document.specs[row.factors];
+          record.dense = is_valid ? static_cast<int32_t>(row.dense) : 0;
+          record.rank = is_valid ? static_cast<int32_t>(row.rank) : 0;
+        }
+        const RecordShape shape(record, hidden, layer.width);
         record.offset = offset;
-        record.down_offset = round_up(2 * gate_bytes);
-        record.num_bytes = record.down_offset + round_up(down_bytes);
-        is_valid = gate_bytes > 0 && down_bytes > 0 && record.num_bytes <= INT64_MAX / 2 - offset;
+        record.down_offset = round_up(shape.front_bytes());
+        record.num_bytes = record.down_offset + round_up(shape.down_bytes);
+        is_valid = is_valid && shape.is_valid && record.num_bytes <= INT64_MAX / 2 - offset;
       }
       if (!is_valid) {
         return fail("`%s` is malformed: layer %lld, expert %lld", path.c_str(),

@@ -154,7 +154,7 @@ const Kernels &kernels() {
 extern "C" {
 
 int32_t em_abi_version(void) { return EM_ABI_VERSION; }
-const int32_t em_format_version = 1;
+const int32_t em_format_version = 2;
 const int32_t em_page_bytes = 4096;
 const int32_t em_tile_rows = em::kTileRows;
 const int32_t em_line_bytes = em::kLineBytes;

@@ -26,7 +26,6 @@ class Layer {
   void drain() const;  // waits for every read of the list
 
  private:
-  enum class Phase { kGateUp, kDown, kDone };  // what a segment is to compute next
   struct Part {
     Segment segment;
     Phase phase = Phase::kGateUp;
@@ -62,8 +61,7 @@ bool Layer::is_valid() const {
   for (int64_t i = 0; i < a_.num_experts; ++i) {
     if (a_.keys[i] < 0 || (store_ != nullptr && a_.keys[i] >= num_records_of(store_)) ||
         a_.pair_begin[i] > a_.pair_begin[i + 1] ||
-        em_matrix_bytes(a_.width, a_.hidden, records_[a_.keys[i]].gate_up) < 0 ||
-        em_matrix_bytes(a_.hidden, a_.width, records_[a_.keys[i]].down) < 0) {
+        !RecordShape(records_[a_.keys[i]], a_.hidden, a_.width).is_valid) {
       return false;
     }
   }
@@ -118,11 +116,11 @@ int32_t Layer::gather() {
       a_.failed = part.segment.expert;
       return arrival < 0 ? arrival : EM_ERR_ARG;
     }
-    const bool is_gate_up = part.phase == Phase::kGateUp;
-    if (arrival != EM_READY && !(is_gate_up && arrival == kGateUpReady)) {
+    const bool is_down = part.phase == Phase::kDown;
+    if (arrival != EM_READY && (is_down || arrival != kGateUpReady)) {
       keys_.push_back(key);
       seen_.push_back(arrival);
-    } else if (!is_gate_up || find_rows(&part.segment)) {
+    } else if (part.phase != Phase::kGateUp || find_rows(&part.segment)) {
       round_.push_back(i);
     }
   }
@@ -154,9 +152,7 @@ void Layer::compute(const Experts &experts) {
   gather_inputs(experts);
   begin_.assign(1, 0);
   for (const std::size_t i : round_) {
-    const bool is_down = parts_[i].phase == Phase::kDown;
-    begin_.push_back(begin_.back() +
-                     (is_down ? experts.num_down_items() : experts.num_gate_up_items()));
+    begin_.push_back(begin_.back() + experts.num_items(parts_[i].segment, parts_[i].phase));
   }
   parallel_for(pool_, begin_.back(), [&](int64_t item, int thread) {
     if (thread == 0 && store_ != nullptr) {  // so that queued reads are started
@@ -165,16 +161,12 @@ void Layer::compute(const Experts &experts) {
     }
     const std::size_t i = place_of(item);
     const Part &part = parts_[round_[i]];
-    if (part.phase == Phase::kDown) {
-      experts.down(part.segment, item - begin_[i]);
-    } else {
-      experts.gate_up(part.segment, item - begin_[i]);
-    }
+    experts.compute(part.segment, part.phase, item - begin_[i]);
   });
   for (const std::size_t i : round_) {
     Part &part = parts_[i];
     if (part.phase == Phase::kDown) part.segment.row = -1;
-    part.phase = part.phase == Phase::kDown ? Phase::kDone : Phase::kDown;
+    part.phase = experts.following(part.segment, part.phase);
   }
 }
 
@@ -220,8 +212,8 @@ void Layer::drain() const {
 }  // namespace em
 
 int64_t em_moe_workspace_floats(int64_t num_tokens, int64_t num_pairs, int64_t hidden,
-                                int64_t width) {
-  return em::Experts::workspace_floats(num_tokens, num_pairs, hidden, width);
+                                int64_t row_floats) {
+  return em::Experts::workspace_floats(num_tokens, num_pairs, hidden, row_floats);
 }
 
 int32_t em_moe_run(em_pool *pool, em_store *store, const em_record *records, em_moe_args *args) {

@@ -115,7 +115,7 @@ TEST(malformed_indexes_are_refused) {
   CHECK_EQUAL(open_error(store.path), std::string());
   const char *const changes[][2] = {
       {"\"edgemoe\"", "\"edgemo\""},
-      {"\"format_version\": 1", "\"format_version\": 2"},
+      {"\"format_version\": 1", "\"format_version\": 3"},
       {"\"format_version\": 1", "\"format_version\": 0"},
       {"\"format_version\": 1", "\"format_version\": true"},
       {"\"format_version\": 1", "\"format_version\": 1, \"format_version\": 1"},
