@@ -6,11 +6,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from merge_small import FAMILIES, make_families
 from stores_small import make_store
 
 from edgemoe.engine import Engine
 from edgemoe.kv_cache import KVCache
 from edgemoe.models.lookahead import observe_routers
+from edgemoe.quant.merge import Group, LayerMerge
+from edgemoe.quant.merge_write import write_merged
 from edgemoe.runtime.predictors import (
     likeliest,
     noisy_oracle,
@@ -134,6 +137,24 @@ def test_routers_on_their_own_input_are_always_right(path, backend):
         found = {depth: recall(rows, routes[:, place], 2) for depth, rows in by_depth.items()}
         assert found[0] == 1
         assert all(value < 1 for depth, value in found.items() if depth)
+
+
+def test_rows_that_stand_for_one_expert_are_scored_as_one(tmp_path):
+    """Merged experts whose rows are alike: both rows are chosen, or neither."""
+    groups = tuple(Group(family[0], family, (0.5, 0.5)) for family in FAMILIES)
+    merged = tmp_path / "merged.edgemoe"
+    write_merged(make_families(tmp_path), dict.fromkeys(range(3), LayerMerge(groups)), merged)
+    ids = np.random.default_rng(8).integers(0, 400, 40)
+    with Engine.from_pretrained(merged, context=64) as engine:
+        kv_cache = KVCache.for_model(engine.args, 64, 16)
+        routes, scores = observe_routers(engine._model._layers, ids, kv_cache, 1)
+    for place, by_depth in enumerate(scores):
+        for rows in by_depth.values():
+            assert rows.shape == (len(ids), len(FAMILIES))
+            np.testing.assert_allclose(rows.sum(axis=1), 1, rtol=1e-5)
+        chosen = routes[:, place]
+        assert (np.sort(chosen, axis=1)[:, 0] == -1).all()  # one expert for both of a token's rows
+        assert recall(by_depth[0], chosen, 1) == 1
 
 
 def test_the_tool_prints_a_row_for_every_layer(path, tmp_path, monkeypatch, capsys):

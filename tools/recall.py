@@ -3,7 +3,8 @@
     python tools/recall.py [STORE] --text FILE ... [--tokens 2048] [--profile FILE] [--json]
 
 One row per layer. Beside every predictor a control: the predictions of another token, which is what
-knowing the layer alone gives. `own` is the layer's router on its own input, which has to be 1.
+knowing the layer alone gives. `own` is the layer's router on its own input, which has to be 1 (in a
+store of merged experts nearly: rows are chosen, and the experts they stand for ranked by sums).
 Statistical tables come from STORE/profile.safetensors or --profile, made from other text.
 """
 

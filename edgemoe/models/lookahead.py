@@ -17,10 +17,20 @@ from .steps import Routed, Steps
 from .trunk import LayerWeights
 
 
-def router_scores(args: ModelArgs, weights: LayerWeights, x: np.ndarray) -> NDArray[np.float32]:
-    """Softmax of the layer's router for a residual x `[T, D]`, `[T, E]`."""
+def router_scores(
+    args: ModelArgs, layer: int, weights: LayerWeights, x: np.ndarray
+) -> NDArray[np.float32]:
+    """What the softmax of a layer's router gives every expert for a residual x `[T, D]`, `[T, E]`:
+    of one that several rows stand for, their sum."""
     normed = rms_norm(x, weights.post_norm, args.rms_eps)
-    return softmax(weights.router.linear(normed))
+    shares = softmax(weights.router.linear(normed))
+    if layer not in args.bodies:
+        return shares
+    scores = np.zeros((len(x), args.bodies_of(layer)), dtype=np.float32)
+    for row, body in enumerate(args.bodies[layer]):
+        if body >= 0:
+            scores[:, body] += shares[:, row]
+    return scores
 
 
 def observe_routers(
@@ -41,7 +51,8 @@ def observe_routers(
             place = moe_layers.index(layer)
             routes[:, place] = routed.expert_ids
             for ahead, target in enumerate(moe_layers[place : place + depth + 1]):
-                scores[place + ahead][ahead] = router_scores(args, layers.weights[target], x)
+                found = router_scores(args, target, layers.weights[target], x)
+                scores[place + ahead][ahead] = found
             y = layers.experts.run(layer, layers.expert_inputs(layer, routed), *routed[1:])
         layers.finish(layer, x, routed, y)
     kv_cache.advance(len(ids))
