@@ -201,8 +201,9 @@ def test_a_stopped_conversation_goes_on(store: Path, terminals: list[Terminal]) 
 
 
 def test_control_c_ends_run_with_130(store: Path, terminals: list[Terminal]) -> None:
-    run = Terminal("run", store, "the router", "-n", 30000, "--context", 32000)
+    run = Terminal("run", store, "the router", "-n", 30000, "--context", 32000, TERM="xterm")
     terminals.append(run)
+    run.expect("loading ...\r")
     run.expect(r"[^\n]{3}")
     run.type("\x03")
     assert run.finish() == 130

@@ -3,7 +3,8 @@
 import errno
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, is_dataclass
 from typing import Any, TextIO
 
@@ -87,6 +88,19 @@ def dim(text: str, stream: TextIO) -> str:
     """`text` in faint letters where the stream is a terminal that may have colour."""
     plain = not stream.isatty() or os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
     return text if plain else f"\x1b[2m{text}\x1b[0m"
+
+
+@contextmanager
+def loading() -> Iterator[None]:
+    """`loading ...` on a terminal that can take it back at the end of the block."""
+    text = dim("loading ...", sys.stderr)
+    if text.startswith("\x1b"):
+        print(text, end="", file=sys.stderr, flush=True)
+    try:
+        yield
+    finally:
+        if text.startswith("\x1b"):
+            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
 
 
 def table(rows: Sequence[Sequence[Any]], header: Sequence[str], text: Sequence[int] = (0,)) -> str:

@@ -9,6 +9,7 @@ from . import options
 from .render import (
     as_json,
     dim,
+    loading,
     model_name,
     note,
     open_output,
@@ -59,7 +60,9 @@ def run(args: argparse.Namespace) -> int:
         request = [{"role": "user", "content": prompt}]
         if args.system is not None:
             request.insert(0, {"role": "system", "content": args.system})
-    with Engine.from_pretrained(path, **options.engine_arguments(args)) as engine:
+    with loading():
+        opened = Engine.from_pretrained(path, **options.engine_arguments(args))
+    with opened as engine:
         print_notes(engine, args.verbose)
         params = SamplingParams.from_config(engine.generation_config, **given)
         session = Session(engine)
