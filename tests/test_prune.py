@@ -224,6 +224,9 @@ def test_fit_streams_no_more(path, capsys):
     words = ["--fit", str(budget), "--context", "64", "--name", "fits"]
     assert main(["prune", str(path), "--profile", "code", *words]) == 0
     assert "keeps" in capsys.readouterr().out
+    assert main(["prune", str(path), "--profile", "code", "--fit", "1MiB", "--name", "none"]) == 3
+    said = capsys.readouterr().err
+    assert "--fit 1.00 MiB is below the floor" in said and "next: give --fit " in said
     made = load_set(path, "fits")
     options = {"set": "fits", "set_mode": "hard", "context": 64, "memory": budget + (64 << 20)}
     with Engine.from_pretrained(path, **options) as engine:

@@ -224,11 +224,17 @@ def _make(path: Path, args: argparse.Namespace, stack: ExitStack) -> "tuple[Expe
 
 def _amount(index: "StoreIndex", args: argparse.Namespace) -> "Amount":
     from ..quant.prune import Amount
+    from ..runtime.budget import BelowFloorError
     from .plan import store_plan
 
     if args.fit is None:
         return Amount(args.keep, args.experts, keep_first=bool(args.keep_first_layer))
-    plan = store_plan(index, args.fit, args.context, args.kv_bits)
+    try:
+        plan = store_plan(index, args.fit, args.context, args.kv_bits)
+    except BelowFloorError as error:
+        error.what = error.what.replace("--memory", "--fit")
+        error.next_step = error.next_step.replace("--memory", "--fit")
+        raise
     if plan.is_resident:
         note("note: all experts fit into this budget; nothing has to go")
     return Amount(num_bytes=plan.cache_bytes, keep_first=bool(args.keep_first_layer))
