@@ -31,6 +31,11 @@ _HEAD = ("num_tokens", "top_k", "name", "fingerprint", "tokenizer", "texts", "re
 _DTYPES = {"<i8": "I64", "<f8": "F64", "<f4": "F32", "<u8": "U64", "<i2": "I16", "<i4": "I32"}
 
 
+def damaged(path: str | Path, error: Exception) -> FormatError:
+    """What to say of a file that holds no whole profile."""
+    return FormatError(f"`{path}` is a damaged profile", str(error), "calibrate again")
+
+
 @dataclass(slots=True)
 class Profile:
     """Statistics of one model on one or more texts. `layers`: by number in the model, ascending."""
@@ -107,9 +112,7 @@ class Profile:
         except FormatError:
             raise
         except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise FormatError(
-                f"`{path}` is a damaged profile", str(error), "calibrate again"
-            ) from error
+            raise damaged(path, error) from error
         profile.validate(str(path))
         return profile
 

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .errors import FormatError
-from .profile import Profile, check_metadata
+from .profile import Profile, check_metadata, damaged
 from .profile_sums import STATES, LayerSums
 from .transitions import StateCounts
 
@@ -35,7 +35,7 @@ def read_popularity(
             }
         profile = Profile(layers, int(head["top_k"]), int(head["num_tokens"]))
     except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
-        raise FormatError(f"`{path}` is a damaged profile", str(error)) from error
+        raise damaged(path, error) from error
     profile.validate(str(path))
     profile.check_model(num_experts, top_k)
     return {layer: profile.popularity(place) for place, layer in enumerate(layers)}
@@ -69,6 +69,6 @@ def read_tables(path: str | Path, max_bytes: int = TABLE_BYTES) -> Profile:
     except FormatError:
         raise
     except (SafetensorError, OSError, ValueError, KeyError, TypeError, IndexError) as error:
-        raise FormatError(f"`{path}` is a damaged profile", str(error)) from error
+        raise damaged(path, error) from error
     profile.validate(str(path))
     return profile
