@@ -23,8 +23,6 @@ from ..runtime.profile import Profile
 from .clustering import logit_similarity, spectral_clusters
 from .prune import Amount, num_to_keep
 
-MERGE_METHODS = ("uncurl", "msmoe", "mc-smoe", "diversify")
-ROUTERS = ("index-map", "merged", "untrained")
 Similarities = Mapping[int, NDArray[np.float64]]  # by MoE layer, [E, E]
 
 
