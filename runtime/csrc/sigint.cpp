@@ -4,6 +4,9 @@
 
 namespace em {
 
+// Windows runs a handler in a thread of its own, and the caller learns of it after the token: a stop
+// between two layers would take a console handler here.
+
 SigintWatch::SigintWatch(std::atomic<int32_t> *) {}
 SigintWatch::~SigintWatch() {}
 
