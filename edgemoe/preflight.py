@@ -15,8 +15,9 @@ from .models import store_args
 from .models.args import ModelArgs
 from .routing import Prepared, prepare, stand_ins_of
 from .runtime.amounts import MIB, format_bytes
-from .runtime.budget import RUNTIME_BYTES, MemoryPlan, ModelDims, make_plan
+from .runtime.budget import MemoryPlan, ModelDims, make_plan
 from .runtime.errors import BudgetError, FormatError, UsageError
+from .runtime.footprint import TORCH_RUNTIME_BYTES, usual_runtime_bytes
 from .runtime.format import PAGE_BYTES, round_up
 from .runtime.index import ExpertRecord, StoreIndex, load_index
 from .runtime.process import process_memory
@@ -24,7 +25,7 @@ from .tokenizer import Tokenizer
 
 # Resident bytes vary a little from run to run, and a floor that an error has named must work.
 _MEASURE_STEP = 32 * MIB
-_TORCH_BYTES = 224 * MIB  # what importing torch and the rest adds
+_PROFILE_BYTES = 32 * MIB  # the tables of a profile that guesses are made by
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,9 +56,8 @@ def preflight(path: Path, config: EngineConfig) -> Preflight:
 
     def plan_now() -> MemoryPlan:
         def plan_for(budget: int | None) -> MemoryPlan:
-            return make_plan(
-                index, dims, budget, context, config.kv_bits, runtime_bytes=runtime_bytes()
-            )
+            runtime = runtime_bytes(index, config)
+            return make_plan(index, dims, budget, context, config.kv_bits, runtime_bytes=runtime)
 
         plan = plan_for(config.memory_bytes)
         if config.memory_bytes is None and config.set_mode == "hard":  # the set alone can stay
@@ -69,18 +69,21 @@ def preflight(path: Path, config: EngineConfig) -> Preflight:
     tokenizer = Tokenizer.load(path)
     routing = prepare(config.routing, index, args, active)
     release_free_memory()
-    if runtime_bytes() > plan.lines[0].num_bytes:
+    if runtime_bytes(index, config) > plan.lines[0].num_bytes:
         plan = plan_now()
     return Preflight(path, index, args, plan, active, routing, stand_ins, tokenizer)
 
 
-def runtime_bytes() -> int:
-    """The plan's allowance for the runtime: the usual one, or what this process needs if more."""
+def runtime_bytes(index: StoreIndex, config: EngineConfig) -> int:
+    """The plan's allowance for the runtime: the usual one, or what this process holds if more."""
+    usual_bytes = usual_runtime_bytes(index)
+    if "torch" in sys.modules:
+        usual_bytes = max(usual_bytes, TORCH_RUNTIME_BYTES)
+    if config.prefetch == "profile":
+        usual_bytes += _PROFILE_BYTES
     resident_bytes = process_memory().rss_bytes
-    if "torch" not in sys.modules:
-        resident_bytes += _TORCH_BYTES
-    if resident_bytes <= RUNTIME_BYTES:
-        return RUNTIME_BYTES
+    if resident_bytes <= usual_bytes:
+        return usual_bytes
     return round_up(resident_bytes + _MEASURE_STEP // 4, _MEASURE_STEP)
 
 

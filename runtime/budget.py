@@ -12,6 +12,7 @@ from functools import cached_property
 from . import core
 from .amounts import MIB, format_bytes, parse_bytes
 from .errors import BudgetError
+from .footprint import usual_runtime_bytes
 from .format import PAGE_BYTES, TILE_ROWS, TensorEntry, read_header, round_up
 from .index import TRUNK_FILE, StoreIndex
 from .process import MemoryLimit, ProcessMemory, memory_limit, process_memory
@@ -35,7 +36,6 @@ __all__ = [
     "with_headroom",
 ]
 
-RUNTIME_BYTES = 320 * MIB  # interpreter, torch on the CPU, tokenizer, core
 TEMPLATE_BYTES = 32 * MIB  # the process that renders chat templates
 MIN_HEADROOM_BYTES = 32 * MIB
 HEADROOM_SHARE = 0.02
@@ -126,20 +126,22 @@ def make_plan(
     context: int = 4096,
     kv_bits: int = 16,
     chunk: int = CHUNK,
-    runtime_bytes: int = RUNTIME_BYTES,
+    runtime_bytes: int | None = None,
     *,
     template_bytes: int = TEMPLATE_BYTES,
     limit: MemoryLimit | None = None,
 ) -> MemoryPlan:
     """Spend `budget_bytes` (None: enough for every expert) on a store; reads headers only.
 
-    `runtime_bytes`: resident already, or expected to be, before weights are read. `limit`: what the
-    system allows, asked of it where None. Raises BelowFloorError.
+    `runtime_bytes`: resident before weights are read, None: `usual_runtime_bytes`. `limit`: what
+    the system allows, asked of it where None. Raises BelowFloorError.
     """
+    if runtime_bytes is None:
+        runtime_bytes = usual_runtime_bytes(index)
     trunk_bytes, largest_bytes = _trunk_bytes(index)
     kv_bytes = kv_cache_bytes(dims, context, kv_bits)
     fixed = [
-        PlanLine("runtime", runtime_bytes, "interpreter, torch, native core"),
+        PlanLine("runtime", runtime_bytes, "interpreter, libraries, tokenizer, native core"),
         PlanLine("trunk", trunk_bytes, "every weight that is not a routed expert"),
         PlanLine("KV cache", kv_bytes, f"{context} tokens at {kv_bits} bits"),
         PlanLine(
@@ -176,11 +178,8 @@ def make_plan(
     share = f"{100 * num_cached / num_experts:.0f} %" if num_experts else "no experts"
     experts = f"{num_cached} of {num_experts} experts{index.rows_text}, {share}"
     unused = budget - fixed_bytes - headroom_bytes - cache_bytes
-    lines = [
-        *fixed,
-        PlanLine("headroom", headroom_bytes, _HEADROOM_TEXT),
-        PlanLine("expert cache", cache_bytes, experts),
-    ]
+    headroom = PlanLine("headroom", headroom_bytes, _HEADROOM_TEXT)
+    lines = [*fixed, headroom, PlanLine("expert cache", cache_bytes, experts)]
     if unused >= MIB:
         lines.insert(-1, PlanLine("unused", unused, "every expert is in memory without it"))
     elif unused:

@@ -16,7 +16,6 @@ from stores import HIDDEN, WIDTHS, make_store
 from edgemoe.runtime import core
 from edgemoe.runtime.amounts import GIB, MIB, format_bytes, format_rate, parse_bytes
 from edgemoe.runtime.budget import (
-    RUNTIME_BYTES,
     BelowFloorError,
     ModelDims,
     kv_cache_bytes,
@@ -25,6 +24,7 @@ from edgemoe.runtime.budget import (
     wave_pairs,
 )
 from edgemoe.runtime.errors import BudgetError, UsageError
+from edgemoe.runtime.footprint import usual_runtime_bytes
 from edgemoe.runtime.process import MemoryLimit, memory_limit, process_memory
 
 DIMS = ModelDims(
@@ -168,7 +168,7 @@ def test_what_costs_more_raises_the_floor(index):
         {"context": 9000},
         {"kv_bits": 32},
         {"chunk": 1024},
-        {"runtime_bytes": RUNTIME_BYTES + MIB},
+        {"runtime_bytes": usual_runtime_bytes(index) + MIB},
         {"template_bytes": 64 * MIB},
         {"vocab": 100_000},
         {"dense_width": 4096},

@@ -18,7 +18,6 @@ from edgemoe.config import EngineConfig
 from edgemoe.engine import Engine
 from edgemoe.preflight import preflight
 from edgemoe.runtime import core
-from edgemoe.runtime.budget import RUNTIME_BYTES
 from edgemoe.runtime.errors import (
     BudgetError,
     FormatError,
@@ -27,6 +26,7 @@ from edgemoe.runtime.errors import (
     UnsupportedModelError,
     UsageError,
 )
+from edgemoe.runtime.footprint import TORCH_RUNTIME_BYTES
 from edgemoe.runtime.index import load_index
 from edgemoe.sampling import SamplingParams
 from edgemoe.session import Session
@@ -174,7 +174,7 @@ print(sorted({"torch", "transformers", "bitsandbytes"} & set(sys.modules)))
 
 def test_more_resident_memory_than_planned_shrinks_the_expert_cache(path):
     """This test process holds more than the usual allowance; ballast makes sure of it."""
-    ballast = bytearray(RUNTIME_BYTES)
+    ballast = bytearray(TORCH_RUNTIME_BYTES)
     checked = preflight(path, EngineConfig.make({}))
     runtime = checked.plan.lines[0]
     assert runtime.name == "runtime" and runtime.num_bytes > len(ballast)

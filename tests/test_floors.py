@@ -8,7 +8,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 FLOORS = {
     0: """runtime: __init__ amounts budget checksum core core_cache core_decoder errors extents
-        files format index io outputs
+        files footprint format index io outputs
         kernels memory packing process python_reader read_tasks records reference slots
         sets throttle trace
         waves

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import shutil
 import tempfile
 from dataclasses import asdict
 from pathlib import Path
@@ -98,6 +99,8 @@ def plan_of(path: Path, args: argparse.Namespace) -> Any:
         with open(Path(folder, TRUNK_FILE), "wb") as file:
             file.write(conversion.trunk_header)
             file.truncate(conversion.trunk_bytes)
+        if (path / "tokenizer.json").is_file():  # its size is in the plan
+            shutil.copy(path / "tokenizer.json", folder)
         index = StoreIndex(Path(folder), config, conversion.hidden, records, packed)
         return store_plan(index, args.memory, args.context, args.kv_bits)
 

@@ -37,6 +37,7 @@ def measure_once(
     args: argparse.Namespace,
 ) -> None:
     """Fill in `losses`, `removed_picks`, `curve` and `answers` of every arm's row."""
+    from ..quant import evaluate  # noqa: F401  # torch, while the engine's plan can still count it
     from ..quant.masked import Masked
 
     full = arms[0].index
