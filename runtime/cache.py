@@ -39,6 +39,7 @@ _MAX_RECORDS_TO_PLAN = 256
 
 # Columns of `place_stats`.
 HITS, MISSES, BYTES, STALL_NS, COMPUTE_NS, GUESSED = range(6)
+CORE_TIMES = ("native", "decide", "guess", "submit")  # as em_cache_stats has them, in ns
 
 
 class HintResult(NamedTuple):
@@ -115,7 +116,7 @@ class ExpertCache:
         # Sums by place in the cycle of MoE layers; times are added by who runs the layers.
         self.place_stats = np.zeros((len(table.first_key), 6), dtype=np.int64)
         self.evictions = 0
-        self.native_s = 0.0  # in the core's decoding of tokens
+        self.core_s = np.zeros(len(CORE_TIMES))  # a token never decodes in the core here
 
     @property
     def hits(self) -> int:

@@ -29,7 +29,7 @@ class CacheStats(ctypes.Structure):
     _fields_ = [
         *((name, c_int64) for name in ("capacity_bytes", "resident_bytes", "pinned_bytes")),
         *((name, c_int64) for name in ("num_resident", "num_evictions", "moved_bytes")),
-        ("native_ns", c_int64),
+        *((name, c_int64) for name in ("native_ns", "decide_ns", "guess_ns", "submit_ns")),
     ]
 
 

@@ -39,6 +39,9 @@ class StepStats:
     compute_s: float = 0.0
     native_s: float = 0.0  # of decoded tokens: in the core, stalls, experts, reads included
     guessed: int = 0  # demanded records that a guess had brought or begun to read
+    decide_s: float = 0.0  # of decoded tokens: decisions of the expert cache, not in native_s
+    guess_s: float = 0.0  # in native_s: making guesses
+    submit_s: float = 0.0  # handing reads to the system, of decoded tokens in native_s
 
 
 class Executor:
@@ -73,7 +76,7 @@ class Executor:
         self._one_each = np.arange(top_k + 1)  # where each expert has one pair
         self._observe = None  # of observe.py
         self.cold, self.stand_ins = ColdRule(), StandInRule()  # for one token at a time
-        self._told, self._told_native_s = cache.place_stats.sum(axis=0), cache.native_s
+        self._told, self._told_core_s = cache.place_stats.sum(axis=0), cache.core_s
         self._args = core.MoeArgs()
         if self._backend == "native":
             num_bytes = moe_workspace_bytes(chunk, self._max_pairs, hidden, table.max_row_floats)
@@ -89,18 +92,22 @@ class Executor:
 
     def take_stats(self) -> StepStats:
         """The statistics since the last call, which start again at zero."""
-        told, told_native_s = self._told, self._told_native_s
+        told, told_core_s = self._told, self._told_core_s
         self._told = sums = self.cache.place_stats.sum(axis=0)
-        self._told_native_s = native_s = self.cache.native_s
+        self._told_core_s = core_s = self.cache.core_s
         hits, misses, num_bytes, stall_ns, compute_ns, guessed = (sums - told).tolist()
+        native_s, decide_s, guess_s, submit_s = (core_s - told_core_s).tolist()
         return StepStats(
             hits,
             misses,
             num_bytes,
             stall_ns * 1e-9,
             compute_ns * 1e-9,
-            native_s - told_native_s,
+            native_s,
             guessed,
+            decide_s,
+            guess_s,
+            submit_s,
         )
 
     def _add_times(self, layer: int, stall_s: float, compute_s: float) -> None:

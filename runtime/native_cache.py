@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 from . import core
 from .cache import (
     BYTES,
+    CORE_TIMES,
     HITS,
     MAX_MOVED_PER_BYTE,
     MISSES,
@@ -105,6 +106,12 @@ class NativeCache:
     def native_s(self) -> float:
         """Seconds in the core's decoding of tokens, without the decisions of this cache."""
         return self._now().native_ns * 1e-9
+
+    @property
+    def core_s(self) -> NDArray[np.float64]:
+        """Seconds in the core since the start, as `cache.CORE_TIMES` names them."""
+        now = self._now()
+        return np.array([getattr(now, f"{name}_ns") for name in CORE_TIMES]) * 1e-9
 
     def addresses(self, keys: Sequence[int]) -> list[int]:
         """Where the records are or will be, 0: absent. Good from `hint` to `release`."""

@@ -11,12 +11,18 @@ GB = 1e9
 
 
 def speeds(decoded: Decoded, prompt_tokens: int) -> dict[str, Any]:
-    """Speeds and reads. `dispatch_s_per_token` is what a step took outside of the core; None where
-    the core does not run whole tokens."""
+    """Speeds and reads. `dispatch_s_per_token` is what a step took outside of the core, Python and
+    the decisions of the expert cache; `guess_s` and `submit_s` are inside. None where the core does
+    not run whole tokens."""
     steps = sorted(decoded.step_s)
     count = max(1, len(steps))
     demand = sum(decoded.decode[name] for name in ("hits", "misses", "guessed"))
-    native_s = decoded.decode["native_s"]
+    native_s, decide_s = decoded.decode["native_s"], decoded.decode["decide_s"]
+    python_s = decoded.decode_s - native_s - decide_s
+
+    def of_core(seconds: float) -> float | None:
+        return seconds / count if native_s else None
+
     return {
         "ttft_s": decoded.prefill_s,
         "prefill_tokens_per_s": prompt_tokens / decoded.prefill_s,
@@ -26,10 +32,15 @@ def speeds(decoded: Decoded, prompt_tokens: int) -> dict[str, Any]:
         "step_p95_s": steps[len(steps) * 95 // 100] if steps else None,
         "hit_rate": decoded.decode["hits"] / demand if demand else None,
         "guessed_rate": decoded.decode["guessed"] / demand if demand else None,
+        "misses_per_token": decoded.decode["misses"] / count,
         "bytes_read_per_token": decoded.decode["bytes_read"] / count,
         "stall_s_per_token": decoded.decode["stall_s"] / count,
         "stall_share": decoded.decode["stall_s"] / decoded.decode_s if steps else None,
-        "dispatch_s_per_token": (decoded.decode_s - native_s) / count if native_s else None,
+        "dispatch_s_per_token": of_core(python_s + decide_s),
+        "python_s_per_token": of_core(python_s),
+        "decide_s_per_token": of_core(decide_s),
+        "guess_s_per_token": of_core(decoded.decode["guess_s"]),
+        "submit_s_per_token": of_core(decoded.decode["submit_s"]),
     }
 
 

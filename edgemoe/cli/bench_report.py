@@ -19,6 +19,7 @@ SPEED = (
     "step p95 ms",
     "dispatch ms",
 )
+PROFILE = ("budget", "dispatch ms", "Python", "deciding", "guessing", "handing over", "reads")
 READS = ("budget", "hit", "read/token", "read in prefill", "stall", "CPU s/GB", "crc s/GB")
 DECODE = ("budget", "storage t/s", "DRAM t/s", "reached", "no reads t/s", "overlapped")
 PREFILL = ("budget", "storage s", "no reads s", "took s", "overlapped")
@@ -30,7 +31,7 @@ the larger of reading alone and computing alone, over the time both took togethe
 
 
 def tables(document: dict[str, Any], markdown: bool = False) -> str:
-    """Five tables and what a reader must know beside them."""
+    """Six tables and what a reader must know beside them."""
     draw: Callable[..., str] = markdown_table if markdown else table
     every = [row for row in document["rows"] if row["rounds"]]
     rows = [row for row in every if not row["is_control"]]
@@ -49,6 +50,7 @@ def tables(document: dict[str, Any], markdown: bool = False) -> str:
         draw([_speed(row) for row in rows], SPEED),
         "decode\n\n" + draw([_decode(row) for row in rows], DECODE),
         "prefill\n\n" + draw([_prefill(row) for row in rows], PREFILL),
+        "profile of a token\n\n" + draw([_profile(row) for row in rows], PROFILE),
         draw([_reads(row) for row in rows], READS),
         draw([_memory(row) for row in rows], MEMORY),
         LEGEND,
@@ -119,6 +121,15 @@ def _decode(row: dict[str, Any]) -> tuple[str, ...]:
         _share(row, "reached"),
         _mid(row, "no_read_tokens_per_s"),
         _share(row, "overlapped"),
+    )
+
+
+def _profile(row: dict[str, Any]) -> tuple[str, ...]:
+    parts = ("dispatch", "python", "decide", "guess", "submit")
+    return (
+        row["arm"],
+        *(_mid(row, f"{part}_s_per_token", ".2f", 1e3) for part in parts),
+        _mid(row, "misses_per_token", ".1f"),
     )
 
 

@@ -5,7 +5,7 @@ share. There is no end of text here: a measured or compared run has the length i
 import hashlib
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 
@@ -13,8 +13,7 @@ from typing import Any
 class Decoded:
     """Tokens, what they cost, and a hash of the fp32 logits of every step.
 
-    `prefill` and `decode` hold the expert cache's hits, misses, bytes_read, stall_s, compute_s and
-    guessed, and native_s: seconds of whole tokens within the core.
+    `prefill` and `decode` hold demand and time as `StepStats` names them.
     """
 
     token_ids: list[int] = field(default_factory=list)
@@ -54,8 +53,7 @@ def greedy(session: Any, prompt: Sequence[int], num_tokens: int) -> Decoded:
 
 def counters(step: Any) -> dict[str, float]:
     """The demand and the times of `Engine.take_step_stats` that a run adds up."""
-    names = ("hits", "misses", "bytes_read", "stall_s", "compute_s", "native_s", "guessed")
-    return {name: getattr(step, name) for name in names}
+    return asdict(step)
 
 
 def text_tokens(tokenizer: Any, text: str, num_tokens: int, start: int = 0) -> list[int]:

@@ -136,6 +136,9 @@ em_cache_stats Cache::stats() const {
   now.num_evictions = evictions_;
   now.moved_bytes = slots_.moved_bytes();
   now.native_ns = native_ns_;
+  now.decide_ns = decide_ns_;
+  now.guess_ns = guess_ns_;
+  now.submit_ns = submit_ns_;
   return now;
 }
 

@@ -60,19 +60,26 @@ class Cache {
   em_place_stats *place_stats() { return place_stats_.data(); }
   em_cache_stats stats() const;
 
-  // Counts the time of its scope as deciding, but for handing reads to the store.
-  class Deciding {
+  // Counts the time of its scope in one of the sums, but for handing reads to the store.
+  class Counted {
    public:
-    explicit Deciding(Cache &cache)
-        : cache_(cache), start_(monotonic_ns()), submit_ns_(cache.submit_ns_) {}
-    Deciding(const Deciding &) = delete;
-    ~Deciding() {
-      cache_.decide_ns_ += monotonic_ns() - start_ - (cache_.submit_ns_ - submit_ns_);
-    }
+    Counted(const Counted &) = delete;
+    ~Counted() { sum_ += monotonic_ns() - start_ - (cache_.submit_ns_ - submit_ns_); }
+
+   protected:
+    Counted(Cache &cache, int64_t &sum)
+        : cache_(cache), sum_(sum), start_(monotonic_ns()), submit_ns_(cache.submit_ns_) {}
 
    private:
     Cache &cache_;
+    int64_t &sum_;
     const int64_t start_, submit_ns_;
+  };
+  struct Deciding : Counted {
+    explicit Deciding(Cache &cache) : Counted(cache, cache.decide_ns_) {}
+  };
+  struct Guessing : Counted {
+    explicit Guessing(Cache &cache) : Counted(cache, cache.guess_ns_) {}
   };
   // Which place the following hints belong to, and how many tokens go through it. wanted [n]: all
   // records that it will need, in the order of use, where they come in more than one hint: those
@@ -184,7 +191,7 @@ class Cache {
   std::vector<int32_t> absent_;     // of this hint
   std::vector<void *> dst_;
   int64_t place_ = 0, step_ = 0, num_tokens_ = 1;
-  int64_t evictions_ = 0, submit_ns_ = 0, decide_ns_ = 0, native_ns_ = 0;
+  int64_t evictions_ = 0, submit_ns_ = 0, decide_ns_ = 0, guess_ns_ = 0, native_ns_ = 0;
   std::vector<em_place_stats> place_stats_;
 };
 

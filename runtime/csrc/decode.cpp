@@ -279,12 +279,18 @@ int32_t Decoder::run_layer(int64_t number, Cache &cache, em_decode_args &args, f
   if (rule_.stand_ins != 0 && layer.first_stand_in != 0) {
     stand_in(layer, cache, args.routing_weights + place * top_k, num);
   }
-  if (between_ != nullptr) between_->spoken(place, ids, args.routing_weights + place * top_k, num);
+  if (between_ != nullptr) {
+    const Cache::Guessing guessing(cache);
+    between_->spoken(place, ids, args.routing_weights + place * top_k, num);
+  }
   int64_t num_misses = 0;
   status = demand(cache, place, num, &num_misses);
   if (status != 0) return status;
   const Cache::Held held(cache, num, keys_.data());
-  if (between_ != nullptr) status = between_->predict(this, place, x);
+  if (between_ != nullptr) {
+    const Cache::Guessing guessing(cache);
+    status = between_->predict(this, place, x);
+  }
   if (status == 0) status = mlp(number, 1, normed);  // the shared expert, while reads fly
   const int64_t stall_ns = cache.stats_of(place).stall_ns;
   if (status == 0) status = run_experts(layer, cache, args, place, num, normed, y);

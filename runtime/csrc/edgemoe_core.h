@@ -341,6 +341,9 @@ typedef struct em_cache_stats {
   int64_t capacity_bytes, resident_bytes, pinned_bytes, num_resident; /* now */
   int64_t num_evictions, moved_bytes; /* since the cache was made */
   int64_t native_ns; /* in em_decode, waiting included, without decisions of the cache */
+  int64_t decide_ns; /* in em_decode: those decisions, without handing reads over */
+  int64_t guess_ns;  /* part of native_ns: making guesses and dropping wrong ones, likewise */
+  int64_t submit_ns; /* handing reads over, whoever asked for them; reading costs this time */
 } em_cache_stats;
 EM_API void em_cache_get_stats(const em_cache *cache, em_cache_stats *stats);
 
