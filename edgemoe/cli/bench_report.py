@@ -24,10 +24,12 @@ READS = ("budget", "hit", "read/token", "read in prefill", "stall", "CPU s/GB", 
 DECODE = ("budget", "storage t/s", "DRAM t/s", "reached", "no reads t/s", "overlapped")
 PREFILL = ("budget", "storage s", "no reads s", "took s", "overlapped")
 MEMORY = ("budget", "bytes", "peak RSS", "anonymous", "page cache", "output hash")
-LEGEND = """storage, DRAM: the decode speed that each alone allows (bytes read and bytes touched per
-token, over the rates measured right before and after the run). reached: share of the
-lower of the two. no reads: the same tokens with every expert in memory. overlapped:
-the larger of reading alone and computing alone, over the time both took together."""
+LEGEND = """\
+storage, DRAM: the decode speed that each alone allows (bytes read and bytes
+touched per token, over the rates measured right before and after the run).
+reached: share of the lower of the two. no reads: the same tokens with every
+expert in memory. overlapped: the larger of reading alone and computing alone,
+over the time both took together."""
 
 
 def tables(document: dict[str, Any], markdown: bool = False) -> str:
