@@ -138,12 +138,12 @@ def score_texts(
 def noisy_oracle(
     routes: NDArray[np.integer],
     num_experts: Sequence[int],
-    right: float,
+    right: float | NDArray[np.floating],
     seed: int = 0,
 ) -> NDArray[np.int32]:
     """Guesses [T, places, K] for the core's `guesses`: each of the choices `routes` [T, places, K]
-    with the probability `right`, else another expert that the token does not choose. 1: the oracle;
-    0: always wrong, as long as a layer has experts enough."""
+    with the probability `right` (or [K], one for each rank), else another expert that the token
+    does not choose. 1: the oracle; 0: always wrong, as long as a layer has experts enough."""
     rng = np.random.default_rng(seed)
     guesses = np.array(routes, dtype=np.int32)
     for place, count in enumerate(num_experts):

@@ -5,14 +5,15 @@
 
 Budgets are shares of all expert records, drives are emulated by the reader's throttle. The demo
 model decodes a text with its own routers and the predictor that edgemoe takes by default. A trace
-is replayed on a store of its layers, experts and top-k with small records (`--record`), made in
---work; since such a store's routers know nothing of the recorded routing, the guesses are the
-recorded experts of the next layers, each replaced by another one with probability 1 - `--recall`
-(routers looking one layer ahead: .58 to .92 in the literature).
+is replayed on a store of its first layers (`--layers`), experts and top-k with records of
+`--record` bytes, made in --work; since such a store's routers know nothing of the recorded routing,
+the guesses are the recorded experts of the next layers, the heaviest first, each replaced by
+another one with a probability that grows with the rank and is 1 - `--recall` on average (routers
+looking one layer ahead: .58 to .92 in the literature, .96 for the heaviest).
 
 A pair is the same tokens twice, with guesses and without, in the order ABBA; each run begins with
-an expert cache filled in the same way and some tokens at full speed; two runs go before, for the
-gate to settle. Told for each cell: the median
+an expert cache filled in the same way and some tokens at full speed; runs of 64
+tokens, or two seconds, go before, for the gate to settle. Told for each cell: the median
 over the pairs of time with over time without, its 99 % bootstrap interval, a sign test, and how
 long the drive was busy without guesses. A cell loses when its interval lies above 1; it is then
 measured again, and loses when that interval does, too. `--control` compares without to without.
@@ -49,7 +50,7 @@ from edgemoe.runtime.trace import Trace
 BUDGETS = tuple(range(10, 100, 10))  # percent
 RATES = (50_000_000, 550_000_000, 1_500_000_000, 0)  # 0: as fast as the drive is
 MIN_TOKENS, MAX_TOKENS = 3, 24
-NUM_SETTLING = 2  # runs of a new gate before it is measured
+SETTLING_TOKENS, SETTLING_S = 64, 2.0  # of a new gate before it is measured: whichever is less
 NUM_RESAMPLES, TAIL = 2000, 0.005
 
 
@@ -72,22 +73,31 @@ def demo(text: str | None) -> Workload:
     return Workload("demo", DEMO, tokenizer.encode(Path(text).read_text() if text else TEXT))
 
 
-def traced(path: Path, work: Path, record_bytes: int, recall: float, seed: int) -> Workload:
-    """A trace on a store that is made for it where it is not there."""
+def traced(
+    path: Path, work: Path, record_bytes: int, num_layers: int, recall: float, seed: int
+) -> Workload:
+    """The first layers of a trace on a store that is made for them where it is not there."""
     from make_store import config_like, make_store
 
     from edgemoe.quant.options import ConvertOptions
 
-    store = work / f"{path.stem}-{record_bytes}.edgemoe"
+    num_layers = min(num_layers, Trace.load(path).num_places)
+    store = work / f"{path.stem}-{num_layers}x{record_bytes}.edgemoe"
     if not (store / STORE_FILE).is_file():
         work.mkdir(parents=True, exist_ok=True)
         config = config_like(Trace.load(path), record_bytes, 4)
+        config["num_hidden_layers"] = num_layers
         with redirect_stdout(sys.stderr):
             make_store(config, store, ConvertOptions(), pool=8)
     index = load_index(store)
-    recorded = fit(path, index)
+    recorded = fit(path, index, num_layers)
     routes = recorded.prompt + recorded.decoded
-    guesses = noisy_oracle(routes.ids, list(index.layer_to_num_experts.values()), recall, seed)
+    order = np.argsort(-routes.weights, axis=2, kind="stable")
+    heaviest_first = np.take_along_axis(routes.ids, order, 2)
+    num_ranks = heaviest_first.shape[2]
+    ranks = (np.arange(num_ranks) + 0.5) / num_ranks
+    num_experts = list(index.layer_to_num_experts.values())
+    guesses = noisy_oracle(heaviest_first, num_experts, 1 - 2 * (1 - recall) * ranks, seed)
     vocab = int(index.config["vocab_size"])
     tokens = [token_id(i, vocab) for i in range(len(routes))]
     return Workload(path.stem, store, tokens, routes, guesses)
@@ -174,7 +184,8 @@ def measure(
     places = np.linspace(bench.num_warm_up, last, repeats).astype(int)
     pairs: list[dict[str, Any]] = []
     bench.renew()
-    for first in places[:NUM_SETTLING].tolist():
+    settling = min(SETTLING_TOKENS, SETTLING_S / probe["tpot_s"])
+    for first in places[: int(settling / count) + 1].tolist():
         bench.run(first, count, rate, capacity, not control)
     for turn, first in enumerate(places.tolist()):
         runs: dict[bool, dict[str, Any]] = {}
@@ -281,7 +292,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--trace", type=Path, action="append", default=[])
     parser.add_argument("--no-demo", action="store_true")
     parser.add_argument("--text", help="for the demo model, instead of the built-in one")
-    parser.add_argument("--record", type=parse_bytes, default=32 << 10, help="bytes of a record")
+    parser.add_argument("--record", type=parse_bytes, default=512 << 10, help="bytes of a record")
+    parser.add_argument("--layers", type=int, default=4, help="of a trace, from the first on")
     parser.add_argument("--recall", type=float, default=0.8)
     parser.add_argument("--budgets", type=int, nargs="+", default=list(BUDGETS), metavar="PERCENT")
     parser.add_argument("--rates", type=_rate, nargs="+", default=list(RATES), metavar="RATE")
@@ -299,7 +311,9 @@ def main(arguments: list[str] | None = None) -> int:
             raise SystemExit(f"`{given.out}` is of other options; choose another --out")
     workloads = [] if given.no_demo else [demo(given.text)]
     for path in given.trace:
-        workloads.append(traced(path, given.work, given.record, given.recall, given.seed))
+        workloads.append(
+            traced(path, given.work, given.record, given.layers, given.recall, given.seed)
+        )
     for workload in workloads:
         found = document["workloads"].setdefault(workload.name, {})
         left = [(b, r) for b, r in cells(given) if f"{b}@{r}" not in found]

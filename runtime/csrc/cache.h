@@ -123,6 +123,7 @@ class Cache {
   // not read any further, and may be evicted.
   void drop_guesses(int32_t first, int32_t end, const int32_t *wanted, int64_t num_wanted);
   void drop_all_guesses();
+  bool is_guess(int32_t key) const { return guess_of_[key] != Guess::kNone; }
   int64_t num_reading_guesses() const;  // that still may be wanted
   const em_prefetch_stats &guess_counts() const { return guess_counts_; }
   // Change the capacity within the arena; what no longer fits is evicted. False while records are

@@ -281,7 +281,7 @@ int32_t Decoder::run_layer(int64_t number, Cache &cache, em_decode_args &args, f
   }
   if (between_ != nullptr) {
     const Cache::Guessing guessing(cache);
-    between_->spoken(place, ids, args.routing_weights + place * top_k, num);
+    between_->spoken(*this, place, ids, args.routing_weights + place * top_k, num);
   }
   int64_t num_misses = 0;
   status = demand(cache, place, num, &num_misses);

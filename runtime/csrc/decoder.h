@@ -63,6 +63,8 @@ class Decoder {
   // scores [bodies]: their shares in the softmax of a layer's router, if x [D] were its residual
   // before the MoE half.
   int32_t look_ahead(int64_t layer, const float *x, float *scores);
+  // [E]: shares of the router that has spoken last, of one token; null: masks or rules made its routes.
+  const float *router_shares() const { return router_shares_; }
   bool has_good_routes(const em_decode_args &args) const;
   int32_t decode(Cache &cache, em_decode_args &args);
 
@@ -100,6 +102,7 @@ class Decoder {
   em_routing_stats counts_ = {};
   int64_t num_picks_ = 0;             // of which some may have been dropped as cold
   const float *experts_x_ = nullptr;  // in inputs_
+  const float *router_shares_ = nullptr;  // in scores_
   em_pool *pool_;
   float attention_scale_;
   Scratch parts_, qkv_, mixed_, projected_, attention_, scores_, masked_, gate_up_, mlp_, shares_;

@@ -10,15 +10,15 @@ namespace {
 constexpr int kMemory = 64;          // samples
 constexpr float kMaxSeen = 256.0f;   // guesses that a count remembers
 constexpr float kPrior = 8.0f;       // guesses that all places together count for, at one place
-// What reading costs the arithmetic beside it: .03 CPU s/GB, and a byte through memory that has 20
-// GB/s for both.
-constexpr double kReadingNsPerByte = 0.08;
+// What reading costs beside the drive: .03 CPU s/GB, a byte through memory that has 20 GB/s for reading and
+// arithmetic, and the record that goes for it.
+constexpr double kReadingNsPerByte = 0.25;
 // Of a guess, right or wrong: deciding, asking the system, taking note. Demands are asked for together.
-constexpr double kHandlingNs = 30e3;
-// OLMoE with 75 % of its experts in memory: at .5 a third of what was read for guesses was wasted and a
-// token took 2 % longer, at .7 2 % less; with 50 % in memory 4-6 % less and 1-2 % less.
-constexpr double kLeastOdds = 0.6;
-constexpr double kMargin = 1.25;  // of gain over cost, since both are estimates
+constexpr double kHandlingNs = 10e3;
+// A request of a guess takes about so long, since a demand may have to wait for it.
+constexpr double kRequestNs = 400e3;
+constexpr int64_t kPageBytes = 4096, kLeastRequestBytes = 4 * kPageBytes;
+constexpr double kMargin = 1.5;  // of gain over cost, since both are estimates
 
 }  // namespace
 
@@ -31,7 +31,8 @@ Gate::Gate(int64_t num_places, int64_t num_ranks)
     : num_places_(num_places),
       num_ranks_(num_ranks),
       counts_(static_cast<size_t>(kMaxDepth * (num_places + 1) * num_ranks)),
-      intervals_(static_cast<size_t>(num_places)) {}
+      intervals_(static_cast<size_t>(num_places)),
+      tails_(intervals_) {}
 
 void Gate::add(Count *count, bool was_right) {
   if (count->seen >= kMaxSeen) {
@@ -60,22 +61,30 @@ void Gate::saw_reading(int64_t num_bytes, int64_t busy_ns) {
 }
 
 void Gate::saw_layer(int64_t num_misses, int64_t stall_ns) {
-  misses_.add(num_misses > 0 ? 1.0 : 0.0);
+  waits_.add(stall_ns > 0 ? 1.0 : 0.0);
   if (num_misses > 0) stall_ns_.add(static_cast<double>(stall_ns));
 }
 
 bool Gate::is_open(double odds, double num_bytes, double backlog_bytes, double window_ns) const {
-  if (odds < kLeastOdds) return false;
   // Nothing was read or waited for yet: nothing to gain is known of.
   if (!ns_per_byte_.is_known() || !stall_ns_.is_known()) return false;
   const double read = read_ns(num_bytes), ahead = read_ns(backlog_bytes);
   const double done = std::min(read, window_ns - ahead);  // before the router speaks
   if (done <= 0.0) return false;
   const double gain = odds * std::min(done, stall_ns_.value());
-  // A wrong guess is dropped then, but a request of it that is under way keeps demands waiting.
-  const double delay = done < read ? misses_.value() * read_ns(kGuessBytes) : 0.0;
+  // A wrong guess is dropped then, but a request of it that is under way keeps demands waiting, for half
+  // of its time on average.
+  const double request = std::min(num_bytes, static_cast<double>(request_bytes()));
+  const double delay = done < read ? waits_.value() * read_ns(request) / 2.0 : 0.0;
   const double beside = kReadingNsPerByte * num_bytes * done / read;
   return gain > kMargin * ((1.0 - odds) * (delay + beside) + kHandlingNs);
+}
+
+int64_t Gate::request_bytes() const {
+  if (!ns_per_byte_.is_known()) return kGuessBytes;
+  const double num_bytes = kRequestNs / ns_per_byte_.value();
+  const int64_t pages = static_cast<int64_t>(num_bytes) / kPageBytes;
+  return std::clamp(pages * kPageBytes, kLeastRequestBytes, kGuessBytes);
 }
 
 }  // namespace em

@@ -31,16 +31,22 @@ class Gate {
   double odds(int depth, int64_t place, int64_t rank) const;
 
   void saw_reading(int64_t num_bytes, int64_t busy_ns);  // storage was never idle in that time
-  // From one router to the next one, at `place`.
-  void saw_interval(int64_t place, int64_t ns) { intervals_[place].add(static_cast<double>(ns)); }
+  // From one router to the next one, at `place`, of a layer that waited for nothing; or from the end
+  // of its waiting.
+  void saw_interval(int64_t place, int64_t ns, bool has_waited) {
+    (has_waited ? tails_ : intervals_)[place].add(static_cast<double>(ns));
+  }
   // A layer is done, of which so many records were absent when its router spoke.
   void saw_layer(int64_t num_misses, int64_t stall_ns);
 
-  double interval_ns(int64_t place) const { return intervals_[place].value(); }
+  // Until the router at `place` speaks: from the router before, or from when the layer has all records.
+  double interval_ns(int64_t place) const { return of(intervals_, tails_, place); }
+  double tail_ns(int64_t place) const { return of(tails_, intervals_, place); }
   double read_ns(double num_bytes) const { return num_bytes * ns_per_byte_.value(); }
   // A record of `num_bytes` behind `backlog_bytes`, which will be demanded with the probability
   // `odds`, if so `window_ns` from now.
   bool is_open(double odds, double num_bytes, double backlog_bytes, double window_ns) const;
+  int64_t request_bytes() const;  // into which guesses are cut, by the speed of the drive
 
  private:
   struct Count {
@@ -54,10 +60,14 @@ class Gate {
     return const_cast<Gate *>(this)->at(depth, place, rank);
   }
 
+  static double of(const std::vector<Mean> &means, const std::vector<Mean> &others, int64_t place) {
+    return (means[place].is_known() ? means : others)[place].value();
+  }
+
   int64_t num_places_, num_ranks_;
   std::vector<Count> counts_;  // [kMaxDepth][num_places + 1: all together][num_ranks]
-  std::vector<Mean> intervals_;
-  Mean ns_per_byte_, stall_ns_, misses_;  // stall: of a layer with misses; misses: share of layers
+  std::vector<Mean> intervals_, tails_;
+  Mean ns_per_byte_, stall_ns_, waits_;  // stall: of a layer with misses; waits: share of layers
 };
 
 }  // namespace em

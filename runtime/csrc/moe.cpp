@@ -174,7 +174,9 @@ void Layer::wait() {
   if (between_ != nullptr) between_->step();
   const int64_t start = monotonic_ns();
   wait_any(store_, keys_.data(), seen_.data(), static_cast<int64_t>(keys_.size()));
-  a_.stall_ns += monotonic_ns() - start;
+  const int64_t now = monotonic_ns();
+  a_.stall_ns += now - start;
+  if (between_ != nullptr) between_->waited(now);
 }
 
 int32_t Layer::run() {

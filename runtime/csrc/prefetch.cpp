@@ -47,6 +47,13 @@ bool Prefetcher::bind(const Decoder &decoder) {
     num_ranks_ = 2 * top_k_;
     ranked_.resize(static_cast<size_t>(num_ranks_));
     lists_.assign(places_.size() * kMaxDepth, List());
+    shifts_.clear();
+    for (int depth = 1; is_router() && depth <= options_.depth; ++depth) {
+      for (int64_t place = 0; place < num_places(); ++place) {
+        const Place &from = places_[std::max<int64_t>(0, place - depth)];
+        shifts_.emplace_back(from.num_experts, places_[place].num_experts);
+      }
+    }
     previous_.assign(places_.size() * static_cast<size_t>(top_k_), -1);
     gate_.assign(1, Gate(static_cast<int64_t>(places_.size()), num_ranks_));
   }
@@ -66,6 +73,9 @@ void Prefetcher::begin_token(Cache *cache, Decoder *decoder, const em_decode_arg
   counts_ = cache->guess_counts();
   begin_ns_ = monotonic_ns();
   has_guesses_ = trial_.begin() || options_.is_forced;
+  num_absent_ = waited_ns_ = 0;
+  has_absent_ = false;
+  set_guess_bytes(store_, gate_[0].request_bytes());
   // Before the first router, of those predictors that need no residual.
   place_ = -1;
   spoken_ns_ = begin_ns_;
@@ -85,7 +95,7 @@ void Prefetcher::end_token(bool is_whole) {
   }
   decoded_bytes_ += num_bytes;
   const int64_t num_guesses = cache_->guess_counts().num_guesses - counts_.num_guesses;
-  if (is_whole) trial_.end(monotonic_ns() - begin_ns_, num_guesses);
+  if (is_whole) trial_.end(monotonic_ns() - begin_ns_, num_guesses, num_absent_);
   const em_prefetch_stats &now = cache_->guess_counts();
   stats_.num_guesses += now.num_guesses - counts_.num_guesses;
   stats_.guess_bytes += now.guess_bytes - counts_.guess_bytes;
@@ -99,11 +109,16 @@ void Prefetcher::end_token(bool is_whole) {
   cache_ = nullptr;
 }
 
-void Prefetcher::spoken(int64_t place, const int32_t *ids, const float *weights, int64_t num_ids) {
+void Prefetcher::spoken(const Decoder &decoder, int64_t place, const int32_t *ids,
+                        const float *weights, int64_t num_ids) {
   const int64_t now = monotonic_ns();
-  if (place_ == place - 1) gate_[0].saw_interval(place, now - spoken_ns_);
+  if (place_ == place - 1) {
+    const bool has_waited = waited_ns_ > 0;
+    gate_[0].saw_interval(place, now - (has_waited ? waited_ns_ : spoken_ns_), has_waited);
+  }
   place_ = place;
   spoken_ns_ = now;
+  waited_ns_ = 0;
   const auto is_chosen = [&](int32_t key) {
     const int32_t id = key - static_cast<int32_t>(places_[place].first_key);
     return std::find(ids, ids + num_ids, id) != ids + num_ids;
@@ -118,11 +133,22 @@ void Prefetcher::spoken(int64_t place, const int32_t *ids, const float *weights,
   }
   const int32_t first = static_cast<int32_t>(places_[place].first_key);
   wanted_.clear();
-  for (int64_t k = 0; k < num_ids; ++k) wanted_.push_back(first + ids[k]);
+  has_absent_ = false;
+  for (int64_t k = 0; k < num_ids; ++k) {
+    const int32_t key = first + ids[k];
+    wanted_.push_back(key);
+    if (!cache_->is_absent(key) && !cache_->is_guess(key)) continue;
+    ++num_absent_;
+    has_absent_ = has_absent_ || status_of(store_, key) != EM_READY;
+  }
   const int32_t end = first + static_cast<int32_t>(places_[place].num_experts);
   cache_->drop_guesses(first, end, wanted_.data(), num_ids);
   chosen_[1].swap(chosen_[0]);
   chosen_[0].assign(ids, ids + num_ids);
+  weights_.assign(weights, weights + num_ids);
+  for (int depth = 1; is_router() && decoder.router_shares() && depth <= options_.depth; ++depth) {
+    shift(depth, place).learn(decoder.router_shares());
+  }
   // Most weight first.
   int32_t *row = previous_.data() + place * top_k_;
   rank_largest(weights, num_ids, num_ids, row);
@@ -201,6 +227,10 @@ int64_t Prefetcher::rank_experts(Decoder *decoder, int64_t place, int depth, con
     default:
       *status = decoder->look_ahead(at.layer, x, scores_.data());
       if (*status != 0) return 0;
+      if (decoder->router_shares() != nullptr) {
+        shift(depth, place).apply(chosen_[0].data(), weights_.data(),
+                                  static_cast<int64_t>(chosen_[0].size()), scores_.data());
+      }
   }
   for (int64_t e = 0; e < at.num_experts; ++e) {
     if (!decoder->routing_of(at.layer).may_choose(e)) scores_[e] = 0.0f;
@@ -233,7 +263,7 @@ void Prefetcher::read_next() {
       if (place >= num_places()) break;
       List &made = list(depth, place);
       if (!made.is_made) continue;
-      has_read = read_one(depth, place, now);
+      has_read = read_one(depth, place, now, load);
       is_left = is_left || made.next < made.candidates.size();
       if (is_full_) return;
     }
@@ -244,20 +274,33 @@ void Prefetcher::read_next() {
   }
 }
 
+// Until the router `depth` layers ahead speaks, as far as it is known. A layer that waits for records
+// goes on when they are there.
+double Prefetcher::window_ns(int depth, int64_t now, const Load &load) const {
+  const Gate &gate = gate_[0];
+  double window;
+  if (!has_absent_) {
+    window = gate.interval_ns(place_ + 1) - static_cast<double>(now - spoken_ns_);
+  } else if (waited_ns_ == 0) {
+    window = gate.read_ns(static_cast<double>(load.backlog_bytes)) + gate.tail_ns(place_ + 1);
+  } else {
+    window = gate.tail_ns(place_ + 1) - static_cast<double>(now - waited_ns_);
+  }
+  for (int ahead = 2; ahead <= depth; ++ahead) window += gate.interval_ns(place_ + ahead);
+  return window;
+}
+
 // The next candidate of a list that is worth it; false where there is none now.
-bool Prefetcher::read_one(int depth, int64_t place, int64_t now) {
+bool Prefetcher::read_one(int depth, int64_t place, int64_t now, const Load &load) {
   List &made = list(depth, place);
   const Gate &gate = gate_[0];
-  double window = static_cast<double>(spoken_ns_ - now);
-  for (int ahead = 1; ahead <= depth; ++ahead) {
-    window += gate.interval_ns(place_ + ahead);
-  }
+  const double window = window_ns(depth, now, load);
   for (; made.next < made.candidates.size(); ++made.next) {
     const Candidate &each = made.candidates[made.next];
     if (!cache_->is_absent(each.key)) continue;  // guessed meanwhile for another reason
     if (!options_.is_forced) {
       const double odds = gate.odds(depth, place, each.rank);
-      const double backlog = static_cast<double>(load_of(store_).backlog_bytes);
+      const double backlog = static_cast<double>(load.backlog_bytes);
       const double num_bytes = static_cast<double>(records_of(store_)[each.key].num_bytes);
       if (!may_waste() || !gate.is_open(odds, num_bytes, backlog, window)) {
         made.next = made.candidates.size();  // the others are less likely, and time runs out

@@ -8,6 +8,8 @@
 
 #include "edgemoe_core.h"
 #include "gate.h"
+#include "shift.h"
+#include "store.h"
 #include "trial.h"
 
 namespace em {
@@ -27,9 +29,12 @@ class Prefetcher {
 
   // The router of the place has spoken, and nothing is demanded yet: scores what was predicted, and
   // drops what was wrong.
-  void spoken(int64_t place, const int32_t *ids, const float *weights, int64_t num_ids);
+  void spoken(const Decoder &decoder, int64_t place, const int32_t *ids, const float *weights,
+              int64_t num_ids);
   // Demand is on its way: make the lists of the next layers. x [D] is the residual before the MoE.
   int32_t predict(Decoder *decoder, int64_t place, const float *x);
+  // The layer has waited for a record of its own, until now.
+  void waited(int64_t now) { waited_ns_ = now; }
   // The layer is done.
   void finish(int64_t num_misses, int64_t stall_ns);
   // Read guesses as long as storage would idle and the gate lets them. Cheap where there is none.
@@ -54,13 +59,15 @@ class Prefetcher {
   };
 
   int64_t num_places() const { return static_cast<int64_t>(places_.size()); }
+  Shift &shift(int depth, int64_t place) { return shifts_[(depth - 1) * places_.size() + place]; }
   List &list(int depth, int64_t place) { return lists_[(depth - 1) * places_.size() + place]; }
   bool is_router() const { return options_.predictor == EM_PREDICT_ROUTER; }
   bool is_worth_predicting(const Decoder &decoder, int64_t place) const;
   int32_t predict_place(Decoder *decoder, int64_t place, int depth, const float *x);
   int64_t rank_experts(Decoder *decoder, int64_t place, int depth, const float *x, int32_t *status);
   void read_next();
-  bool read_one(int depth, int64_t place, int64_t now);
+  bool read_one(int depth, int64_t place, int64_t now, const Load &load);
+  double window_ns(int depth, int64_t now, const Load &load) const;
   bool may_waste() const;
 
   em_prefetch_options options_;
@@ -69,6 +76,8 @@ class Prefetcher {
   std::vector<Gate> gate_;  // one, once bound
   std::vector<List> lists_;
   std::vector<int32_t> previous_;  // [places][K] of the last token, most weight first, then -1
+  std::vector<Shift> shifts_;  // as lists_, for looking ahead
+  std::vector<float> weights_;      // of chosen_[0]
   std::vector<int32_t> chosen_[2];  // of the last place that has spoken, and of the one before it
   std::vector<int32_t> wanted_;
   std::vector<float> scores_;
@@ -80,6 +89,9 @@ class Prefetcher {
   const int32_t *guesses_ = nullptr;
   int64_t num_guesses_ = 0, token_id_ = 0;
   int64_t place_ = -1, spoken_ns_ = 0;  // of the last router
+  int64_t waited_ns_ = 0;               // when its layer waited last; 0: it did not
+  int64_t num_absent_ = 0;              // demanded in this token
+  bool has_absent_ = false;             // in the layer that is running
   int64_t num_tokens_ = 0, num_idle_lists_ = 0;
   int64_t busy_bytes_ = 0, busy_ns_ = 0;
   int64_t begin_ns_ = 0, decoded_bytes_ = 0;  // decoded: read while decoding, since creation

@@ -99,7 +99,7 @@ Request ReadQueue::next(int64_t most) {
   Read &read = reads_[first.key];
   int64_t &issued = read.issued[first.section];
   const int64_t left = unissued_bytes(first.key, first.section);
-  const int64_t num_bytes = std::min(left, first.priority == 0 ? most : kGuessBytes);
+  const int64_t num_bytes = std::min(left, first.priority == 0 ? most : guess_bytes_);
   const int64_t begin =
       issued + (first.section == kDown ? (*records_)[first.key].down_offset : 0);
   issued += num_bytes;

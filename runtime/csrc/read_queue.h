@@ -12,7 +12,7 @@ namespace em {
 constexpr int32_t kNumPriorities = 3;
 constexpr int64_t kDemandBytes = int64_t{16} << 20;  // a demanded section is one request
 constexpr int64_t kLoneBytes = int64_t{5} << 18;     // of the only demanded record: see em_store
-constexpr int64_t kGuessBytes = int64_t{1} << 20;    // a guess can be cancelled between two of them
+constexpr int64_t kGuessBytes = int64_t{1} << 20;    // of a guess, at most: see set_guess_bytes
 
 enum Section : int32_t { kGateUp = 0, kDown = 1 };
 
@@ -34,6 +34,9 @@ class ReadQueue {
   // Forget what no request was made of; true where something was. `settle` then tells when the
   // memory is free.
   bool cancel(int32_t key);
+
+  // A guess can be cancelled between two requests of so many bytes, whole pages.
+  void set_guess_bytes(int64_t num_bytes) { guess_bytes_ = num_bytes; }
 
   // Bytes that are still to land, and those of them that were demanded and no request was made of.
   int64_t backlog_bytes() const { return backlog_bytes_; }
@@ -87,7 +90,7 @@ class ReadQueue {
   std::vector<Read> reads_;  // by key; meaningful while the record is being read
   std::set<Task> tasks_;
   uint64_t turn_ = 0;
-  int64_t backlog_bytes_ = 0, waiting_bytes_ = 0;
+  int64_t backlog_bytes_ = 0, waiting_bytes_ = 0, guess_bytes_ = kGuessBytes;
 };
 
 }  // namespace em

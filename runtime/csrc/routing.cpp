@@ -271,6 +271,7 @@ int32_t Decoder::route(int64_t number, const float *normed, int64_t num_tokens, 
     scale_input(routing.theta, row, kept, order + routes.num_active(), num_auxiliary, normed + at,
                 model_.hidden, inputs + at);
   });
+  router_shares_ = is_plain && num_tokens == 1 ? scores : nullptr;
   if (is_plain) return 0;
   counts_.num_routed += num_tokens;
   for (int64_t t = 0; t < num_tokens; ++t) counts_.num_active += num_active(ids + t * top_k, top_k);

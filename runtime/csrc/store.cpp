@@ -92,6 +92,11 @@ Load load_of(em_store *store) {
   return {store->queue.waiting_bytes(), store->queue.backlog_bytes()};
 }
 
+void set_guess_bytes(em_store *store, int64_t num_bytes) {
+  em_store::Lock lock(store->mutex);
+  store->queue.set_guess_bytes(num_bytes);
+}
+
 const em_record *records_of(const em_store *store) { return store->records.data(); }
 
 int64_t num_records_of(const em_store *store) {

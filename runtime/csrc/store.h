@@ -24,6 +24,8 @@ struct Load {
   int64_t waiting_bytes, backlog_bytes;
 };
 Load load_of(em_store *store);
+// Size of the requests that reads without demand are cut into: whole pages.
+void set_guess_bytes(em_store *store, int64_t num_bytes);
 
 const em_record *records_of(const em_store *store);  // as given to em_store_open
 int64_t num_records_of(const em_store *store);

@@ -15,14 +15,24 @@ class Trial {
   // A token begins: whether it is to have guesses.
   bool begin() {
     ++num_tokens_;
-    const int64_t period = num_compared_ < kFirst ? 2 : is_on_ ? kWithout : kWith;
+    const int64_t period = num_compared_ < kFirst ? kEarly : is_on_ ? kWithout : kWith;
     is_trial_ = num_tokens_ % period == 0;
     return is_on_ != is_trial_;
   }
 
-  // It took so long, and so many guesses were read.
-  void end(int64_t ns, int64_t num_guesses) {
-    const double time = static_cast<double>(ns);
+  // It took so long, so many guesses were read, and so many records were demanded that were not there
+  // or had been guessed: most of what tokens differ by, so that it is taken out before they are
+  // compared.
+  void end(int64_t ns, int64_t num_guesses, int64_t num_absent) {
+    const double absent = static_cast<double>(num_absent);
+    time_.add(static_cast<double>(ns));
+    absent_.add(absent);
+    product_.add(absent * static_cast<double>(ns));
+    absent_square_.add(absent * absent);
+    const double spread = absent_square_.value() - absent_.value() * absent_.value();
+    const double each =
+        spread > 0.1 ? (product_.value() - absent_.value() * time_.value()) / spread : 0.0;
+    const double time = static_cast<double>(ns) - each * (absent - absent_.value());
     if (!is_trial_) {
       usual_ns_ = usual_ns_ > 0.0 ? (usual_ns_ + time) / 2.0 : time;
       num_usual_guesses_ = num_guesses;
@@ -30,7 +40,7 @@ class Trial {
     }
     // Where none were read in either, the two do not differ.
     if (usual_ns_ <= 0.0 || num_guesses + num_usual_guesses_ == 0) return;
-    const double saved = (is_on_ ? time - usual_ns_ : usual_ns_ - time) / usual_ns_;
+    const double saved = (is_on_ ? time - usual_ns_ : usual_ns_ - time) / time_.value();
     const double gain = std::clamp(saved, -kMostSaved, kMostSaved);
     gain_.add(gain);
     square_.add(gain * gain);
@@ -38,16 +48,18 @@ class Trial {
     // Tokens differ by more than guesses save: what stays within the error of the mean decides nothing.
     const double variance = std::max(0.0, square_.value() - gain_.value() * gain_.value());
     const double error = std::sqrt(variance / static_cast<double>(gain_.num()));
-    if (std::fabs(gain_.value()) > error) is_on_ = gain_.value() > 0.0;
+    if (std::fabs(gain_.value()) > kErrors * error) is_on_ = gain_.value() > 0.0;
   }
 
   double gain() const { return gain_.value(); }  // share of a token's time
 
  private:
-  static constexpr int64_t kFirst = 16, kWithout = 8, kWith = 16;
-  static constexpr double kMostSaved = 0.5;
+  static constexpr int64_t kFirst = 16, kEarly = 3, kWithout = 8, kWith = 16;
+  static constexpr double kMostSaved = 0.25;  // by one token, so that a late drive decides nothing
+  static constexpr double kErrors = 1.5;
 
   Mean gain_, square_;
+  Mean time_, absent_, product_, absent_square_;  // of all tokens, in ns
   int64_t num_tokens_ = 0, num_compared_ = 0, num_usual_guesses_ = 0;
   double usual_ns_ = 0.0;
   bool is_on_ = true, is_trial_ = false;

@@ -1,6 +1,7 @@
 // Guesses in the expert cache: whatever is guessed, demanded and dropped, accounts are exact and what
 // is whole has the bytes of the file; with io_uring and with reader threads.
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 #include <random>
 #include <vector>
@@ -9,6 +10,7 @@
 #include "check.h"
 #include "gate.h"
 #include "predict.h"
+#include "shift.h"
 #include "store_folder.h"
 
 namespace {
@@ -94,11 +96,15 @@ TEST(a_gate_opens_for_what_pays) {
   for (int i = 0; i < 100; ++i) {
     gate.saw_reading(1 << 20, 500 * 1000);  // 2 GB/s
     gate.saw_layer(1, 1000 * 1000);
-    gate.saw_interval(1, 1500 * 1000);
+    gate.saw_interval(1, 1500 * 1000, false);
     gate.score(1, 0, 0, true);
     gate.score(1, 0, 3, i % 20 == 0);
   }
   CHECK(gate.interval_ns(1) == 1500 * 1000);
+  CHECK(gate.tail_ns(1) == 1500 * 1000);  // no layer before it has waited yet
+  gate.saw_interval(1, 200 * 1000, true);
+  CHECK(gate.interval_ns(1) == 1500 * 1000 && gate.tail_ns(1) == 200 * 1000);
+  CHECK(gate.request_bytes() == 204 * kPage);  // what the drive reads in 400 us
   CHECK(gate.odds(1, 0, 0) > 0.9 && gate.odds(1, 0, 3) < 0.15);
   CHECK(gate.odds(1, 1, 0) > 0.8);  // as at other places, until it is known better
   CHECK(gate.odds(2, 0, 0) < 0.5);  // another depth is another thing
@@ -106,13 +112,45 @@ TEST(a_gate_opens_for_what_pays) {
   CHECK(!gate.is_open(gate.odds(1, 0, 3), kRecord, 0, 1.5e6));
   CHECK(!gate.is_open(1.0, kRecord, 0, 0));                  // the router is about to speak
   CHECK(!gate.is_open(1.0, kRecord, 8 * kRecord, 1.5e6));    // others are read until then
-  CHECK(!gate.is_open(1.0, 32 << 10, 0, 1.5e6));  // 16 us: read in less time than a guess takes
+  // What a wrong one costs depends on the drive: the same odds, and less time to gain.
+  CHECK(gate.is_open(0.7, kRecord, 0, 0.6e6) && !gate.is_open(0.7, kRecord, 0, 0.05e6));
+  CHECK(!gate.is_open(1.0, 16 << 10, 0, 1.5e6));  // 8 us: read in less time than a guess takes
   em::Gate idle(1, 4);
   for (int i = 0; i < 100; ++i) {
     idle.saw_reading(1 << 20, 500 * 1000);
     idle.saw_layer(1, 0);  // never waited for: nothing to gain
   }
   CHECK(!idle.is_open(0.9, kRecord, 0, 1.5e6));
+}
+
+TEST(what_experts_do_to_the_next_router_is_learned) {
+  constexpr int kChoices = 4, kScores = 6;
+  em::Shift shift(kChoices, kScores);
+  check::Random random(3);
+  int num_found = 0;
+  for (int token = 0; token < 200; ++token) {
+    const int32_t ids[] = {token % kChoices, (token + 1) % kChoices};
+    const float weights[] = {0.6f, 0.2f};
+    float ahead[kScores], own[kScores];
+    for (int e = 0; e < kScores; ++e) {
+      const float logit = static_cast<float>(random.next() % 1000) / 1000.0f;
+      ahead[e] = std::exp(logit);
+      own[e] = std::exp(logit + (e == ids[0] + 2 ? 3.0f : 0.0f));  // the first one raises this score
+    }
+    shift.apply(ids, weights, 2, ahead);
+    const int64_t found = std::max_element(ahead, ahead + kScores) - ahead;
+    CHECK(ahead[found] == 1.0f);
+    if (token >= 100) num_found += found == ids[0] + 2;
+    if (token % 5 != 4) shift.learn(own);  // a token may have been applied in vain
+  }
+  CHECK(num_found >= 95);
+  em::Shift fresh(kChoices, kScores);
+  float scores[kScores] = {0.1f, 0.4f, 0.2f, 0.0f, 0.25f, 0.05f};
+  fresh.learn(scores);  // of nothing that was applied
+  fresh.apply(nullptr, nullptr, 0, scores);
+  int32_t order[kScores];
+  em::rank_largest(scores, kScores, kScores, order);
+  CHECK(order[0] == 1 && order[1] == 4 && order[2] == 2 && order[5] == 3);
 }
 
 TEST(the_largest_come_first) {
