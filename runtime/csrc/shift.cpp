@@ -41,6 +41,7 @@ void Shift::learn(const float *scores) {
     mean += error_[e] / static_cast<float>(num_scores_);
   }
   for (const Input &each : inputs_) square += each.value * each.value;
+  if (!std::isfinite(mean)) return inputs_.clear();
   for (const Input &each : inputs_) {
     const float step = kRate * each.value / square;
     float *row = rows_.data() + each.row * num_scores_;
