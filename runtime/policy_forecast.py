@@ -1,11 +1,13 @@
 """The default eviction policy: forecasts from what tokens like this one were followed by. Floor 1.
 
-A record's worth is its probability of use when its layer comes next, plus that of its later turns
-as far as the pool is large enough to keep it, over the time that it takes: the distance to that
-turn and, since most stay longer than that, one cycle. `policy_guard` bounds what a wrong forecast
-may lose against plain LRU. The probability is a logistic regression, learned while it runs: each
-time a layer has run, its E experts are E examples of used or not used. Its inputs, each the
-logarithm of a ratio to the average expert, so that equal knowledge of all experts is 0:
+A record's worth is the expected discount of its next use: each cycle until then takes a fifth. What
+will be used soon is worth its memory, what will be used late has to be read again anyway. Three
+probabilities tell when that is: of use in the next turn of its layer, in each of the three behind
+it, and in those after them. `policy_guard` bounds what a wrong forecast may lose against plain LRU.
+
+A probability is a logistic regression, learned while it runs: each time a layer has run, its E
+experts are E examples of used or not used. Its inputs, each the logarithm of a ratio to the average
+expert, so that equal knowledge of all experts is 0:
 
 - four frequencies that halve every 1, 4, 16 and 128 tokens: recency, habit, and what is between;
 - what followed the past tokens whose routing was most like that of the last ones (`_Memory`).
@@ -32,9 +34,9 @@ WINDOW = 1024  # tokens remembered
 _MAX_MATCHES = 32
 _LEVELS = F32(64.0)
 _MIN_LEVEL = 16  # of the best match's likeness, in 64ths
-_DOUBT = F32(0.05)  # share of the average expert in what the matches say
-_NUM_LATER = 3  # tokens behind the next one that count as later
-_MAX_SHARE = F32(0.95)
+_DOUBT = F32(0.2)  # share of the average expert in what the matches say
+_NEXT, _LATER, _FAR = range(1, 2), range(2, 5), range(5, 9)  # tokens behind a match
+_KEPT = 0.8  # of the worth of a use, for each cycle until then
 _LANES = 8  # partial sums of a gradient
 
 
@@ -57,6 +59,17 @@ def _probability(z: NDArray[np.float32]) -> NDArray[np.float32]:
 def _sum(values: NDArray[np.float32]) -> np.float32:
     """One after the other."""
     return np.cumsum(values, dtype=F32)[-1]
+
+
+def _worth(
+    chance: NDArray[np.float32], later: NDArray[np.float32], far: NDArray[np.float32]
+) -> NDArray[np.float32]:
+    """Expected _KEPT ** (turns between the next one and the use), from the probabilities of use."""
+    one, kept = F32(1.0), F32(_KEPT)
+    unused = kept * (one - later)
+    at_last = kept * far / (one - kept * (one - far))
+    behind = kept * later * (one + unused + unused * unused) + unused * unused * unused * at_last
+    return chance + (one - chance) * behind
 
 
 class _Memory:
@@ -107,7 +120,7 @@ class _Memory:
         chosen = ~is_least | (np.cumsum(is_least) <= _MAX_MATCHES - num_above)
         weights = self._likeness[slots[chosen]] * (F32(1.0) / best)
         weights *= weights
-        return token - 1 - ages[chosen], weights * weights
+        return token - 1 - ages[chosen], weights * weights * weights
 
     def followers(
         self,
@@ -128,15 +141,10 @@ class _Memory:
 
 
 class Forecast(ByDistance):
-    """Evicts the record with the lowest forecast of use / (distance to its layer + one cycle), as
-    far as its guard allows.
+    """Evicts the record whose next use is expected latest, as far as its guard allows."""
 
-    `share`: of all experts that the pool holds; what is later than the next turn counts for
-    1 - (1 - share) ** 4.
-    """
-
-    def __init__(self, layer_of_key: Sequence[int], num_layers: int, share: float = 0.0) -> None:
-        super().__init__(layer_of_key, num_layers, offset=num_layers)
+    def __init__(self, layer_of_key: Sequence[int], num_layers: int) -> None:
+        super().__init__(layer_of_key, num_layers)
         self.guard = Guard([1] * len(layer_of_key))
         places = np.asarray(layer_of_key, dtype=np.int64)
         self._first = np.searchsorted(places, np.arange(num_layers + 1))
@@ -148,18 +156,11 @@ class Forecast(ByDistance):
         self._weights = np.array([0.25] * len(HALF_LIVES) + [0.5, 0.0], dtype=F32)
         self._squares = np.ones(NUM_INPUTS, dtype=F32)
         self._has_bias = False
-        self._now = np.zeros(len(places), dtype=F32)  # probability of use in the next turn
-        self._later = np.zeros(len(places), dtype=F32)  # in a turn behind it
+        self._next = np.zeros(len(places), dtype=F32)  # probability of use in the next turn
         self._token, self._event = -1, (-1, -1)  # (place, step) of the last demand
-        self.set_share(share)
 
-    def set_share(self, share: float) -> None:
-        """The pool has changed its size."""
-        super().set_share(share)
-        rest = F32(1.0) - F32(share)
-        rest *= rest
-        self._patience = min(F32(1.0) - rest * rest, _MAX_SHARE)
-        self._value[:] = self._worth(self._now, self._later)
+    def nearness(self, ahead: int) -> float:
+        return _KEPT ** (ahead / self._num_layers)
 
     def touch(
         self,
@@ -178,7 +179,7 @@ class Forecast(ByDistance):
 
     def probabilities(self, place: int) -> NDArray[np.float32]:
         """Of use when the layer at `place` runs next, [E]."""
-        return self._now[self._first[place] : self._first[place + 1]]
+        return self._next[self._first[place] : self._first[place + 1]]
 
     # ---- inside ------------------------------------------------------------------------------
 
@@ -248,22 +249,19 @@ class Forecast(ByDistance):
         z = z + self._weights[_ONE]
         habit = (frequencies[-1] + prior) / (means[-1] + prior) * prior
         matches = self._memory.matches(self._token)
-        found = []
-        for ahead in (range(1, 2), range(2, 2 + _NUM_LATER)):
+        chances = []
+        for ahead in (_NEXT, _LATER, _FAR):
             votes, total = self._memory.followers(place, self._token, matches, ahead)
-            found.append(np.zeros(num_experts, dtype=F32))
+            found = np.zeros(num_experts, dtype=F32)
             if total > 0:
                 doubt = total * _DOUBT
-                found[-1] = log2((votes + doubt * habit) / (total + doubt)) - log2(habit)
-        inputs[_MEMORY] = found[0]
+                found = log2((votes + doubt * habit) / (total + doubt)) - log2(habit)
+            if ahead is _NEXT:
+                inputs[_MEMORY] = found
+            chances.append(_probability(z + self._weights[_MEMORY] * found))
         part = slice(self._first[place], self._first[place + 1])
-        self._now[part] = _probability(z + self._weights[_MEMORY] * found[0])
-        self._later[part] = _probability(z + self._weights[_MEMORY] * found[1])
-        self._value[part] = self._worth(self._now[part], self._later[part])
-
-    def _worth(self, now: NDArray[np.float32], later: NDArray[np.float32]) -> NDArray[np.float32]:
-        one, patience = F32(1.0), self._patience
-        return now + (one - now) * (patience * later / (one - patience * (one - later)))
+        self._next[part] = chances[0]
+        self._value[part] = _worth(*chances)
 
     def _learn(self, inputs: NDArray[np.float32], uses: NDArray[np.float32], num_uses: int) -> None:
         """One AdaGrad step towards the uses [E] of what the inputs [NUM_INPUTS, E] foretold."""

@@ -7,12 +7,12 @@ both in bytes:
 - debt: records that the shadow has and the pool has not. Each can become a hit of the shadow that
   is a miss of the pool, once.
 
-As long as debt <= credit + allowance after an eviction, the policy's choice stands. Where it would
-not be, only records go that the shadow has not. There is always one: the pool is full without the
-demanded record that it lacks, and the shadow has that one already. So debt never grows then, and
-since debt >= 0,
+While debt <= credit + allowance holds after one record more that the shadow has, the policy's
+choice stands. Otherwise only records go that the shadow has not. There is always one: the pool is
+full without the demanded record that it lacks, and the shadow has that one already. So debt never
+grows then, and since debt >= 0,
 
-    misses of the pool <= misses of LRU + 1 + evictions of LRU / 32
+    misses of the pool <= misses of LRU + evictions of LRU / 24
 
 at every moment, whatever is demanded, for records of one size. The second term lets a policy that
 had bad luck try again: without it (1 to 8 records allowed, and no more) a pool whose first choices
@@ -25,7 +25,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-_EVICTIONS_PER_LOSS = 32
+_EVICTIONS_PER_LOSS = 24
 
 
 class Guard:
@@ -33,6 +33,7 @@ class Guard:
 
     def __init__(self, sizes: Sequence[int] | NDArray[np.int64]) -> None:
         self._sizes = [int(size) for size in sizes]
+        self._largest = max(self._sizes, default=0)
         self.in_shadow = np.zeros(len(sizes), dtype=np.bool_)
         self._shadow: OrderedDict[int, None] = OrderedDict()  # the one not used for longest first
         self._is_resident = [False] * len(sizes)
@@ -43,7 +44,8 @@ class Guard:
     @property
     def is_free(self) -> bool:
         """Whether a record may be evicted that the shadow has."""
-        return (self._debt - self._credit) * _EVICTIONS_PER_LOSS <= self._evicted
+        lost = self._debt + self._largest - self._credit
+        return lost * _EVICTIONS_PER_LOSS <= self._evicted
 
     def set_share(self, share: float) -> None:
         self._capacity = int(share * sum(self._sizes) + 0.5)

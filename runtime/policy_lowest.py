@@ -151,26 +151,29 @@ class Lowest:
 
 
 class ByDistance(Lowest):
-    """Evicts the key with the lowest value / distance to its layer.
+    """Evicts the key with the lowest value x nearness of its layer.
 
     Distance d = (layer of the record - running layer) mod L, and L for the running layer itself:
     what runs next stays, what has just run goes (EdgeMoE's term, in the direction of its prose).
-    `offset`: layers added to every distance.
     """
 
-    def __init__(self, layer_of_key: Sequence[int], num_layers: int, offset: int = 0) -> None:
+    def __init__(self, layer_of_key: Sequence[int], num_layers: int) -> None:
         super().__init__(layer_of_key, num_layers)
         self._value = np.zeros(len(self._layer_of_key), dtype=np.float64)
         self._nearness = np.empty(len(self._layer_of_key), dtype=np.float64)
         self._nearness_layer = -1
-        # 1 / distance from the layer at position L, twice around: a slice of it serves any layer.
-        cycle = np.concatenate(([num_layers], np.arange(1, num_layers)))
-        self._inverse = 1.0 / (np.concatenate((cycle, cycle)) + offset)
+        # Seen from the layer at position L, twice around: a slice of it serves any layer.
+        cycle = [self.nearness(ahead) for ahead in (num_layers, *range(1, num_layers))]
+        self._cycle = np.array(cycle + cycle)
+
+    def nearness(self, ahead: int) -> float:
+        """Of a layer `ahead` of the running one, 1 .. L."""
+        return 1.0 / ahead
 
     def _score(self, layer: int, scores: NDArray[np.float64]) -> None:
         if layer != self._nearness_layer:
             start = self._num_layers - layer
-            by_layer = self._inverse[start : start + self._num_layers]
+            by_layer = self._cycle[start : start + self._num_layers]
             np.take(by_layer, self._layer_of_key, out=self._nearness, mode="clip")
             self._nearness_layer = layer
         np.multiply(self._value, self._nearness, out=scores)

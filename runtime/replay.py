@@ -3,7 +3,8 @@
 The pool is one for all layers, accounted in bytes, cold at the first step, and takes what is
 demanded as the expert cache does: the records of one layer of one token are held together, others
 go in the policy's order until the absent ones fit. Memory is not cut into extents here, so nothing
-is lost between records of different sizes.
+is lost between records of different sizes. Of a prompt the policies are told what it demanded; it
+brings nothing into the pool.
 """
 
 import heapq
@@ -46,12 +47,18 @@ class Outcome:
 
 
 class Demand:
-    """The demand of a trace in order: the decoded steps, or all of them where none is decoded."""
+    """The demand of a trace in order: the decoded steps, or all of them where none is decoded.
+
+    `prompt`: place, keys and how many tokens want each, of the `num_prompt` steps before them.
+    """
 
     def __init__(self, trace: Trace) -> None:
         chosen = trace.phase == DECODE
         self.is_prefill = not chosen.any()
-        keys = trace.keys()[slice(None) if self.is_prefill else chosen]
+        self.num_prompt = 0 if self.is_prefill else int(chosen.argmax())
+        keys = trace.keys()
+        prompt = keys[: self.num_prompt]
+        keys = keys[slice(None) if self.is_prefill else chosen]
         keys.sort(axis=2)
         again = np.zeros(keys.shape, dtype=np.bool_)
         again[:, :, 1:] = keys[:, :, 1:] == keys[:, :, :-1]
@@ -64,6 +71,11 @@ class Demand:
         self.sizes = trace.bytes_of_key
         self.place_of_key = trace.place_of_key
         self.num_demands = int(wanted.sum())
+        self.prompt: list[tuple[int, NDArray[np.int64], NDArray[np.int64]]] = []
+        for place in range(self.num_places):
+            named, counts = np.unique(prompt[:, place], return_counts=True)
+            if (named >= 0).any():
+                self.prompt.append((place, named[named >= 0], counts[named >= 0]))
         self.floor_bytes = max(int(self.sizes[keys].sum()) for _, _, keys in self.steps)
 
     def outcome(self, policy: str, capacity: int, hits: int, bytes_read: int) -> Outcome:
@@ -94,6 +106,9 @@ def replay(demand: Demand, policy: str, capacities: Sequence[int]) -> list[Outco
             pool.guard = Guard(demand.sizes)
             pool.guard.set_share(pool.share)
         policies[0].guard = None
+    if not looks_at_pool:
+        for _, keys, counts in demand.prompt:
+            policies[0].touch(keys, -1, demand.num_prompt, counts)
     for step, place, keys in demand.steps:
         for i, pool in enumerate(pools):
             pool.demand(place, keys, policies[i if looks_at_pool else 0])
@@ -145,7 +160,6 @@ class _Pool:
                     return
             return
         keys = self._is_resident.nonzero()[0]
-        policy.set_share(self.share)
         scores = policy.scores(place)[keys]
         if self.guard is None:
             most = -(-num_bytes // self._smallest)

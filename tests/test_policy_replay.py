@@ -111,6 +111,21 @@ def test_prefill_and_experts_named_twice_are_left_out():
     assert len(demand.steps) == 6 * L - 1
 
 
+def test_a_prompt_is_known_before_the_pool_holds_anything():
+    steps = skewed_trace(60, L, E, K)
+    phase = np.repeat(np.array([0, 1], dtype=np.int8), [20, 40])
+    demand = Demand(as_trace(steps, phase=phase))
+    alone = Demand(as_trace(steps[20 * L :]))
+    assert sum(counts.sum() for _, _, counts in demand.prompt) == 20 * L * K
+    assert not alone.prompt and demand.num_demands == alone.num_demands
+    for name in REPLAYED:
+        told, cold = (replay(each, name, [4096 * 14])[0].hits for each in (demand, alone))
+        if name in ("lru", "fifo", "s3-fifo", BELADY):
+            assert told == cold, name
+        else:
+            assert told != cold, name
+
+
 def test_an_unknown_policy_is_named():
     with pytest.raises(UsageError, match="`arc`.*s3-fifo, belady"):
         replay(Demand(as_trace(skewed_trace(2, L, E, K))), "arc", [1 << 20])

@@ -14,10 +14,13 @@ namespace {
 
 constexpr int kNumHalfLives = 4, kMemory = kNumHalfLives, kOne = kMemory + 1, kNumInputs = kOne + 1;
 constexpr double kHalfLives[kNumHalfLives] = {1.0, 4.0, 16.0, 128.0};
-constexpr float kRate = 0.1f, kDoubt = 0.05f, kMaxShare = 0.95f;
+constexpr float kRate = 0.1f, kDoubt = 0.2f;
+constexpr double kKept = 0.8;
 constexpr int64_t kWindow = 1024;  // tokens, a power of two
 constexpr int64_t kBlock = 16, kNumBlocks = kWindow / kBlock;
-constexpr int kMaxMatches = 32, kLevels = 64, kMinLevel = 16, kNumLater = 3, kLanes = 8;
+constexpr int kMaxMatches = 32, kLevels = 64, kMinLevel = 16, kLanes = 8;
+constexpr int kNext = 0, kLater = 1, kFar = 2, kNumTimes = 3;
+constexpr int kFirstAhead[kNumTimes + 1] = {1, 2, 5, 9};  // tokens behind a match
 
 float log2_of(float x) {
   int32_t bits;
@@ -140,31 +143,32 @@ class Memory {
       if (levels[number] < level || (levels[number] == level && room-- <= 0)) continue;
       float weight = likeness_[slot] * scale_to_1;
       weight *= weight;
-      found[n++] = {token - 1 - (token - 1 - slot + kWindow) % kWindow, weight * weight};
+      found[n++] = {token - 1 - (token - 1 - slot + kWindow) % kWindow, weight * weight * weight};
     }
     return n;
   }
 
-  // Weights of the experts that were used one token after those, and up to kNumLater tokens behind
-  // it, added to next [E] and later [E]; their sums.
-  std::pair<float, float> followers(int64_t number, int64_t token, const Match *found, int n,
-                                    float *next, float *later) const {
+  // Weights of the experts that were used after those, added to votes [kNumTimes, stride]; their
+  // sums.
+  std::array<float, kNumTimes> followers(int64_t number, int64_t token, const Match *found, int n,
+                                         int64_t stride, float *votes) const {
     const Place &place = places_[number];
-    float sums[2] = {0.0f, 0.0f};
+    std::array<float, kNumTimes> sums = {};
     for (int i = 0; i < n; ++i) {
       const float weight = found[i].weight;
-      const int64_t last = std::min(found[i].token + 1 + kNumLater, token);
-      for (int64_t past = found[i].token + 1; past <= last; ++past) {
-        const int64_t slot = past & (kWindow - 1);  // as past % kWindow: none is below 0
-        if (past < 0 || place.token_of[slot] != past) continue;
-        const bool is_later = past != found[i].token + 1;
-        float *const votes = is_later ? later : next;
-        sums[is_later] += weight;
-        const int32_t *row = &place.picks[slot * place.width];
-        for (int32_t pick = 0; pick < place.num_picks[slot]; ++pick) votes[row[pick]] += weight;
+      for (int time = 0; time < kNumTimes; ++time) {
+        const int64_t last = std::min(found[i].token + kFirstAhead[time + 1] - 1, token);
+        for (int64_t past = found[i].token + kFirstAhead[time]; past <= last; ++past) {
+          const int64_t slot = past & (kWindow - 1);  // as past % kWindow: none is below 0
+          if (past < 0 || place.token_of[slot] != past) continue;
+          sums[time] += weight;
+          const int32_t *row = &place.picks[slot * place.width];
+          float *const of_time = votes + time * stride;
+          for (int32_t pick = 0; pick < place.num_picks[slot]; ++pick) of_time[row[pick]] += weight;
+        }
       }
     }
-    return {sums[0], sums[1]};
+    return sums;
   }
 
  private:
@@ -208,9 +212,7 @@ class Forecast : public ByDistance {
   explicit Forecast(const Cycle &cycle)
       : ByDistance(cycle),
         memory_(cycle),
-        places_(static_cast<size_t>(cycle.num_places())),
-        now_(value_.size(), 0.0f),
-        later_(value_.size(), 0.0f) {
+        places_(static_cast<size_t>(cycle.num_places())) {
     int64_t most = 0;
     for (int64_t place = 0; place < cycle.num_places(); ++place) {
       const int64_t n = cycle.first_key[place + 1] - cycle.first_key[place];
@@ -220,9 +222,10 @@ class Forecast : public ByDistance {
       each.inputs.resize(static_cast<size_t>(kNumInputs * each.stride));
       most = std::max(most, each.stride);
     }
-    for (std::vector<float> *each : {&uses_, &z_, &errors_, &votes_, &found_, &habits_}) {
+    for (std::vector<float> *each : {&uses_, &z_, &errors_, &found_, &habits_}) {
       each->resize(static_cast<size_t>(most));
     }
+    votes_.resize(static_cast<size_t>(kNumTimes * most));
     for (int i = 0; i < kNumHalfLives; ++i) {
       weights_[i] = 0.25f;
       decay_[i] = std::pow(base_, -1.0 / kHalfLives[i]);
@@ -232,18 +235,8 @@ class Forecast : public ByDistance {
     squares_.fill(1.0f);
   }
 
-  // Most records stay longer than to their next turn: one cycle more.
   double nearness(int64_t ahead) const override {
-    return 1.0 / static_cast<double>(ahead + cycle_.num_places());
-  }
-
-  void set_share(double share) override {
-    Policy::set_share(share);
-    float rest = 1.0f - static_cast<float>(share);
-    rest *= rest;
-    patience_ = std::min(1.0f - rest * rest, kMaxShare);
-    for (size_t key = 0; key < value_.size(); ++key) value_[key] = worth(now_[key], later_[key]);
-    blocks_.change_all();
+    return std::pow(kept_, static_cast<double>(ahead) / static_cast<double>(cycle_.num_places()));
   }
 
   void touch(const int32_t *keys, int64_t n, const double *counts, int64_t step,
@@ -345,22 +338,21 @@ class Forecast : public ByDistance {
     weigh(inputs, each.stride, n);
     Match matches[kMaxMatches];
     const int num_matches = memory_.matches(token_, matches);
-    float *const memory = inputs + kMemory * each.stride;
-    std::fill_n(votes_.begin(), n, 0.0f);
-    std::fill_n(found_.begin(), n, 0.0f);
-    const auto [next, later] = memory_.followers(place, token_, matches, num_matches,
-                                                 votes_.data(), found_.data());
+    std::fill_n(votes_.begin(), kNumTimes * each.stride, 0.0f);
+    const std::array<float, kNumTimes> sums =
+        memory_.followers(place, token_, matches, num_matches, each.stride, votes_.data());
     const float *frequency = &each.frequencies[(kNumHalfLives - 1) * n];
     const float mean = each.means[kNumHalfLives - 1] + prior;
     for (int64_t e = 0; e < n; ++e) habits_[e] = (frequency[e] + prior) / mean * prior;
-    answer(votes_.data(), next, n, memory);
-    answer(found_.data(), later, n, found_.data());
-    const float weight = weights_[kMemory];
-    for (int64_t e = 0; e < n; ++e) {
-      now_[first + e] = probability(z_[e] + weight * memory[e]);
-      later_[first + e] = probability(z_[e] + weight * found_[e]);
+    for (int time = 0; time < kNumTimes; ++time) {  // votes become probabilities
+      float *const votes = &votes_[time * each.stride];
+      float *const found = time == kNext ? inputs + kMemory * each.stride : found_.data();
+      answer(votes, sums[time], n, found);
+      for (int64_t e = 0; e < n; ++e) votes[e] = probability(z_[e] + weights_[kMemory] * found[e]);
     }
-    for (int64_t e = first; e < first + n; ++e) value_[e] = worth(now_[e], later_[e]);
+    const float *chances = votes_.data(), *later = chances + kLater * each.stride,
+                *far = chances + kFar * each.stride;
+    for (int64_t e = 0; e < n; ++e) value_[first + e] = worth(chances[e], later[e], far[e]);
     blocks_.change_place(place);
   }
 
@@ -386,8 +378,13 @@ class Forecast : public ByDistance {
     for (int64_t e = 0; e < n; ++e) z_[e] = z_[e] + weights_[kOne];
   }
 
-  float worth(float now, float later) const {
-    return now + (1.0f - now) * (patience_ * later / (1.0f - patience_ * (1.0f - later)));
+  static float worth(float chance, float later, float far) {
+    constexpr float kept = static_cast<float>(kKept);
+    const float unused = kept * (1.0f - later);
+    const float at_last = kept * far / (1.0f - kept * (1.0f - far));
+    const float behind =
+        kept * later * (1.0f + unused + unused * unused) + unused * unused * unused * at_last;
+    return chance + (1.0f - chance) * behind;
   }
 
   // One AdaGrad step towards uses_ of what the inputs foretold.
@@ -414,17 +411,15 @@ class Forecast : public ByDistance {
     }
   }
 
-  const double base_ = 2.0;
+  const double base_ = 2.0, kept_ = kKept;
   Memory memory_;
   std::vector<Place> places_;
   std::array<double, kNumHalfLives> decay_ = {};  // of one token
   std::array<float, kNumInputs> weights_ = {}, squares_ = {};
   bool has_bias_ = false;
-  std::vector<float> now_, later_;  // by key: probability of use in the next turn, in a later one
-  float patience_ = 0.0f;
   int64_t token_ = -1, event_place_ = -1, event_step_ = -1;  // of the last demand
   std::vector<int32_t> picks_;
-  std::vector<float> uses_, z_, errors_, votes_, found_, habits_;
+  std::vector<float> uses_, z_, errors_, votes_, found_, habits_;  // votes_ [kNumTimes, stride]
 };
 
 }  // namespace

@@ -1,5 +1,6 @@
 #include "cache_guard.h"
 
+#include <algorithm>
 #include <utility>
 
 #include "cache_policy.h"
@@ -8,6 +9,7 @@ namespace em {
 
 Guard::Guard(std::vector<int64_t> sizes, Blocks &blocks)
     : sizes_(std::move(sizes)),
+      largest_(sizes_.empty() ? 0 : *std::max_element(sizes_.begin(), sizes_.end())),
       blocks_(blocks),
       end_(static_cast<int32_t>(sizes_.size())),
       newer_(sizes_.size() + 1, end_),

@@ -15,7 +15,9 @@ class Guard {
 
   bool in_shadow(int32_t key) const { return in_shadow_[key] != 0; }
   // Whether a record may be evicted that the shadow has.
-  bool is_free() const { return (debt_ - credit_) * kEvictionsPerLoss <= evicted_; }
+  bool is_free() const {
+    return (debt_ + largest_ - credit_) * kEvictionsPerLoss <= evicted_;
+  }
   void set_share(double share);
   // The keys are demanded together; before room is made for those absent.
   void expect(const int32_t *keys, int64_t n);
@@ -24,7 +26,7 @@ class Guard {
   void remove(int32_t key);
 
  private:
-  static constexpr int64_t kEvictionsPerLoss = 32;
+  static constexpr int64_t kEvictionsPerLoss = 24;
 
   void link(int32_t key, int32_t after);
   void unlink(int32_t key);
@@ -32,6 +34,7 @@ class Guard {
   int64_t forget();  // the one not used for longest; its size
 
   const std::vector<int64_t> sizes_;
+  const int64_t largest_;
   Blocks &blocks_;
   const int32_t end_;                     // of the list: between the newest and the oldest
   std::vector<int32_t> newer_, older_;    // [num_keys + 1]; of what is in the shadow
