@@ -5,7 +5,7 @@ import pytest
 from stores import HIDDEN, NUM_EXPERTS, make_store
 from test_executor import BACKENDS, Rig, make_steps
 
-from edgemoe.runtime import reference
+from edgemoe.runtime import kernels, reference
 from edgemoe.runtime.observe import ObservingExecutor
 
 
@@ -47,7 +47,8 @@ def check(index, rig, step, found) -> None:
         rig.cache.begin_layer(layer)
         rig.cache.hint([key])
         rig.cache.wait(key)
-        gate, up, down = reference.unpack_record(rig.cache.view(key), rig.cache.table.layouts[key])
+        record, layout = rig.cache.view(key), rig.cache.table.layouts[key]
+        gate, up, down = kernels.unpack_record(record, layout)
         rig.cache.release([key])
         inputs = x[tokens]
         h = reference.silu(inputs @ gate.T) * (inputs @ up.T)
