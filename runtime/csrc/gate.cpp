@@ -65,19 +65,19 @@ void Gate::saw_layer(int64_t num_misses, int64_t stall_ns) {
   if (num_misses > 0) stall_ns_.add(static_cast<double>(stall_ns));
 }
 
-bool Gate::is_open(double odds, double num_bytes, double backlog_bytes, double window_ns) const {
+double Gate::worth_ns(double odds, double num_bytes, double backlog_bytes, double window_ns) const {
   // Nothing was read or waited for yet: nothing to gain is known of.
-  if (!ns_per_byte_.is_known() || !stall_ns_.is_known()) return false;
+  if (!ns_per_byte_.is_known() || !stall_ns_.is_known()) return 0.0;
   const double read = read_ns(num_bytes), ahead = read_ns(backlog_bytes);
   const double done = std::min(read, window_ns - ahead);  // before the router speaks
-  if (done <= 0.0) return false;
+  if (done <= 0.0) return 0.0;
   const double gain = odds * std::min(done, stall_ns_.value());
   // A wrong guess is dropped then, but a request of it that is under way keeps demands waiting, for half
   // of its time on average.
   const double request = std::min(num_bytes, static_cast<double>(request_bytes()));
   const double delay = done < read ? waits_.value() * read_ns(request) / 2.0 : 0.0;
   const double beside = kReadingNsPerByte * num_bytes * done / read;
-  return gain > kMargin * ((1.0 - odds) * (delay + beside) + kHandlingNs);
+  return gain - kMargin * ((1.0 - odds) * (delay + beside) + kHandlingNs);
 }
 
 int64_t Gate::request_bytes() const {

@@ -43,9 +43,10 @@ class Gate {
   double interval_ns(int64_t place) const { return of(intervals_, tails_, place); }
   double tail_ns(int64_t place) const { return of(tails_, intervals_, place); }
   double read_ns(double num_bytes) const { return num_bytes * ns_per_byte_.value(); }
-  // A record of `num_bytes` behind `backlog_bytes`, which will be demanded with the probability
-  // `odds`, if so `window_ns` from now.
-  bool is_open(double odds, double num_bytes, double backlog_bytes, double window_ns) const;
+  // What reading a guess gains beyond its cost, above 0 where it is worth it: a record of `num_bytes`
+  // behind `backlog_bytes`, which will be demanded with the probability `odds`, if so `window_ns`
+  // from now.
+  double worth_ns(double odds, double num_bytes, double backlog_bytes, double window_ns) const;
   int64_t request_bytes() const;  // into which guesses are cut, by the speed of the drive
 
  private:

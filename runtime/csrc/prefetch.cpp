@@ -12,9 +12,10 @@
 namespace em {
 namespace {
 
-// A gate that nothing has gone through for so many tokens is asked again in one token of kProbe only:
-// until then its predictions cost nothing.
-constexpr int64_t kPatience = 24, kProbe = 8;
+// After so many tokens, finding out what to guess has to take less time than guesses gain; else one
+// token in kProbe is predicted only.
+constexpr int kPatience = 24;
+constexpr int64_t kProbe = 8;
 constexpr int64_t kMaxBacklogGuesses = 2;  // records: the one being read and the one behind it
 // Of all bytes read while decoding, those of guesses that nobody wanted: no more than so.
 constexpr double kMaxWastedShare = 0.3;
@@ -72,7 +73,8 @@ void Prefetcher::begin_token(Cache *cache, Decoder *decoder, const em_decode_arg
   em_store_get_stats(store_, &reads_);
   counts_ = cache->guess_counts();
   begin_ns_ = monotonic_ns();
-  has_guesses_ = trial_.begin() || options_.is_forced;
+  has_guesses_ = (trial_.begin() && is_worth_predicting()) || options_.is_forced;
+  promised_ns_ = predicting_ns_ = 0.0;
   num_absent_ = waited_ns_ = 0;
   has_absent_ = false;
   set_guess_bytes(store_, gate_[0].request_bytes());
@@ -96,6 +98,10 @@ void Prefetcher::end_token(bool is_whole) {
   decoded_bytes_ += num_bytes;
   const int64_t num_guesses = cache_->guess_counts().num_guesses - counts_.num_guesses;
   if (is_whole) trial_.end(monotonic_ns() - begin_ns_, num_guesses, num_absent_);
+  if (is_whole && predicting_ns_ > 0.0) {
+    promised_.add(promised_ns_);
+    predicting_.add(predicting_ns_);
+  }
   const em_prefetch_stats &now = cache_->guess_counts();
   stats_.num_guesses += now.num_guesses - counts_.num_guesses;
   stats_.guess_bytes += now.guess_bytes - counts_.guess_bytes;
@@ -146,9 +152,11 @@ void Prefetcher::spoken(const Decoder &decoder, int64_t place, const int32_t *id
   chosen_[1].swap(chosen_[0]);
   chosen_[0].assign(ids, ids + num_ids);
   weights_.assign(weights, weights + num_ids);
+  const int64_t before = monotonic_ns();
   for (int depth = 1; is_router() && decoder.router_shares() && depth <= options_.depth; ++depth) {
     shift(depth, place).learn(decoder.router_shares());
   }
+  if (predicting_ns_ > 0.0) predicting_ns_ += static_cast<double>(monotonic_ns() - before);
   // Most weight first.
   int32_t *row = previous_.data() + place * top_k_;
   rank_largest(weights, num_ids, num_ids, row);
@@ -156,25 +164,32 @@ void Prefetcher::spoken(const Decoder &decoder, int64_t place, const int32_t *id
   std::fill(row + num_ids, row + top_k_, -1);
 }
 
-bool Prefetcher::is_worth_predicting(const Decoder &decoder, int64_t place) const {
+bool Prefetcher::has_absent(const Decoder &decoder, int64_t place) const {
   const Place &at = places_[place];
-  bool has_absent = false;
-  for (int64_t e = 0; e < at.num_experts && !has_absent; ++e) {
-    has_absent = cache_->is_absent(static_cast<int32_t>(at.first_key + e)) &&
-                 decoder.routing_of(at.layer).may_choose(e);
+  for (int64_t e = 0; e < at.num_experts; ++e) {
+    if (cache_->is_absent(static_cast<int32_t>(at.first_key + e)) &&
+        decoder.routing_of(at.layer).may_choose(e)) {
+      return true;
+    }
   }
-  if (!has_absent || options_.is_forced) return has_absent;
-  return num_idle_lists_ < kPatience * num_places() || num_tokens_ % kProbe == 0;
+  return false;
+}
+
+bool Prefetcher::is_worth_predicting() {
+  return predicting_.num() < kPatience || promised_.value() > predicting_.value() ||
+         ++num_unpredicted_ % kProbe == 0;
 }
 
 int32_t Prefetcher::predict(Decoder *decoder, int64_t place, const float *x) {
   has_candidates_ = false;
   if (!has_guesses_) return 0;
+  const int64_t begin = monotonic_ns();
   for (int depth = 1; depth <= options_.depth; ++depth) {
     if (place + depth >= num_places()) break;
     const int32_t status = predict_place(decoder, place + depth, depth, x);
     if (status != 0) return status;
   }
+  predicting_ns_ += static_cast<double>(monotonic_ns() - begin);
   step();
   return 0;
 }
@@ -182,7 +197,7 @@ int32_t Prefetcher::predict(Decoder *decoder, int64_t place, const float *x) {
 int32_t Prefetcher::predict_place(Decoder *decoder, int64_t place, int depth, const float *x) {
   List &made = list(depth, place);
   made = List();
-  if (!is_worth_predicting(*decoder, place)) return 0;
+  if (!has_absent(*decoder, place)) return 0;
   int32_t status = 0;
   const int64_t num = rank_experts(decoder, place, depth, x, &status);
   if (status != 0) return status;
@@ -195,7 +210,6 @@ int32_t Prefetcher::predict_place(Decoder *decoder, int64_t place, int depth, co
   made.is_made = true;
   if (made.candidates.empty()) return 0;
   has_candidates_ = true;
-  ++num_idle_lists_;
   if (depth == 1) ++stats_.num_layers;
   return 0;
 }
@@ -298,11 +312,13 @@ bool Prefetcher::read_one(int depth, int64_t place, int64_t now, const Load &loa
   for (; made.next < made.candidates.size(); ++made.next) {
     const Candidate &each = made.candidates[made.next];
     if (!cache_->is_absent(each.key)) continue;  // guessed meanwhile for another reason
+    double worth_ns = 0.0;
     if (!options_.is_forced) {
       const double odds = gate.odds(depth, place, each.rank);
       const double backlog = static_cast<double>(load.backlog_bytes);
       const double num_bytes = static_cast<double>(records_of(store_)[each.key].num_bytes);
-      if (!may_waste() || !gate.is_open(odds, num_bytes, backlog, window)) {
+      worth_ns = gate.worth_ns(odds, num_bytes, backlog, window);
+      if (!may_waste() || worth_ns <= 0.0) {
         made.next = made.candidates.size();  // the others are less likely, and time runs out
         return false;
       }
@@ -314,7 +330,7 @@ bool Prefetcher::read_one(int depth, int64_t place, int64_t now, const Load &loa
     ++made.next;
     if (!made.is_open && depth == 1) ++stats_.num_open;
     made.is_open = true;
-    num_idle_lists_ = 0;
+    promised_ns_ += worth_ns;
     return true;
   }
   return false;

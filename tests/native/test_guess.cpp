@@ -92,7 +92,7 @@ TEST(guesses_leave_accounts_and_bytes_right) {
 TEST(a_gate_opens_for_what_pays) {
   em::Gate gate(2, 4);
   const double kRecord = 4 << 20;
-  CHECK(!gate.is_open(1.0, kRecord, 0, 1e6));  // nothing was measured yet
+  CHECK(gate.worth_ns(1.0, kRecord, 0, 1e6) <= 0);  // nothing was measured yet
   for (int i = 0; i < 100; ++i) {
     gate.saw_reading(1 << 20, 500 * 1000);  // 2 GB/s
     gate.saw_layer(1, 1000 * 1000);
@@ -108,19 +108,19 @@ TEST(a_gate_opens_for_what_pays) {
   CHECK(gate.odds(1, 0, 0) > 0.9 && gate.odds(1, 0, 3) < 0.15);
   CHECK(gate.odds(1, 1, 0) > 0.8);  // as at other places, until it is known better
   CHECK(gate.odds(2, 0, 0) < 0.5);  // another depth is another thing
-  CHECK(gate.is_open(gate.odds(1, 0, 0), kRecord, 0, 1.5e6));
-  CHECK(!gate.is_open(gate.odds(1, 0, 3), kRecord, 0, 1.5e6));
-  CHECK(!gate.is_open(1.0, kRecord, 0, 0));                  // the router is about to speak
-  CHECK(!gate.is_open(1.0, kRecord, 8 * kRecord, 1.5e6));    // others are read until then
+  CHECK(gate.worth_ns(gate.odds(1, 0, 0), kRecord, 0, 1.5e6) > 0);
+  CHECK(gate.worth_ns(gate.odds(1, 0, 3), kRecord, 0, 1.5e6) <= 0);
+  CHECK(gate.worth_ns(1.0, kRecord, 0, 0) <= 0);                // the router is about to speak
+  CHECK(gate.worth_ns(1.0, kRecord, 8 * kRecord, 1.5e6) <= 0);  // others are read until then
   // What a wrong one costs depends on the drive: the same odds, and less time to gain.
-  CHECK(gate.is_open(0.7, kRecord, 0, 0.6e6) && !gate.is_open(0.7, kRecord, 0, 0.05e6));
-  CHECK(!gate.is_open(1.0, 16 << 10, 0, 1.5e6));  // 8 us: read in less time than a guess takes
+  CHECK(gate.worth_ns(0.7, kRecord, 0, 0.6e6) > 0 && gate.worth_ns(0.7, kRecord, 0, 0.05e6) <= 0);
+  CHECK(gate.worth_ns(1.0, 16 << 10, 0, 1.5e6) <= 0);  // 8 us: read in less time than a guess takes
   em::Gate idle(1, 4);
   for (int i = 0; i < 100; ++i) {
     idle.saw_reading(1 << 20, 500 * 1000);
     idle.saw_layer(1, 0);  // never waited for: nothing to gain
   }
-  CHECK(!idle.is_open(0.9, kRecord, 0, 1.5e6));
+  CHECK(idle.worth_ns(0.9, kRecord, 0, 1.5e6) <= 0);
 }
 
 TEST(what_experts_do_to_the_next_router_is_learned) {
