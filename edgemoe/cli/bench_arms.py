@@ -9,7 +9,7 @@ from typing import Any
 from ..runtime.amounts import format_bytes
 from ..runtime.errors import BudgetError, UsageError
 from ..runtime.index import EXPERTS_FILE, TRUNK_FILE, StoreIndex, load_index
-from .bench_figures import beside_control, bounds, mean_limits, reader_cost, speeds
+from .bench_figures import beside_control, bounds, joined_limits, reader_cost, speeds
 from .bench_limits import machine, measure_limits, touched_bytes
 from .bench_memory import PeakMemory
 from .bench_prompts import make_prompts, prompt_length
@@ -191,7 +191,7 @@ def _measure_between_limits(
     before = measure_limits(index, args.io, threads, args.throttle)
     result = _measure_one(path, arm, prompt, context, args)
     after = measure_limits(index, args.io, threads, args.throttle)
-    return result | {"limits": mean_limits(before, after), "limits_around": [before, after]}
+    return result | {"limits": joined_limits(before, after), "limits_around": [before, after]}
 
 
 def _measure_one(

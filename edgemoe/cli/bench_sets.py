@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..runtime.errors import UsageError
 from ..runtime.index import EXPERTS_FILE, TRUNK_FILE
-from .bench_figures import mean_limits
+from .bench_figures import joined_limits
 from .bench_limits import machine, measure_limits, touched_bytes
 from .render import note
 from .sets_arms import Arm, make_arms
@@ -172,7 +172,7 @@ def _measure_rounds(
             rows[arm.name]["rounds"].append(run_arm(arm, budget, tokens, num_prompt, args))
         without_reads = _controls(arms, tokens, num_prompt, args)
         limits.append(limits_now())
-        around = mean_limits(limits[-2], limits[-1])
+        around = joined_limits(limits[-2], limits[-1])
         for arm in arms:
             active = arm.routing.active_experts if arm.routing is not None else None
             touched = touched_bytes(arm.index, num_prompt + num_tokens // 2, args.kv_bits, active)
