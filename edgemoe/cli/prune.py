@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 
 METHODS = ("reap", "frequency", "soft-count", *prune_merge.METHODS)
 EPILOG = """A set is a small file, STORE/sets/NAME.json; no weight changes. The methods uncurl,
-msmoe, mc-smoe and diversify merge experts instead, into a store of their own. The plan is printed first.
+msmoe, mc-smoe and diversify merge experts instead, into a store of their own.
+The plan is printed first.
 What a set costs on your text: edgemoe eval STORE STORE --set NAME --set-mode hard --text FILE
 
   edgemoe prune NAME.edgemoe --profile code --keep 50% --name code
