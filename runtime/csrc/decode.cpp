@@ -193,8 +193,9 @@ int32_t Decoder::run_experts(const em_block &layer, Cache &cache, em_decode_args
   for (int64_t k = 0; k < num; ++k) data_[k] = cache.data(keys_[k]);
   const em_record *const records = records_of(cache.store());
   int64_t floats = layer.expert_width;
-  for (int64_t k = 0; k < num; ++k)
+  for (int64_t k = 0; k < num; ++k) {
     floats = std::max(floats, row_floats(records[keys_[k]], layer.expert_width));
+  }
   float *workspace =
       workspace_.floats(em_moe_workspace_floats(1, num_routes(args), hidden, floats));
   if (workspace == nullptr) return -ENOMEM;

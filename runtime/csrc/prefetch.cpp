@@ -12,10 +12,6 @@
 namespace em {
 namespace {
 
-// After so many tokens, finding out what to guess has to take less time than guesses gain; else one
-// token in kProbe is predicted only.
-constexpr int kPatience = 24;
-constexpr int64_t kProbe = 8;
 constexpr int64_t kMaxBacklogGuesses = 2;  // records: the one being read and the one behind it
 // Of all bytes read while decoding, those of guesses that nobody wanted: no more than so.
 constexpr double kMaxWastedShare = 0.3;
@@ -73,7 +69,7 @@ void Prefetcher::begin_token(Cache *cache, Decoder *decoder, const em_decode_arg
   em_store_get_stats(store_, &reads_);
   counts_ = cache->guess_counts();
   begin_ns_ = monotonic_ns();
-  has_guesses_ = (trial_.begin() && is_worth_predicting()) || options_.is_forced;
+  has_guesses_ = (trial_.begin() && payoff_.next_token()) || options_.is_forced;
   promised_ns_ = predicting_ns_ = 0.0;
   num_absent_ = waited_ns_ = 0;
   has_absent_ = false;
@@ -98,10 +94,7 @@ void Prefetcher::end_token(bool is_whole) {
   decoded_bytes_ += num_bytes;
   const int64_t num_guesses = cache_->guess_counts().num_guesses - counts_.num_guesses;
   if (is_whole) trial_.end(monotonic_ns() - begin_ns_, num_guesses, num_absent_);
-  if (is_whole && predicting_ns_ > 0.0) {
-    promised_.add(promised_ns_);
-    predicting_.add(predicting_ns_);
-  }
+  if (is_whole && predicting_ns_ > 0.0) payoff_.add(promised_ns_, predicting_ns_);
   const em_prefetch_stats &now = cache_->guess_counts();
   stats_.num_guesses += now.num_guesses - counts_.num_guesses;
   stats_.guess_bytes += now.guess_bytes - counts_.guess_bytes;
@@ -173,11 +166,6 @@ bool Prefetcher::has_absent(const Decoder &decoder, int64_t place) const {
     }
   }
   return false;
-}
-
-bool Prefetcher::is_worth_predicting() {
-  return predicting_.num() < kPatience || promised_.value() > predicting_.value() ||
-         ++num_unpredicted_ % kProbe == 0;
 }
 
 int32_t Prefetcher::predict(Decoder *decoder, int64_t place, const float *x) {

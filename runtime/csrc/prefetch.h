@@ -63,7 +63,6 @@ class Prefetcher {
   List &list(int depth, int64_t place) { return lists_[(depth - 1) * places_.size() + place]; }
   bool is_router() const { return options_.predictor == EM_PREDICT_ROUTER; }
   bool has_absent(const Decoder &decoder, int64_t place) const;
-  bool is_worth_predicting();
   int32_t predict_place(Decoder *decoder, int64_t place, int depth, const float *x);
   int64_t rank_experts(Decoder *decoder, int64_t place, int depth, const float *x, int32_t *status);
   void read_next();
@@ -93,14 +92,14 @@ class Prefetcher {
   int64_t waited_ns_ = 0;               // when its layer waited last; 0: it did not
   int64_t num_absent_ = 0;              // demanded in this token
   bool has_absent_ = false;             // in the layer that is running
-  int64_t num_tokens_ = 0, num_unpredicted_ = 0;
+  int64_t num_tokens_ = 0;
   double promised_ns_ = 0.0, predicting_ns_ = 0.0;  // of this token: what guesses gain, finding them
-  Mean promised_, predicting_;                      // of the tokens that were predicted
   int64_t busy_bytes_ = 0, busy_ns_ = 0;
   int64_t begin_ns_ = 0, decoded_bytes_ = 0;  // decoded: read while decoding, since creation
   em_store_stats reads_ = {};                 // when the token began, as counts_
   em_prefetch_stats counts_ = {};
   Trial trial_;
+  Payoff payoff_;
   bool has_guesses_ = false;  // this token may; its layers are predicted
   bool has_candidates_ = false, is_full_ = false;  // full: the cache has no room for a guess
   em_prefetch_stats stats_ = {};

@@ -65,4 +65,26 @@ class Trial {
   bool is_on_ = true, is_trial_ = false;
 };
 
+// Whether a token's layers are predicted: while guesses promise more than finding them takes, and else
+// one token in eight, to learn whether they do again.
+class Payoff {
+ public:
+  bool next_token() {
+    const bool is_paying = taken_.num() < kPatience || promised_.value() > taken_.value();
+    return is_paying || ++num_skipped_ % kProbe == 0;
+  }
+  // A predicted token: what the guesses that were read promised, and what predicting took, in ns.
+  void add(double promised_ns, double taken_ns) {
+    promised_.add(promised_ns);
+    taken_.add(taken_ns);
+  }
+
+ private:
+  static constexpr int kPatience = 24;  // tokens, until the gate has learned
+  static constexpr int64_t kProbe = 8;
+
+  Mean promised_, taken_;
+  int64_t num_skipped_ = 0;
+};
+
 }  // namespace em

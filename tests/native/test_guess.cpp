@@ -12,6 +12,7 @@
 #include "predict.h"
 #include "shift.h"
 #include "store_folder.h"
+#include "trial.h"
 
 namespace {
 
@@ -121,6 +122,23 @@ TEST(a_gate_opens_for_what_pays) {
     idle.saw_layer(1, 0);  // never waited for: nothing to gain
   }
   CHECK(idle.worth_ns(0.9, kRecord, 0, 1.5e6) <= 0);
+}
+
+TEST(guesses_that_promise_less_than_they_take_are_asked_for_now_and_then) {
+  em::Payoff payoff;
+  const auto predicted = [&payoff](int num_tokens, double promised_ns) {
+    int num = 0;
+    for (int token = 0; token < num_tokens; ++token) {
+      if (!payoff.next_token()) continue;
+      payoff.add(promised_ns, 10e3);
+      ++num;
+    }
+    return num;
+  };
+  CHECK(predicted(24, 1e3) == 24);  // until the gate has learned
+  CHECK(predicted(80, 1e3) == 10);
+  CHECK(predicted(800, 100e3) > 700);  // they have begun to pay: some probes, then every token
+  CHECK(predicted(80, 100e3) == 80);
 }
 
 TEST(what_experts_do_to_the_next_router_is_learned) {
