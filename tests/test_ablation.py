@@ -3,8 +3,10 @@
 import json
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import stores_small
 from test_replay import write_trace
@@ -12,6 +14,7 @@ from test_replay import write_trace
 from edgemoe.cli import main
 from edgemoe.cli.ablation_arms import ARMS, ORDER, bytes_per_token, capacity, num_tokens
 from edgemoe.cli.ablation_report import tables
+from edgemoe.cli.bench_ablation import PROCESS_BYTES
 from edgemoe.quant.bitplan import BitPlan
 from edgemoe.quant.convert import convert
 from edgemoe.quant.crop import crop_store
@@ -114,8 +117,14 @@ def test_a_trace_is_replayed_on_the_first_layers(
     write_trace(tmp_path / "t.trace", layers=3, experts=16, top_k=2)
     words = ("--ablation", "--work", tmp_path, "--rates", "550MB/s", "--json", "-r", 1)
     words += ("--seconds", 0.05, "--warm-up", 2, "--replay", tmp_path / "t.trace")
-    code, out = run(capsys, store, *words, "--replay-layers", 2, "--arms", "IO-EXP,IO-QEXP,+bits")
-    assert code == 0
+    some = ("--replay-layers", 2, "--arms", "IO-EXP,IO-QEXP,+bits")
+    code, out = run(capsys, store, *words, *some, "--prepare")
+    made = sorted(map(Path, out.split()))
+    assert code == 0 and made == sorted(tmp_path.glob("*.edgemoe"))
+    assert len(made) == 3 and not list(tmp_path.glob("*.cropped"))
+    times = [path.stat().st_mtime_ns for path in made]
+    code, out = run(capsys, store, *words, *some)
+    assert code == 0 and times == [path.stat().st_mtime_ns for path in made]
     document = json.loads(out)
     assert document["layers"] == 2 and document["loss"] == {}
     read = [row["rates"][str(FAST)]["rounds"][0]["bytes_per_token"] for row in document["rows"]]
@@ -124,6 +133,19 @@ def test_a_trace_is_replayed_on_the_first_layers(
     assert "random weights" in tables(document)
     assert run(capsys, store, *words, "--arms", "IO-SLOW")[0] == 2
     assert run(capsys, store, "--ablation", "--work", tmp_path, "--replay-layers", 2)[0] == 2
+
+
+def test_arms_that_do_not_fit_into_memory_are_refused(
+    store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any
+) -> None:
+    write_trace(tmp_path / "t.trace", layers=3, experts=16, top_k=2)
+    words = ("--ablation", "--work", tmp_path, "--replay", tmp_path / "t.trace", "-r", 1)
+    assert run(capsys, store, *words, "--prepare")[0] == 0
+    free = psutil.virtual_memory()._replace(available=PROCESS_BYTES)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: free)
+    assert main(["bench", *map(str, (store, *words))]) == 3
+    error = capsys.readouterr().err
+    assert "IO-FREE does not fit into memory" in error and "--arms" in error
 
 
 def test_a_cropped_store_is_the_first_layers(store: Path, tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from ..runtime.index import StoreIndex
 
 RATES = (50_000_000, 550_000_000, 1_500_000_000)
-REFERENCE, OURS = "16", "mixed"  # stores that others are compared with, and ours
+REFERENCE, SHARED = "16", "4"  # stores: of the loss, and what --share is a share of
 MIN_TOKENS, MAX_TOKENS = 2, 64
 
 

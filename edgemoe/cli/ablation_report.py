@@ -5,7 +5,7 @@ from statistics import median
 from typing import Any
 
 from ..runtime.amounts import format_bytes, format_rate
-from .ablation_arms import BASELINE, BEST, ORDER, PAPER_GAIN
+from .ablation_arms import BASELINE, BEST, MAX_TOKENS, ORDER, PAPER_GAIN
 from .ablation_stores import ABOUT
 from .render import markdown as markdown_table
 from .render import table
@@ -23,7 +23,8 @@ def tables(document: dict[str, Any], markdown: bool = False) -> str:
         f"{document['model']}{layers}: {document['routing']}\n"
         f"{document['prompt_tokens']} prompt tokens, {document['warm_up_tokens']} to warm up what "
         f"keeps records, medians of {document['rounds']} rounds; {machine['cpu']}, "
-        f"{machine['num_cpus']} CPUs"
+        f"{machine['num_cpus']} CPUs; tokens: as many as take about {document['seconds']:g} s, one "
+        f"to {MAX_TOKENS}"
     ]
     for rate in document["rates"]:
         rows = [_speed(row, document, rate) for row in document["rows"]]

@@ -84,6 +84,7 @@ def _add_ablation(parser: argparse.ArgumentParser) -> None:
         help="the schemes of the EdgeMoE paper side by side instead of budgets: docs/ablation.md",
     )
     group.add_argument("--work", metavar="DIR", help="keep the derived stores here (reused)")
+    group.add_argument("--prepare", action="store_true", help="only make those stores")
     group.add_argument(
         "--rates", type=options.rates, metavar="LIST", help="default: 50MB/s,550MB/s,1500MB/s"
     )
@@ -101,7 +102,7 @@ def _add_ablation(parser: argparse.ArgumentParser) -> None:
         type=float,
         default=2.0,
         metavar="S",
-        help="to measure for, roughly (default: 2)",
+        help="so many tokens at each rate as take about this long (default: 2)",
     )
     group.add_argument(
         "--warm-up", type=int, default=32, metavar="N", help="tokens before those (default: 32)"
@@ -141,6 +142,14 @@ def run(args: argparse.Namespace) -> int:
         need_matplotlib(args.plot)
     if is_report and args.ablation:
         raise UsageError("--sets and --ablation are two reports", "", "one at a time")
+    if args.prepare and not args.ablation:
+        raise UsageError("--prepare goes with --ablation")
+    if args.prepare:
+        from .bench_ablation import prepare
+
+        for index in prepare(path, args).values():
+            print(index.path, flush=True)
+        return 0
     if is_report:
         from .bench_sets import measure
         from .sets_report import tables

@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..runtime.amounts import format_bytes, format_rate
-from ..runtime.errors import UsageError
+from ..runtime.errors import BudgetError, UsageError
 from ..runtime.index import EXPERTS_FILE, TRUNK_FILE, StoreIndex
 from .ablation_arms import (
     ARMS,
-    BASELINE,
     RATES,
     REFERENCE,
+    SHARED,
     Arm,
     bytes_per_token,
     capacity,
@@ -32,30 +32,22 @@ if TYPE_CHECKING:
     from ..engine import Engine
 
 SCHEMA = 1
+PROCESS_BYTES = 512 << 20  # what an arm holds besides its store, libraries included
 CHECKED_TOKENS = 8  # of the output hash
 TTFT_SECONDS = 4  # so many times --seconds may the slowest prompt take
 
 
 def measure(source: Path, args: argparse.Namespace) -> dict[str, Any]:
     """Run every arm in every round; returns the JSON document."""
-    from .ablation_mixed import mixed_store
-
-    if args.replay_layers and not args.replay:
-        raise UsageError("--replay-layers goes with --replay", "", "name the trace")
-    folder = work_folder(args, source)
-    given = None if args.mixed is None else Path(args.mixed)
-    stores = derive(source, folder, args.replay_layers, mixed_store(args), given)
-    work = Workload(stores["mixed"], args)
-    arms = [arm for arm in ARMS if not args.arms or arm.name in args.arms]
-    if unknown := set(args.arms or ()) - {arm.name for arm in ARMS}:
-        raise UsageError(
-            f"no arm is called `{sorted(unknown)[0]}`",
-            f"known are {', '.join(arm.name for arm in ARMS)}",
-        )
-    share_bytes = int(args.share * stores["4"].expert_bytes)
+    arms = _arms(args)
+    stores = prepare(source, args)
+    work = Workload(stores[arms[0].store], args)
+    _check_memory(arms, stores)
+    share_bytes = int(args.share * stores[SHARED].expert_bytes)
     rates = args.rates or list(RATES)
     rows = [_row(arm, stores[arm.store], work, share_bytes, rates, args) for arm in arms]
-    work.cut_prompt(_affordable_prompt(stores, work, rates, args.seconds))
+    work.cut_prompt(_affordable_prompt(arms, stores, work, rates, args.seconds))
+    note(f"about {_expected_minutes(arms, rows, stores, work, args.repeats)} minutes of reading")
     for turn in range(args.repeats):
         for arm, row in zip(arms, rows, strict=True):
             note(f"round {turn + 1} of {args.repeats}: {arm.name}")
@@ -77,6 +69,56 @@ def measure(source: Path, args: argparse.Namespace) -> dict[str, Any]:
         "loss": work.losses(stores, REFERENCE),
         "rows": rows,
     }
+
+
+def prepare(source: Path, args: argparse.Namespace) -> dict[str, StoreIndex]:
+    """The stores that the arms need, by kind: made where they are not there yet."""
+    from .ablation_mixed import mixed_store
+
+    if args.replay_layers and not args.replay:
+        raise UsageError("--replay-layers goes with --replay", "", "name the trace")
+    kinds = {arm.store for arm in _arms(args)} | {SHARED}
+    if args.replay is None:
+        kinds.add(REFERENCE)  # of the loss
+    given = None if args.mixed is None else Path(args.mixed)
+    folder = work_folder(args, source)
+    return derive(source, folder, args.replay_layers, mixed_store(args), given, kinds)
+
+
+def _arms(args: argparse.Namespace) -> list[Arm]:
+    if unknown := set(args.arms or ()) - {arm.name for arm in ARMS}:
+        raise UsageError(
+            f"no arm is called `{sorted(unknown)[0]}`",
+            f"known are {', '.join(arm.name for arm in ARMS)}",
+        )
+    return [arm for arm in ARMS if not args.arms or arm.name in args.arms]
+
+
+def _check_memory(arms: list[Arm], stores: dict[str, StoreIndex]) -> None:
+    """BudgetError where an arm that keeps all experts would not find the memory."""
+    import psutil
+
+    free = psutil.virtual_memory().available
+    for arm in arms:
+        needed = _describe(stores[arm.store])["stored_bytes"] + PROCESS_BYTES
+        if arm.is_resident and needed > free:
+            raise BudgetError(
+                f"{arm.name} does not fit into memory",
+                f"it keeps all experts: {format_bytes(needed)}, {format_bytes(free)} are free",
+                "leave it out with --arms, or take fewer layers with --replay-layers",
+            )
+
+
+def _expected_minutes(
+    arms: list[Arm], rows: list[Any], stores: dict[str, StoreIndex], work: Workload, rounds: int
+) -> int:
+    """At least so long does it take, by the bytes alone: prompts once, then tokens."""
+    seconds = 0.0
+    for arm, row in zip(arms, rows, strict=True):
+        per_token = bytes_per_token(arm, stores[arm.store], work.top_k)
+        for rate, cell in row["rates"].items():
+            seconds += per_token / int(rate) * (work.prompt_tokens + rounds * cell["tokens"])
+    return max(1, round(seconds / 60))
 
 
 def _row(
@@ -102,12 +144,15 @@ def _row(
 
 
 def _affordable_prompt(
-    stores: dict[str, StoreIndex], work: Workload, rates: list[int], seconds: float
+    arms: list[Arm],
+    stores: dict[str, StoreIndex],
+    work: Workload,
+    rates: list[int],
+    seconds: float,
 ) -> int:
     """Prompt tokens that the slowest arm can read the experts of in some seconds, one at least."""
-    index = stores["16"]
-    (slowest,) = (arm for arm in ARMS if arm.name == BASELINE)
-    per_token = bytes_per_token(slowest, index, work.top_k)
+    index = stores[max((arm.store for arm in arms), key=lambda kind: stores[kind].expert_bytes)]
+    per_token = work.top_k * len(index.layer_to_num_experts) * index.max_record_bytes
     if index.expert_bytes <= min(rates) * seconds * TTFT_SECONDS:
         return work.prompt_tokens
     return max(1, int(TTFT_SECONDS * seconds * min(rates) / per_token))
