@@ -94,6 +94,12 @@ def test_arms_on_one_store_compute_the_same(document: dict) -> None:
     text = tables(document, markdown=True)
     assert "NOT IDENTICAL" not in text and all(f"| {arm.name} " in text for arm in ARMS)
     assert document["loss"]["16"]["rise_percent"] == 0
+    seconds = dict(zip(ORDER, (4, 3, 2, 1), strict=True))
+    for row in document["rows"]:
+        row["rates"][str(SLOW)]["rounds"][0]["tpot_s"] = seconds.get(row["arm"], 9)
+    assert f"{' > '.join(ORDER)}: yes; +cache (ours) is 2.00 times" in tables(document)
+    document["rows"][0]["rates"][str(SLOW)]["rounds"][0]["tpot_s"] = 2
+    assert ": NO, +cache (ours) is not slower than IO-FREE;" in tables(document)
 
 
 def test_hits_and_memory_are_those_of_the_scheme(document: dict) -> None:

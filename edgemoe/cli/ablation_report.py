@@ -1,6 +1,7 @@
 """The printing half of `bench --ablation`: a table for each rate, gains, and what the order is."""
 
 from collections.abc import Callable
+from itertools import pairwise
 from statistics import median
 from typing import Any
 
@@ -48,24 +49,25 @@ def gain(document: dict[str, Any], arm: str, rate: int) -> float | None:
     return base / own if base and own else None
 
 
-def in_order(document: dict[str, Any], rate: int) -> bool | None:
-    """Whether the arms are as slow, one after the other, as the paper says; None where one of them
-    was left out."""
-    times = [tpot(document, arm, rate) for arm in ORDER]
-    if any(time is None for time in times):
+def out_of_order(document: dict[str, Any], rate: int) -> list[str] | None:
+    """The arms that are not as slow as the paper has them, each beside the one it should be slower
+    than; None where one of them was left out."""
+    times = [time for arm in ORDER if (time := tpot(document, arm, rate)) is not None]
+    if len(times) < len(ORDER):
         return None
-    return all(slow > fast for slow, fast in zip(times, times[1:], strict=False))  # type: ignore[operator]
+    neighbours = zip(pairwise(ORDER), pairwise(times), strict=True)
+    return [f"{a} is not slower than {b}" for (a, b), (own, next_) in neighbours if own <= next_]
 
 
 def conclusions(document: dict[str, Any]) -> list[str]:
     """What the table shows, rate by rate."""
     lines = []
     for rate in document["rates"]:
-        order, total = in_order(document, rate), gain(document, BEST, rate)
-        if order is not None and total is not None:
-            chain = " > ".join(ORDER)
+        wrong, total = out_of_order(document, rate), gain(document, BEST, rate)
+        if wrong is not None and total is not None:
+            chain, verdict = " > ".join(ORDER), "NO, " + ", ".join(wrong) if wrong else "yes"
             lines.append(
-                f"{format_rate(rate)}: {chain}: {'yes' if order else 'NO'}; {BEST} is {total:.2f} "
+                f"{format_rate(rate)}: {chain}: {verdict}; {BEST} is {total:.2f} "
                 f"times as fast as {BASELINE} (the paper: {PAPER_GAIN})"
             )
     if different := _different(document):

@@ -116,8 +116,9 @@ def _expected_minutes(
     seconds = 0.0
     for arm, row in zip(arms, rows, strict=True):
         per_token = bytes_per_token(arm, stores[arm.store], work.top_k)
+        prompts = 1 if arm.streams else work.prompt_tokens
         for rate, cell in row["rates"].items():
-            seconds += per_token / int(rate) * (work.prompt_tokens + rounds * cell["tokens"])
+            seconds += per_token / int(rate) * (prompts + rounds * cell["tokens"])
     return max(1, round(seconds / 60))
 
 
