@@ -16,6 +16,7 @@ from ..runtime.trace import DECODE, Trace
 from .prune import Kept, Scores
 from .prune_replay import pick_share_in_memory
 
+_MAX_TOKENS, _MAX_LAYERS = 1024, 12 * 1024  # to replay: tokens, and layers of them together
 SAFE_PER_TOP_K = 8  # experts per active one that quality was seen to need (Mesh-LLM/mesh-llm#1236)
 
 
@@ -130,6 +131,11 @@ def _layers(numbers: Sequence[int]) -> str:
     if len(numbers) > 6:
         return f"{len(numbers)} layers"
     return ("layer " if len(numbers) == 1 else "layers ") + ", ".join(map(str, numbers))
+
+
+def tokens_to_replay(num_layers: int) -> int:
+    """Of a text: as many as take some seconds."""
+    return max(1, min(_MAX_TOKENS, _MAX_LAYERS // num_layers))
 
 
 def replayed_rows(

@@ -13,12 +13,11 @@ from .calibrate import Collector, Text
 from .masked import Masked
 from .passes import groups
 from .progress import Progress, Silent
+from .prune_plan import tokens_to_replay
 from .windows import cut
 
 if TYPE_CHECKING:
     from ..engine import Engine
-
-REPLAY_TOKENS = 1024
 
 
 def profile_of_text(
@@ -41,9 +40,9 @@ def profile_of_text(
 def routes_of_text(
     engine: "Engine", texts: Sequence[Text], expert_set: ExpertSet
 ) -> tuple[NDArray[np.int16], NDArray[np.int16]]:
-    """Routes [T, places, K] of the beginnings of the texts, REPLAY_TOKENS at most together: by the
-    full model, and with `expert_set` as a hard set."""
-    count = REPLAY_TOKENS // len(texts)
+    """Routes [T, places, K] of the beginnings of the texts, so many tokens as are replayed in some
+    seconds: by the full model, and with `expert_set` as a hard set."""
+    count = max(1, tokens_to_replay(len(engine.args.moe_layers)) // len(texts))
     windows = [window.ids for text in texts for window in cut(text.ids[:count], engine.context)]
     full, hard = Masked(engine, None), Masked(engine, ActiveSet(expert_set, "hard", 0.0))
     return full.routes(windows), hard.routes(windows)

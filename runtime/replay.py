@@ -159,28 +159,38 @@ class _Pool:
                 if num_bytes <= 0:
                     return
             return
-        keys = self._is_resident.nonzero()[0]
-        scores = policy.scores(place)[keys]
-        if self.guard is None:
-            most = -(-num_bytes // self._smallest)
-            if most < len(keys):
-                lowest = scores <= np.partition(scores, most - 1)[most - 1]
-                keys, scores = keys[lowest], scores[lowest]
-        keys = keys[np.lexsort((policy.last_use[keys], scores))]
-        order = keys.tolist()
+        keys, scores = self._is_resident.nonzero()[0], policy.scores(place)
+        most = -(-num_bytes // self._smallest)
+        order = _lowest(keys, scores, policy.last_use, most)
+        outside: list[int] | None = None  # of the guard's shadow, which evicting leaves as it is
         while num_bytes > 0 and order:
-            number = 0
+            key = order[0]
             if self.guard is not None and not self.guard.is_free:
-                number = next(
-                    (i for i, key in enumerate(order) if not self.guard.in_shadow[key]), 0
-                )
-            num_bytes -= self._drop(order.pop(number), policy)
+                if outside is None:
+                    keys = keys[~self.guard.in_shadow[keys] & self._is_resident[keys]]
+                    outside = _lowest(keys, scores, policy.last_use, most)
+                key = outside[0] if outside else key
+            for each in (order, outside or ()):
+                if key in each:
+                    each.remove(key)
+            num_bytes -= self._drop(key, policy)
 
     def _drop(self, key: int, policy: object) -> int:
         self._is_resident[key] = False
         self.free += int(self._sizes[key])
         (self.guard or policy).remove(key)
         return int(self._sizes[key])
+
+
+def _lowest(
+    keys: NDArray[np.int64], scores: NDArray[np.float64], last_use: NDArray[np.int64], most: int
+) -> list[int]:
+    """The `most` of `keys` to evict first: by score, then by last use; `scores` are of all keys."""
+    own = scores[keys]
+    if most < len(keys):
+        is_low = own <= np.partition(own, most - 1)[most - 1]
+        keys, own = keys[is_low], own[is_low]
+    return keys[np.lexsort((last_use[keys], own))][:most].tolist()
 
 
 def _belady(demand: Demand, capacity: int) -> Outcome:

@@ -216,12 +216,14 @@ def _rows(
     routes: "np.ndarray | None",
 ) -> "tuple[list[BudgetRow], str]":
     from ..quant.merge_plan import counted_merge_rows, merged_index, replayed_merge_rows
+    from ..quant.prune_plan import tokens_to_replay
 
     merged = merged_index(index, merge, factoring)
     sizes = prune_task.cache_sizes(args, index, profile)
     if routes is None:
         rows = counted_merge_rows(profile, merge, index, merged, sizes)
         return rows, "the most picked experts staying in it"
+    routes = routes[: tokens_to_replay(routes.shape[1])]
     rows = replayed_merge_rows(routes, merge, index, merged, sizes)
     return rows, f"by replay of {len(routes)} tokens of the text"
 
