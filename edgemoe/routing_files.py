@@ -16,7 +16,7 @@ from .models.args import ModelArgs
 from .models.fingerprint import checkpoint_fingerprint
 from .runtime.errors import FormatError, NotFoundError, UsageError
 from .runtime.files import read_trunk_tensor
-from .runtime.format import read_header
+from .runtime.headers import read_header
 from .runtime.index import StoreIndex
 from .runtime.packing import NUMPY_DTYPES, to_fp32
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from ..models import load_module, parse_config
 from ..models.names import trunk_shapes
 from ..runtime.errors import CheckpointError, EdgeMoeError, FormatError, NotFoundError, UsageError
-from ..runtime.format import TensorEntry, read_header
+from ..runtime.headers import TensorEntry, read_header
 from .sources import AGAIN, READABLE, Source, refuse_not_finite
 
 if TYPE_CHECKING:

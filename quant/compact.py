@@ -14,7 +14,8 @@ from ..active_set import owner_of
 from ..models import load_module, store_args
 from ..models.names import spellings
 from ..runtime.errors import FormatError, UsageError
-from ..runtime.format import PAGE_BYTES, TensorEntry, encode_header, read_header, record_name
+from ..runtime.format import PAGE_BYTES, record_name
+from ..runtime.headers import TensorEntry, encode_header, read_header
 from ..runtime.index import (
     EXPERTS_FILE,
     STORE_FILE,

@@ -13,7 +13,8 @@ from typing import BinaryIO
 from ..models import load_module, parse_config
 from ..models.names import trunk_shapes
 from ..runtime.errors import UsageError
-from ..runtime.format import PAGE_BYTES, encode_header, read_header, record_name
+from ..runtime.format import PAGE_BYTES, record_name
+from ..runtime.headers import encode_header, read_header
 from ..runtime.index import EXPERTS_FILE, TRUNK_FILE, load_index, save_index
 from ..runtime.store import file_sha256
 from .journal import need_room

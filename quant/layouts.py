@@ -4,7 +4,8 @@ from dataclasses import dataclass
 from math import prod
 
 from ..runtime.errors import UsageError
-from ..runtime.format import DTYPE_BYTES, GROUP_SIZES, TILE_ROWS, QuantSpec, RecordLayout
+from ..runtime.format import GROUP_SIZES, TILE_ROWS, QuantSpec, RecordLayout
+from ..runtime.headers import DTYPE_BYTES
 from .options import DEFAULT_GROUP_SIZE, ConvertOptions, ExpertSpec
 from .sources import Source
 from .store_source import StoreSource, WeightSource

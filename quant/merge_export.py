@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..runtime.errors import UsageError
-from ..runtime.format import DTYPE_BYTES, encode_header
+from ..runtime.headers import DTYPE_BYTES, encode_header
 from .checkpoint import SINGLE_FILE, Checkpoint
 from .journal import need_room
 from .merge import Merge

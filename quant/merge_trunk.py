@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from ..runtime.errors import FormatError
-from ..runtime.format import PAGE_BYTES, encode_header, read_header
+from ..runtime.format import PAGE_BYTES
+from ..runtime.headers import encode_header, read_header
 from ..runtime.index import TRUNK_FILE
 from .merge import LayerMerge, Merge
 from .merge_bodies import merged_rows

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 
 from ..runtime.errors import UsageError
-from ..runtime.format import PAGE_BYTES, encode_header, record_name
+from ..runtime.format import PAGE_BYTES, record_name
+from ..runtime.headers import encode_header
 from ..runtime.index import (
     EXPERTS_FILE,
     TRUNK_FILE,

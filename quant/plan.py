@@ -9,13 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from ..runtime.errors import UsageError
-from ..runtime.format import (
-    MAX_HEADER_BYTES,
-    PAGE_BYTES,
-    RecordLayout,
-    encode_header,
-    record_name,
-)
+from ..runtime.format import PAGE_BYTES, RecordLayout, record_name
+from ..runtime.headers import MAX_HEADER_BYTES, encode_header
 from .bitplan import BitPlan, uniform
 from .layouts import TrunkItem, expert_keys, expert_layouts, trunk_items
 from .options import DEFAULT_GROUP_SIZE, ConvertOptions, ExpertSpec

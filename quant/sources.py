@@ -5,7 +5,7 @@ from math import prod
 from typing import TYPE_CHECKING
 
 from ..runtime.errors import CheckpointError
-from ..runtime.format import DTYPE_BYTES
+from ..runtime.headers import DTYPE_BYTES
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -14,7 +14,7 @@ import torch
 from ..models.fingerprint import checkpoint_fingerprint
 from ..runtime.amounts import format_bytes
 from ..runtime.errors import BudgetError, UsageError
-from ..runtime.format import read_header
+from ..runtime.headers import read_header
 from ..runtime.index import TRUNK_FILE, StoreIndex, load_index
 from ..runtime.stand_ins import STAND_INS_FILE, encode_stand_ins
 from .calibrated import Calibration, calibrated_records

@@ -11,7 +11,8 @@ import numpy as np
 from ..models import load_module, parse_config
 from ..runtime.checksum import crc32c
 from ..runtime.errors import EdgeMoeError, RecordError, UsageError
-from ..runtime.format import RecordLayout, TensorEntry, read_header
+from ..runtime.format import RecordLayout
+from ..runtime.headers import TensorEntry, read_header
 from ..runtime.index import EXPERTS_FILE, STORE_FILE, TRUNK_FILE, ExpertRecord, load_index
 from .checkpoint import Checkpoint
 from .sources import Source

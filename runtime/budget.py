@@ -13,7 +13,8 @@ from . import core
 from .amounts import MIB, format_bytes, parse_bytes
 from .errors import BudgetError
 from .footprint import usual_runtime_bytes
-from .format import PAGE_BYTES, TILE_ROWS, TensorEntry, read_header, round_up
+from .format import PAGE_BYTES, TILE_ROWS, round_up
+from .headers import TensorEntry, read_header
 from .index import TRUNK_FILE, StoreIndex
 from .process import MemoryLimit, ProcessMemory, memory_limit, process_memory
 

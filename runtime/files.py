@@ -10,7 +10,7 @@ from typing import BinaryIO
 import numpy as np
 
 from .errors import FormatError
-from .format import TensorEntry
+from .headers import TensorEntry
 from .memory import Pile, aligned_memory
 
 _BLOCK_BYTES = 8 << 20  # buffered reads drop their pages after so many bytes

@@ -13,15 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from .errors import FormatError, NotFoundError, UsageError
-from .format import (
-    FORMAT_VERSION,
-    PAGE_BYTES,
-    Factors,
-    QuantSpec,
-    RecordLayout,
-    read_header,
-    record_name,
-)
+from .format import FORMAT_VERSION, PAGE_BYTES, Factors, QuantSpec, RecordLayout, record_name
+from .headers import read_header
 
 STORE_FILE = "store.json"
 EXPERTS_FILE = "experts.safetensors"

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .errors import FormatError, NotFoundError, UsageError
-from .format import encode_header
+from .headers import encode_header
 from .outputs import replacing
 from .profile_sums import STATES, TENSORS, LayerSums
 from .transitions import PlaceTables, StateCounts, count_pairs, following_choices, path_keys

@@ -18,7 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .errors import FormatError, NotFoundError, UsageError
-from .format import PAGE_BYTES, QuantSpec, RecordLayout, encode_header, read_header, record_name
+from .format import PAGE_BYTES, QuantSpec, RecordLayout, record_name
+from .headers import encode_header, read_header
 from .index import ExpertRecord, StoreIndex
 
 STAND_INS_FILE = "stand-ins.safetensors"

@@ -9,7 +9,7 @@ import numpy as np
 
 from .errors import EdgeMoeError, FormatError, NotFoundError, RecordError
 from .files import advise, read_some, read_trunk_tensor
-from .format import TensorEntry, read_header
+from .headers import TensorEntry, read_header
 from .index import EXPERTS_FILE, TRUNK_FILE, ExpertRecord, StoreIndex, load_index
 from .io import DEFAULT_DEPTH, READY, Arena, RecordReader, failure_text
 from .memory import Pile

@@ -9,7 +9,8 @@ import numpy as np
 
 from edgemoe.runtime import kernels
 from edgemoe.runtime.checksum import crc32c
-from edgemoe.runtime.format import PAGE_BYTES, QuantSpec, RecordLayout, encode_header, record_name
+from edgemoe.runtime.format import PAGE_BYTES, QuantSpec, RecordLayout, record_name
+from edgemoe.runtime.headers import encode_header
 from edgemoe.runtime.index import (
     EXPERTS_FILE,
     TRUNK_FILE,

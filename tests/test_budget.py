@@ -181,7 +181,7 @@ def test_a_large_trunk_tensor_needs_room_while_it_is_read(tmp_path):
     """Its 16-bit copy is repacked: for a moment it is there twice."""
     index = make_store(tmp_path / "wide.edgemoe")
     small = make_plan(index, DIMS, limit=PLENTY)
-    from edgemoe.runtime.format import encode_header
+    from edgemoe.runtime.headers import encode_header
     from edgemoe.runtime.index import TRUNK_FILE
 
     shape = (1 << 20, HIDDEN)

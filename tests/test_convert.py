@@ -24,7 +24,8 @@ from edgemoe.quant.quantize import dequantize, quantize
 from edgemoe.runtime import kernels
 from edgemoe.runtime.amounts import parse_bytes
 from edgemoe.runtime.errors import BudgetError, NotFoundError, UsageError
-from edgemoe.runtime.format import PAGE_BYTES, QuantSpec, read_header
+from edgemoe.runtime.format import PAGE_BYTES, QuantSpec
+from edgemoe.runtime.headers import read_header
 from edgemoe.runtime.index import EXPERTS_FILE, TRUNK_FILE, StoreIndex, load_index
 
 

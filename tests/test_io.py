@@ -19,15 +19,8 @@ from edgemoe.runtime import io as record_io
 from edgemoe.runtime.checksum import crc32c
 from edgemoe.runtime.errors import EdgeMoeError, FormatError, NotFoundError, UsageError
 from edgemoe.runtime.files import open_raw
-from edgemoe.runtime.format import (
-    PAGE_BYTES,
-    QuantSpec,
-    RecordLayout,
-    TensorEntry,
-    encode_header,
-    read_header,
-    record_name,
-)
+from edgemoe.runtime.format import PAGE_BYTES, QuantSpec, RecordLayout, record_name
+from edgemoe.runtime.headers import TensorEntry, encode_header, read_header
 from edgemoe.runtime.index import ExpertRecord
 
 BACKENDS = ["reference"] + (["native"] if core.lib else [])

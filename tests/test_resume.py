@@ -16,7 +16,7 @@ from edgemoe.quant.convert import convert
 from edgemoe.quant.journal import JOURNAL_FILE, OutputFile, partial_path
 from edgemoe.quant.options import ConvertOptions
 from edgemoe.runtime.errors import FormatError, NotFoundError, RecordError, UsageError
-from edgemoe.runtime.format import encode_header
+from edgemoe.runtime.headers import encode_header
 from edgemoe.runtime.index import EXPERTS_FILE, load_index
 
 ROOT = Path(__file__).resolve().parent.parent

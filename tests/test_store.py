@@ -13,7 +13,8 @@ from stores import damage_record, make_store
 from edgemoe.runtime import core, kernels
 from edgemoe.runtime import store as store_module
 from edgemoe.runtime.errors import EdgeMoeError, FormatError, NotFoundError, RecordError
-from edgemoe.runtime.format import QuantSpec, encode_header, record_name
+from edgemoe.runtime.format import QuantSpec, record_name
+from edgemoe.runtime.headers import encode_header
 from edgemoe.runtime.index import (
     EXPERTS_FILE,
     STORE_FILE,

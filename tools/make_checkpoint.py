@@ -33,7 +33,7 @@ from torch import Tensor
 from edgemoe.models import load_module
 from edgemoe.models.names import spellings
 from edgemoe.quant.journal import OutputFile
-from edgemoe.runtime.format import encode_header
+from edgemoe.runtime.headers import encode_header
 
 
 class Shards:

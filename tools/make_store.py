@@ -44,7 +44,8 @@ from edgemoe.quant.pack import Record, pack_expert
 from edgemoe.quant.plan import make_plan
 from edgemoe.quant.progress import Progress, Silent
 from edgemoe.quant.sources import Source
-from edgemoe.runtime.format import RecordLayout, encode_header
+from edgemoe.runtime.format import RecordLayout
+from edgemoe.runtime.headers import encode_header
 from edgemoe.runtime.index import EXPERTS_FILE, save_index
 from edgemoe.runtime.trace import Trace
 

@@ -201,7 +201,7 @@ def touched_bytes(index: Any, num_tokens: int, kv_bits: int, top_k: int | None =
     """
     from ..models import parse_config
     from ..runtime.budget import kv_head_bytes
-    from ..runtime.format import read_header
+    from ..runtime.headers import read_header
     from ..runtime.index import TRUNK_FILE
 
     model = parse_config(index.config)

@@ -8,7 +8,8 @@ from typing import Any
 
 from ..runtime.amounts import format_bytes, format_count
 from ..runtime.errors import EdgeMoeError
-from ..runtime.format import DTYPE_BYTES, QuantSpec, TensorEntry, read_header
+from ..runtime.format import QuantSpec
+from ..runtime.headers import DTYPE_BYTES, TensorEntry, read_header
 from ..runtime.index import STORE_FILE, TRUNK_FILE, ExpertRecord, StoreIndex, load_index
 from . import options
 from .render import open_output, table

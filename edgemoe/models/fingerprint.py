@@ -7,7 +7,7 @@ ids (of a profile, a trace, a pruned set) mean something for one set of routers 
 import hashlib
 
 from ..runtime.errors import FormatError
-from ..runtime.format import read_header
+from ..runtime.headers import read_header
 from ..runtime.index import TRUNK_FILE, StoreIndex
 from . import load_module
 from .names import spellings
