@@ -18,7 +18,7 @@ import side_by_side  # noqa: E402
 import watch_memory  # noqa: E402
 from random_checkpoint.shapes import SHAPES  # noqa: E402
 
-from edgemoe.runtime.format import encode_header  # noqa: E402
+from edgemoe.runtime.headers import encode_header  # noqa: E402
 
 
 def written(root: Path) -> dict[str, str]:
