@@ -55,12 +55,16 @@ int32_t Victims::oldest(int64_t block, double score, double nearness, bool is_fr
   return found;
 }
 
-int32_t Victims::next(int64_t running) {
+void Victims::measure() {
   for (int64_t block = 0; block < blocks_.num(); ++block) {
     if (!blocks_.has_changed(block)) continue;
     blocks_.clear(block);
     measure(block);
   }
+}
+
+int32_t Victims::next(int64_t running) {
+  measure();
   const bool is_free = policy_.guard() == nullptr || policy_.guard()->is_free();
   const int32_t found = lowest(running, is_free);
   return found < 0 && !is_free ? lowest(running, true) : found;
@@ -143,6 +147,7 @@ em_cache_stats Cache::stats() const {
 }
 
 void Cache::begin_layer(int64_t place, int64_t num_tokens, int64_t n, const int32_t *wanted) {
+  learn();
   if (place <= place_) step_ += num_tokens;
   place_ = place;
   num_tokens_ = num_tokens;
@@ -156,6 +161,7 @@ void Cache::begin_layer(int64_t place, int64_t num_tokens, int64_t n, const int3
 
 int32_t Cache::hint(int64_t n, const int32_t *keys, const double *counts,
                     em_cache_demand *demand) {
+  learn();
   if (!unsettled_.empty()) settle(false);
   ++hint_number_;
   absent_.clear();
@@ -179,7 +185,11 @@ int32_t Cache::hint(int64_t n, const int32_t *keys, const double *counts,
     const int32_t status = read(n, keys);
     if (status <= 0) return status;
   }
-  policy_->touch(keys, n, counts, step_, num_tokens_);
+  lesson_.assign(keys, keys + n);
+  if (counts != nullptr || n == 0) {
+    lesson_.clear();
+    policy_->touch(keys, n, counts, step_, num_tokens_);
+  }
   found.num_misses = static_cast<int64_t>(absent_.size());
   found.num_hits = n - found.num_misses - found.num_guessed;
   for (const int32_t key : absent_) found.num_bytes += slots_.num_bytes_of(key);
@@ -190,6 +200,12 @@ int32_t Cache::hint(int64_t n, const int32_t *keys, const double *counts,
   stats.num_bytes += found.num_bytes;
   if (demand != nullptr) *demand = found;
   return 1;
+}
+
+void Cache::learn() {
+  if (lesson_.empty()) return;
+  policy_->touch(lesson_.data(), static_cast<int64_t>(lesson_.size()), nullptr, step_, num_tokens_);
+  lesson_.clear();
 }
 
 bool Cache::fits(int64_t n, const int32_t *keys) const {
@@ -298,6 +314,7 @@ void Cache::release(int64_t n, const int32_t *keys) {
 }
 
 int64_t Cache::preload(int64_t n, const int32_t *keys, int32_t *placed) {
+  learn();
   std::vector<int32_t> found;
   for (int64_t i = 0; i < n; ++i) {
     if (is_absent(keys[i]) && slots_.place(keys[i])) found.push_back(keys[i]);
@@ -331,6 +348,7 @@ void Cache::settle(bool wait) {
     } else if (status == EM_READY) {
       unblock(key);
     } else {
+      learn();
       drop(key);
       policy_->remove(key);
     }
@@ -340,6 +358,7 @@ void Cache::settle(bool wait) {
 
 bool Cache::resize(int64_t capacity_bytes) {
   if (pinned_bytes_ > 0) return false;
+  learn();
   drop_all_guesses();
   settle(true);
   unblock_wanted();

@@ -25,6 +25,7 @@ class Victims {
   // The key with the lowest score of those not blocked while place `running` runs, or -1. Those that
   // the policy's guard keeps only where there is no other.
   int32_t next(int64_t running);
+  void measure();  // what has changed, before `next` does
 
  private:
   void measure(int64_t block);
@@ -60,20 +61,25 @@ class Cache {
   em_place_stats *place_stats() { return place_stats_.data(); }
   em_cache_stats stats() const;
 
-  // Counts the time of its scope in one of the sums, but for handing reads to the store.
+  // Counts the time of its scope in one of the sums, but for what is counted elsewhere: handing reads
+  // to the store, and decisions between guesses.
   class Counted {
    public:
     Counted(const Counted &) = delete;
-    ~Counted() { sum_ += monotonic_ns() - start_ - (cache_.submit_ns_ - submit_ns_); }
+    ~Counted() { sum_ += monotonic_ns() - start_ - (others_ns() - others_ns_); }
 
    protected:
     Counted(Cache &cache, int64_t &sum)
-        : cache_(cache), sum_(sum), start_(monotonic_ns()), submit_ns_(cache.submit_ns_) {}
+        : cache_(cache), sum_(sum), start_(monotonic_ns()), others_ns_(others_ns()) {}
 
    private:
+    int64_t others_ns() const {
+      return cache_.submit_ns_ + (&sum_ == &cache_.decide_ns_ ? 0 : cache_.decide_ns_);
+    }
+
     Cache &cache_;
     int64_t &sum_;
-    const int64_t start_, submit_ns_;
+    const int64_t start_, others_ns_;
   };
   struct Deciding : Counted {
     explicit Deciding(Cache &cache) : Counted(cache, cache.decide_ns_) {}
@@ -81,6 +87,16 @@ class Cache {
   struct Guessing : Counted {
     explicit Guessing(Cache &cache) : Counted(cache, cache.guess_ns_) {}
   };
+  // What the policy learns from a demand by one token changes nothing before the next decision: it
+  // is left to whoever computes or waits meanwhile, and done at the latest by then.
+  bool has_lesson() const { return !lesson_.empty(); }
+  void learn();
+  void learn_ahead() {  // and what the next decision will look for
+    learn();
+    victims_.measure();
+  }
+  int64_t decide_ns() const { return decide_ns_; }
+  void count_deciding(int64_t ns) { decide_ns_ += ns; }
   // Which place the following hints belong to, and how many tokens go through it. wanted [n]: all
   // records that it will need, in the order of use, where they come in more than one hint: those
   // resident are kept for their turn as long as there is other room.
@@ -109,6 +125,7 @@ class Cache {
   };
   // Let the policy start as if each key had been wanted so often just now.
   void seed(int64_t n, const int32_t *keys, const double *counts) {
+    learn();
     policy_->seed(keys, n, counts, step_);
   }
   // Start reading those absent that fit without an eviction, in this order; counts neither as
@@ -190,6 +207,7 @@ class Cache {
   em_prefetch_stats guess_counts_ = {};
   std::vector<int32_t> wanted_;     // resident, needed later in this layer; first needed first
   std::vector<int32_t> absent_;     // of this hint
+  std::vector<int32_t> lesson_;     // the demand that the policy was not told of yet
   std::vector<void *> dst_;
   int64_t place_ = 0, step_ = 0, num_tokens_ = 1;
   int64_t evictions_ = 0, submit_ns_ = 0, decide_ns_ = 0, guess_ns_ = 0, native_ns_ = 0;

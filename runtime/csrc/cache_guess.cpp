@@ -18,6 +18,10 @@ constexpr int kMaxVictims = 4;  // that one guess may cost, where records differ
 
 bool Cache::guess(int32_t key) {
   if (!is_absent(key)) return false;
+  if (has_lesson()) {
+    const Deciding deciding(*this);
+    learn();
+  }
   if (!unsettled_.empty()) settle(false);
   for (int turn = 0; !slots_.place(key); ++turn) {
     const int32_t victim = turn < kMaxVictims ? victims_.next(place_) : -1;

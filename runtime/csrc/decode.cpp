@@ -215,9 +215,10 @@ int32_t Decoder::run_experts(const em_block &layer, Cache &cache, em_decode_args
   run.workspace = workspace;
   run.failed = -1;
   const int64_t start = monotonic_ns();
-  const int32_t status = run_moe(pool_, cache.store(), nullptr, &run, between_);
+  const int64_t decide_ns = cache.decide_ns();
+  const int32_t status = run_moe(pool_, cache.store(), nullptr, &run, between_, &cache);
   em_place_stats &stats = cache.stats_of(place);
-  stats.compute_ns += monotonic_ns() - start - run.stall_ns;
+  stats.compute_ns += monotonic_ns() - start - run.stall_ns - (cache.decide_ns() - decide_ns);
   stats.stall_ns += run.stall_ns;
   if (status != 0 && run.failed >= 0) args.failed_key = keys_[run.failed];
   return status;

@@ -3,6 +3,7 @@
 #include <cstddef>
 #include <vector>
 
+#include "cache.h"
 #include "edgemoe_core.h"
 #include "experts.h"
 #include "moe.h"
@@ -19,8 +20,8 @@ constexpr int64_t kItemsBetween = 16;  // tens of microseconds
 class Layer {
  public:
   Layer(em_pool *pool, em_store *store, const em_record *records, em_moe_args *args,
-        Prefetcher *between)
-      : pool_(pool), store_(store), records_(records), a_(*args), between_(between) {}
+        Prefetcher *between, Cache *cache)
+      : pool_(pool), store_(store), records_(records), a_(*args), between_(between), cache_(cache) {}
 
   int32_t run();
   void drain() const;  // waits for every read of the list
@@ -37,7 +38,9 @@ class Layer {
   bool find_rows(Segment *segment) const;
   void gather_inputs(const Experts &experts);
   std::size_t place_of(int64_t item) const;
-  void compute(const Experts &experts);
+  int32_t compute(const Experts &experts);
+  int32_t learn_beside() const;
+  bool learn_waiting();
   void wait();
 
   em_pool *pool_;
@@ -45,6 +48,7 @@ class Layer {
   const em_record *records_;
   em_moe_args &a_;
   Prefetcher *between_;
+  Cache *cache_;
   int64_t num_rows_ = 0;
   std::vector<Part> parts_;           // ascending expert, ascending pair
   std::vector<std::size_t> round_;    // positions in parts_: what is computed next
@@ -148,13 +152,29 @@ void Layer::gather_inputs(const Experts &experts) {
   });
 }
 
-void Layer::compute(const Experts &experts) {
+// While the other threads compute: it takes a share of their time from the token.
+int32_t Layer::learn_beside() const {
+  const int64_t start = monotonic_ns();
+  int32_t status = 0;
+  try {
+    cache_->learn();
+  } catch (...) {  // the others go on with the loop, which must end first
+    status = -ENOMEM;
+  }
+  cache_->count_deciding((monotonic_ns() - start) / num_threads(pool_));
+  return status;
+}
+
+int32_t Layer::compute(const Experts &experts) {
   gather_inputs(experts);
   begin_.assign(1, 0);
   for (const std::size_t i : round_) {
     begin_.push_back(begin_.back() + experts.num_items(parts_[i].segment, parts_[i].phase));
   }
+  const bool may_learn = cache_ != nullptr && keys_.empty();  // else there will be time to wait
+  int32_t status = 0;
   parallel_for(pool_, begin_.back(), [&](int64_t item, int thread) {
+    if (thread == 0 && may_learn && cache_->has_lesson()) status = learn_beside();
     if (thread == 0 && store_ != nullptr) {  // so that queued reads are started
       pump(store_);
       if (between_ != nullptr && item % kItemsBetween == 0) between_->step();
@@ -168,9 +188,30 @@ void Layer::compute(const Experts &experts) {
     if (part.phase == Phase::kDown) part.segment.row = -1;
     part.phase = experts.following(part.segment, part.phase);
   }
+  return status;
+}
+
+// Whether a record has come on meanwhile: then it may have been there to compute, and learning
+// counts as deciding; else as waiting.
+bool Layer::learn_waiting() {
+  const int64_t start = monotonic_ns();
+  cache_->learn_ahead();
+  pump(store_);
+  bool has_come = false;
+  for (std::size_t i = 0; i < keys_.size(); ++i) {
+    has_come = has_come || arrival_of(store_, keys_[i]) != seen_[i];
+  }
+  const int64_t took_ns = monotonic_ns() - start;
+  if (has_come) {
+    cache_->count_deciding(took_ns);
+  } else {
+    a_.stall_ns += took_ns;
+  }
+  return has_come;
 }
 
 void Layer::wait() {
+  if (cache_ != nullptr && cache_->has_lesson() && learn_waiting()) return;
   if (between_ != nullptr) between_->step();
   const int64_t start = monotonic_ns();
   wait_any(store_, keys_.data(), seen_.data(), static_cast<int64_t>(keys_.size()));
@@ -193,7 +234,8 @@ int32_t Layer::run() {
       wait();
       continue;
     }
-    compute(experts);
+    const int32_t status = compute(experts);
+    if (status != 0) return status;
     for (const std::size_t i : round_) num_done += parts_[i].phase == Phase::kDone;
   }
   experts.combine();
@@ -220,13 +262,13 @@ int64_t em_moe_workspace_floats(int64_t num_tokens, int64_t num_pairs, int64_t h
 
 int32_t em_moe_run(em_pool *pool, em_store *store, const em_record *records, em_moe_args *args) {
   const em::Pinned pinned(store == nullptr ? -1 : em::caller_core(pool));
-  return em::run_moe(pool, store, records, args, nullptr);
+  return em::run_moe(pool, store, records, args, nullptr, nullptr);
 }
 
 int32_t em::run_moe(em_pool *pool, em_store *store, const em_record *records, em_moe_args *args,
-                    Prefetcher *between) {
+                    Prefetcher *between, Cache *cache) {
   if (store != nullptr) records = em::records_of(store);
-  em::Layer layer(pool, store, records, args, between);
+  em::Layer layer(pool, store, records, args, between, cache);
   int32_t status;
   try {
     status = layer.run();

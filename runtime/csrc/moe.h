@@ -4,11 +4,13 @@
 
 namespace em {
 
+class Cache;
 class Prefetcher;
 
-// em_moe_run in a thread that is pinned already; `between` (may be null) has its turn now and then, in
-// the caller's thread.
+// em_moe_run in a thread that is pinned already. In the caller's thread `between` has its turn now
+// and then, and `cache` learns from the layer's demand: while nothing can be computed, else beside
+// the first computing that no read delays. Both may be null.
 int32_t run_moe(em_pool *pool, em_store *store, const em_record *records, em_moe_args *args,
-                Prefetcher *between);
+                Prefetcher *between, Cache *cache);
 
 }  // namespace em
