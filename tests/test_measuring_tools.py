@@ -14,6 +14,7 @@ sys.path[:0] = [str(TOOLS), str(TOOLS / "peers")]
 
 import make_gguf  # noqa: E402
 import measure  # noqa: E402
+import prefetch_grid  # noqa: E402
 import side_by_side  # noqa: E402
 import watch_memory  # noqa: E402
 from random_checkpoint.shapes import SHAPES  # noqa: E402
@@ -239,3 +240,37 @@ def test_limited_rows_are_skipped_aloud(
     words = ["--store", "s", "--gguf", "g", "--limits", "50%"]
     assert side_by_side.main(words) == 1
     assert "skipped: every limited row" in capsys.readouterr().err
+
+
+def test_a_ratio_is_told_from_noise_that_both_arms_share() -> None:
+    rng = np.random.default_rng(0)
+    off = rng.uniform(1, 3, 400) * (1 + np.sin(np.arange(400) / 30))  # tokens and machine
+    noise = rng.normal(0, 0.02, 400) * off
+    hiccups = np.where(np.arange(400) % 50 == 0, 20, 0)
+    middle, low, high = prefetch_grid.ratio(0.97 * off + noise + hiccups, off)
+    assert low < 0.97 < high and abs(middle - 0.97) < 0.01 and high < 1
+    middle, low, high = prefetch_grid.ratio(off + noise, off)
+    assert low < 1 < high and high - low < 0.02
+
+
+def cell(on: tuple[float, float, float], perfect: tuple[float, float, float]) -> dict:
+    return {
+        "on": list(on),
+        "oracle": list(perfect),
+        "identical": True,
+        "arms": {"off": {"idle_share": 0.5}},
+    }
+
+
+def test_the_table_tells_what_can_be_gained_and_what_is() -> None:
+    none, gain, loss = (0.99, 0.98, 1.01), (0.9, 0.89, 0.91), (1.05, 1.02, 1.08)
+    found = {"10@0": cell(gain, (0.8, 0.79, 0.81)), "20@0": cell(none, none)}
+    found["10@50000000"] = cell(loss, gain)
+    document = {"budgets": [10, 20], "rates": [50_000_000, 0], "workloads": {"demo": found}}
+    text = prefetch_grid.tables(document)
+    assert "| demo | 50 MB/s | guesses | 1.05 (slower) |  |" in text
+    assert "|  | as it is | guesses | **0.90** | 0.99 |" in text and "| 50 % | 50 % |" in text
+    assert "Of 3 cells 1 lose by more than noise and 1 gain" in text
+    assert "0.975 on average, perfect ones 0.850, 0.17 of that gain" in text
+    found["10@50000000"]["again"] = cell(none, gain)
+    assert "0 lose" in prefetch_grid.verdict(document)

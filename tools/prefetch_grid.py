@@ -1,4 +1,4 @@
-"""Does prefetching ever lose? Pairs of runs, with and without, over budgets, drives and routings.
+"""Does prefetching ever lose, and does it gain where it can? Over budgets, drives and routings.
 
     python tools/prefetch_grid.py --work DIR --out grid.json \
         --trace qwen3-30b-a3b.npz --trace gpt-oss-120b.npz
@@ -11,13 +11,17 @@ the guesses are the recorded experts of the next layers, the heaviest first, eac
 another one with a probability that grows with the rank and is 1 - `--recall` on average (routers
 looking one layer ahead: .58 to .92 in the literature, .96 for the heaviest).
 
-A pair is the same tokens twice, with guesses and without, in the order ABBA; each run begins with
-an expert cache filled in the same way and some tokens at full speed; runs of 64
-tokens, or two seconds, go before, for the gate to settle. Told for each cell: the median
-over the pairs of time with over time without, its 99 % bootstrap interval, a sign test, and how
-long the drive was busy without guesses. A cell loses when its interval lies above 1; it is then
-measured again, and loses when that interval does, too. `--control` compares without to without.
-Cells that are in --out already are not measured again.
+Three engines, each with an expert cache, a drive and a context of its own, are fed the same tokens
+in turn, in all orders: without guesses (`off`), with them (`on`), and with perfect ones (`oracle`:
+what the next layer will demand, through the same gate). So one token is a pair, what wrong guesses
+do to the cache stays with those who guess, and a machine that slows down slows all. Each arm has a
+third of its tokens on each engine, since where an engine's memory lies makes it 1-5 % faster.
+Tokens at full speed without guesses, then some for the gate to settle, go before. Told for each
+cell: time with guesses over time without, the most extreme tokens left out at both ends (`TRIM`),
+its 99 % interval (bootstrap over runs of tokens), the same for the oracle, and the share of time
+for which the drive was idle without guesses. A cell loses when its interval lies above 1; it is
+then measured again, and loses when that interval does, too. `--control` compares `off` to `off`.
+Cells that are in --out already are not measured again; `--show` prints the tables of --out.
 """
 
 import argparse
@@ -25,10 +29,11 @@ import hashlib
 import json
 import sys
 import time
+from array import array
 from collections.abc import Iterator
 from contextlib import redirect_stdout
 from dataclasses import dataclass
-from math import comb
+from itertools import permutations
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -49,8 +54,14 @@ from edgemoe.runtime.trace import Trace
 
 BUDGETS = tuple(range(10, 100, 10))  # percent
 RATES = (50_000_000, 550_000_000, 1_500_000_000, 0)  # 0: as fast as the drive is
-MIN_TOKENS, MAX_TOKENS = 3, 24
-SETTLING_TOKENS, SETTLING_S = 64, 2.0  # of a new gate before it is measured: whichever is less
+ARMS = ("off", "on", "oracle")
+MIN_TOKENS = 12  # that are measured
+CONTEXT = 256
+SETTLING_TOKENS, SETTLING = 64, 0.2  # of a new gate, or this share of a cell: whichever is less
+RETURNING = (8, 0.1)  # tokens, or seconds, after a change of lanes
+NUM_PASSES = 4  # over a trace, with other experts in the places of the recorded ones
+TRIM = 0.05  # of the pairs, at each end
+MAX_RUNS, RUN_TOKENS = 60, 5  # that are drawn
 NUM_RESAMPLES, TAIL = 2000, 0.005
 
 
@@ -91,7 +102,7 @@ def traced(
             make_store(config, store, ConvertOptions(), pool=8)
     index = load_index(store)
     recorded = fit(path, index, num_layers)
-    routes = recorded.prompt + recorded.decoded
+    routes = passes(recorded.prompt + recorded.decoded, list(index.layer_to_num_experts.values()))
     order = np.argsort(-routes.weights, axis=2, kind="stable")
     heaviest_first = np.take_along_axis(routes.ids, order, 2)
     num_ranks = heaviest_first.shape[2]
@@ -103,15 +114,24 @@ def traced(
     return Workload(path.stem, store, tokens, routes, guesses)
 
 
-class Bench:
-    """One engine on a workload; every run begins alike."""
+def passes(routes: Routing, num_experts: list[int]) -> Routing:
+    """NUM_PASSES times these routes, each time with the experts' numbers shifted, so that no policy
+    knows them from the time before."""
+    ids, weights = [], []
+    for number in range(NUM_PASSES):
+        shift = number * np.array(num_experts)[None, :, None] // NUM_PASSES
+        moved = (routes.ids + shift) % np.array(num_experts)[None, :, None]
+        order = np.argsort(moved, axis=2)
+        ids.append(np.take_along_axis(moved, order, 2).astype(np.int32))
+        weights.append(np.take_along_axis(routes.weights, order, 2))
+    return Routing(np.concatenate(ids), np.concatenate(weights))
 
-    def __init__(self, workload: Workload, share: float, num_warm_up: int) -> None:
-        index = load_index(workload.store)
-        self.workload, self.num_warm_up = workload, num_warm_up
-        self.expert_bytes = index.expert_bytes
-        context = num_warm_up + MAX_TOKENS
-        most = int(share * self.expert_bytes)
+
+class Lane:
+    """An engine of its own on a workload: trunk, expert cache, drive and context."""
+
+    def __init__(self, workload: Workload, most: int, context: int) -> None:
+        self.workload, self.context = workload, context
         self.engine = Engine.from_pretrained(
             workload.store,
             context=context,
@@ -120,120 +140,190 @@ class Bench:
             warm_start="off",
         )
         self.most = self.engine.cache.capacity_bytes
-        places = len(self.engine.args.moe_layers)
-        self.predictor = AUTO if workload.guesses is None else GIVEN
-        self.none, self.prefetch = Prefetcher("none", places), Prefetcher(self.predictor, places)
+        self.none = Prefetcher("none", len(self.engine.args.moe_layers))
         self.kv_cache = KVCache.for_model(self.engine.args, context, self.engine.config.kv_bits)
 
-    def renew(self) -> None:
-        """A gate that has seen nothing yet."""
-        self.engine.use_prefetch(self.none)
-        self.prefetch.close()
-        self.prefetch = Prefetcher(self.predictor, len(self.engine.args.moe_layers))
-
-    def run(self, first: int, count: int, rate: int, capacity: int, guess: bool) -> dict[str, Any]:
-        """Tokens `first` .. after a warm-up with those before them."""
-        engine, cache = self.engine, self.engine.cache
+    def begin(self, capacity: int, warm_up: range) -> None:
+        """An expert cache with the same records; tokens at full speed without guesses."""
+        engine = self.engine
         engine.use_prefetch(self.none)
         engine.reader.throttle(0)
-        cache.trim(0)
-        cache.trim(capacity)
-        cache.preload()
-        self.kv_cache.trim(0)
-        for at in range(first - self.num_warm_up, first):
-            self._feed(at)
-        engine.use_prefetch(self.prefetch if guess else self.none)
-        engine.reader.throttle(rate)
-        engine.take_step_stats()
-        before, digest = engine.reader.stats(), hashlib.sha256()
-        begin = time.perf_counter()
-        for at in range(first, first + count):
-            digest.update(self._feed(at))
-        seconds = time.perf_counter() - begin
-        step, after = engine.take_step_stats(), engine.reader.stats()
-        return {
-            "tpot_s": seconds / count,
-            "bytes_per_token": (after["num_bytes"] - before["num_bytes"]) / count,
-            "hit_rate": step.hits / max(1, step.hits + step.misses + step.guessed),
-            "in_time_rate": step.guessed / max(1, step.hits + step.misses + step.guessed),
-            "stall_share": step.stall_s / seconds,
-            "busy_share": (after["throttle_busy_s"] - before["throttle_busy_s"]) / seconds,
-            "hash": digest.hexdigest()[:16],
-        }
+        engine.cache.trim(0)
+        engine.cache.trim(capacity)
+        engine.cache.preload()
+        for at in warm_up:
+            self.feed(at)
 
-    def _feed(self, at: int) -> Any:
+    def feed(self, at: int, guesses: np.ndarray | None = None) -> Any:
+        """Logits of one token; its routes are given where the workload has some."""
         work, options = self.workload, {}
         if work.routes is not None:
             options["forced"] = (work.routes.ids[at], work.routes.weights[at])
-            options["guesses"] = work.guesses[at]
+        if guesses is not None:
+            options["guesses"] = guesses[at]
+        if at % self.context == 0:  # routes then depend on the token alone
+            self.kv_cache.trim(0)
         return self.engine.forward([work.tokens[at]], self.kv_cache, **options)
 
+
+class Arm:
+    """Tokens of one way to guess, in one lane after the other, and what they took."""
+
+    def __init__(self, name: str, lane: Lane, guesses: np.ndarray | None) -> None:
+        self.name, self.guesses = name, guesses
+        predictor = "none" if name == "off" else AUTO if guesses is None else GIVEN
+        self.prefetch = Prefetcher(predictor, len(lane.engine.args.moe_layers))
+        self.digest, self.seconds = hashlib.sha256(), array("d")
+        self.busy_s = self.stall_s = 0.0
+        self.num_bytes = self.num_hits = self.num_guessed = self.num_demanded = 0
+
+    def enter(self, lane: Lane, rate: int) -> None:
+        self.lane = lane
+        lane.engine.use_prefetch(self.prefetch)
+        lane.engine.reader.throttle(rate)
+
+    def feed(self, at: int, is_measured: bool) -> None:
+        engine = self.lane.engine
+        engine.take_step_stats()
+        before = engine.reader.stats()
+        begin = time.perf_counter()
+        logits = self.lane.feed(at, self.guesses)
+        seconds = time.perf_counter() - begin
+        step, after = engine.take_step_stats(), engine.reader.stats()
+        self.digest.update(logits)
+        if not is_measured:
+            return
+        self.seconds.append(seconds)
+        self.num_bytes += after["num_bytes"] - before["num_bytes"]
+        self.busy_s += seconds - (after["idle_s"] - before["idle_s"])
+        self.stall_s += step.stall_s
+        self.num_hits += step.hits
+        self.num_guessed += step.guessed
+        self.num_demanded += step.hits + step.misses + step.guessed
+
+    def figures(self) -> dict[str, Any]:
+        count, total = len(self.seconds), sum(self.seconds)
+        guesses = self.prefetch.stats()
+        return {
+            "tpot_s": total / count,
+            "bytes_per_token": self.num_bytes / count,
+            "hit_rate": self.num_hits / self.num_demanded,
+            "guessed_rate": self.num_guessed / self.num_demanded,
+            "stall_share": self.stall_s / total,
+            "idle_share": 1 - self.busy_s / total,
+            "open_share": guesses.open_share,
+            "wasted_bytes": guesses.wasted_bytes,
+            "hash": self.digest.hexdigest()[:16],
+            "seconds": [round(each, 7) for each in self.seconds],
+        }
+
+
+class Bench:
+    """As many lanes as arms, on one workload."""
+
+    def __init__(self, workload: Workload, share: float) -> None:
+        self.workload = workload
+        self.expert_bytes = load_index(workload.store).expert_bytes
+        most = int(share * self.expert_bytes)
+        self.context = min(CONTEXT, len(workload.tokens))
+        self.lanes = [Lane(workload, most, self.context) for _ in ARMS]
+        self.oracle = workload.routes.ids if workload.routes else self._own_routes()
+
+    def _own_routes(self) -> np.ndarray:
+        """What the model's routers choose: int32 [T, places, K]."""
+        routes: list[list[np.ndarray]] = []
+        lane = self.lanes[0]
+        lane.engine.on_route = lambda layer, ids, weights: routes[-1].append(np.array(ids[0]))
+        for at in range(len(lane.workload.tokens)):
+            routes.append([])
+            lane.feed(at)
+        lane.engine.on_route = None
+        return np.array(routes, dtype=np.int32)
+
+    def arm(self, name: str) -> Arm:
+        guesses = {"off": None, "on": self.workload.guesses, "oracle": self.oracle}[name]
+        return Arm(name, self.lanes[0], guesses)
+
+    def run(
+        self, budget: int, rate: int, seconds: float, num_warm_up: int, is_control: bool
+    ) -> dict[str, Any]:
+        """One cell: tokens in all lanes for about so long, and what they say."""
+        capacity = min(int(self.expert_bytes * budget / 100), self.lanes[0].most)
+        length = len(self.workload.tokens)
+        arms = [self.arm("off" if is_control else name) for name in ARMS]
+        orders = list(permutations(arms))
+        at = number = num_measured = 0
+        begin = time.perf_counter()
+        for turn in range(len(arms)):
+            first_at = -(-at // self.context) * self.context
+            if first_at + num_warm_up + MIN_TOKENS > length:
+                first_at = 0
+            at = first_at + num_warm_up
+            for place, arm in enumerate(arms):
+                lane = self.lanes[(place + turn) % len(arms)]
+                lane.begin(capacity, range(first_at, at))
+                arm.enter(lane, rate)
+            start, first = time.perf_counter(), number
+            settling = (SETTLING_TOKENS, SETTLING * seconds) if turn == 0 else RETURNING
+            left = seconds * (turn + 1) / len(arms) - (start - begin)
+            is_measured = False
+            while True:
+                elapsed = time.perf_counter() - start
+                is_settled = number - first >= settling[0] or elapsed > settling[1]
+                is_measured = is_measured or is_settled
+                if elapsed > left and num_measured >= MIN_TOKENS * (turn + 1) // len(arms):
+                    break
+                for arm in orders[number % len(orders)]:
+                    arm.feed(at, is_measured)
+                num_measured += is_measured
+                number += 1
+                at = (at + 1) % length
+        found = {name: arm.figures() for name, arm in zip(ARMS, arms, strict=True)}
+        for arm in arms:
+            arm.lane.engine.use_prefetch(arm.lane.none)
+            arm.prefetch.close()
+        return {"arms": found, **figures(found)}
+
     def close(self) -> None:
-        self.engine.close()
+        for lane in self.lanes:
+            lane.engine.close()
 
 
-def measure(
-    bench: Bench, budget: int, rate: int, repeats: int, seconds: float, control: bool
-) -> dict[str, Any]:
-    """Pairs of one cell, and what they say."""
-    capacity = min(int(bench.expert_bytes * budget / 100), bench.most)
-    length = len(bench.workload.tokens)
-    probe = bench.run(bench.num_warm_up, MIN_TOKENS, rate, capacity, False)
-    count = max(MIN_TOKENS, min(MAX_TOKENS, int(seconds / probe["tpot_s"])))
-    last = length - count
-    places = np.linspace(bench.num_warm_up, last, repeats).astype(int)
-    pairs: list[dict[str, Any]] = []
-    bench.renew()
-    settling = min(SETTLING_TOKENS, SETTLING_S / probe["tpot_s"])
-    for first in places[: int(settling / count) + 1].tolist():
-        bench.run(first, count, rate, capacity, not control)
-    for turn, first in enumerate(places.tolist()):
-        runs: dict[bool, dict[str, Any]] = {}
-        for guess in (True, False) if turn % 2 == 0 else (False, True):
-            is_on = guess and not control
-            runs[guess] = bench.run(first, count, rate, capacity, is_on)
-        pairs.append({"on": runs[True], "off": runs[False]})
-    return {"tokens": count, "pairs": pairs, **figures(pairs)}
-
-
-def figures(pairs: list[dict[str, Any]]) -> dict[str, Any]:
-    """Medians over the pairs, the interval of the ratio, and the sign test."""
-    ratios = [pair["on"]["tpot_s"] / pair["off"]["tpot_s"] for pair in pairs]
-    low, high = interval(ratios)
+def figures(arms: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Ratios of the arms with guesses, [estimate, low, high], and whether outputs were the same."""
+    off = np.array(arms["off"]["seconds"])
     return {
-        "ratio": median(ratios),
-        "low": low,
-        "high": high,
-        "slower": sum(ratio > 1 for ratio in ratios),
-        "sign_p": sign_test(ratios),
-        "identical": all(pair["on"]["hash"] == pair["off"]["hash"] for pair in pairs),
-        **{
-            f"{name}_{arm}": median(pair[arm][name] for pair in pairs)
-            for name in ("tpot_s", "bytes_per_token", "hit_rate", "stall_share", "busy_share")
-            for arm in ("on", "off")
-        },
+        "tokens": len(off),
+        "on": ratio(np.array(arms["on"]["seconds"]), off),
+        "oracle": ratio(np.array(arms["oracle"]["seconds"]), off),
+        "identical": len({arm["hash"] for arm in arms.values()}) == 1,
     }
 
 
-def interval(ratios: list[float], seed: int = 0) -> tuple[float, float]:
-    """99 % bootstrap interval of the median."""
-    rng = np.random.default_rng(seed)
-    drawn = rng.choice(np.array(ratios), (NUM_RESAMPLES, len(ratios)))
-    low, high = np.quantile(np.median(drawn, axis=1), (TAIL, 1 - TAIL))
-    return float(low), float(high)
-
-
-def sign_test(ratios: list[float]) -> float:
-    """Probability of as uneven a split by chance, both sides."""
-    count = sum(ratio != 1 for ratio in ratios)
-    more = max(sum(ratio > 1 for ratio in ratios), sum(ratio < 1 for ratio in ratios))
-    tail = sum(comb(count, k) for k in range(more, count + 1)) / 2**count if count else 1.0
-    return min(1.0, 2 * tail)
+def ratio(on: np.ndarray, off: np.ndarray) -> list[float]:
+    """Time of the tokens `on` over that of `off`, and its 99 % bootstrap interval over runs of
+    tokens. Pairs [T] whose difference is among the most extreme ones are left out."""
+    count = len(on)
+    num_runs = max(MIN_TOKENS, min(MAX_RUNS, count // RUN_TOKENS))
+    order = np.argsort(on - off, kind="stable")
+    num_cut = int(TRIM * count)
+    kept = np.ones(count, dtype=bool)
+    kept[order[:num_cut]] = kept[order[count - num_cut :]] = False
+    runs = np.array_split(np.arange(count), num_runs)
+    sums = np.array([[(each * kept)[run].sum() for each in (on, off)] for run in runs])
+    drawn = sums[np.random.default_rng(0).integers(0, num_runs, (NUM_RESAMPLES, num_runs))].sum(1)
+    low, high = np.quantile(drawn[:, 0] / drawn[:, 1], (TAIL, 1 - TAIL))
+    return [float(sums[:, 0].sum() / sums[:, 1].sum()), float(low), float(high)]
 
 
 def loses(cell: dict[str, Any]) -> bool:
     """Slower by more than noise, in the second measurement too where there is one."""
-    return cell["low"] > 1 and cell.get("again", cell)["low"] > 1
+    return cell["on"][1] > 1 and cell.get("again", cell)["on"][1] > 1
+
+
+def gains(cell: dict[str, Any], arm: str) -> bool:
+    """Faster by more than noise."""
+    return cell[arm][2] < 1
 
 
 def cells(given: argparse.Namespace) -> Iterator[tuple[int, int]]:
@@ -243,39 +333,65 @@ def cells(given: argparse.Namespace) -> Iterator[tuple[int, int]]:
 
 
 def tables(document: dict[str, Any]) -> str:
-    """One table for each workload, and the verdict."""
-    parts, lost, gained = [], [], []
-    columns = ("drive", "budget", "ratio", "99 %", "slower", "busy", "stall", "hit", "ms off")
+    """For each drive ratios, those of perfect guesses, and idle time; the verdict."""
+    columns = ("", "drive", "")
+    rows: list[tuple[str, ...]] = []
+    budgets = [int(word) for word in document["budgets"]]
     for name, found in document["workloads"].items():
-        rows = []
-        for key, cell in found.items():
-            budget, rate = (int(word) for word in key.split("@"))
-            drive = format_rate(rate) if rate else "unthrottled"
-            rows.append(
-                (
-                    drive,
-                    f"{budget} %",
-                    f"{cell['ratio']:.3f}",
-                    f"{cell['low']:.3f}-{cell['high']:.3f}",
-                    f"{cell['slower']}/{len(cell['pairs'])}",
-                    f"{100 * cell['busy_share_off']:.0f} %" if rate else "-",
-                    f"{100 * cell['stall_share_off']:.0f} %",
-                    f"{100 * cell['hit_rate_off']:.0f} > {100 * cell['hit_rate_on']:.0f} %",
-                    f"{1e3 * cell['tpot_s_off']:.2f}",
-                )
-            )
-            label = f"{name} {budget} % {drive} ({cell['ratio']:.3f})"
-            lost += [label] if loses(cell) else []
-            gained += [label] if cell["high"] < 1 else []
-        parts.append(f"{name}\n\n" + markdown(rows, columns))
-    count = sum(len(found) for found in document["workloads"].values())
-    identical = all(c["identical"] for f in document["workloads"].values() for c in f.values())
-    parts.append(
-        f"of {count} cells {len(gained)} gain and {len(lost)} lose by more than noise"
-        + "".join(f"\n- loses: {label}" for label in lost)
-        + ("\noutputs identical in all pairs" if identical else "\nOUTPUTS DIFFER")
-    )
-    return "\n\n".join(parts)
+        for rate in document["rates"]:
+            cells = [found.get(f"{budget}@{rate}") for budget in budgets]
+            drive = format_rate(rate) if rate else "as it is"
+            rows += [
+                (name, drive, "guesses", *(_cell(cell, "on") for cell in cells)),
+                ("", "", "perfect", *(_cell(cell, "oracle") for cell in cells)),
+                ("", "", "idle", *(_idle(cell) for cell in cells)),
+            ]
+            name = ""
+    table = markdown(rows, (*columns, *(f"{budget} %" for budget in budgets)))
+    return f"{table}\n\n{verdict(document)}"
+
+
+def _cell(cell: dict[str, Any] | None, arm: str) -> str:
+    if cell is None:
+        return ""
+    text = f"{cell[arm][0]:.2f}"
+    if arm == "on" and loses(cell):
+        return f"{text} (slower)"
+    return f"**{text}**" if gains(cell, arm) else text
+
+
+def _idle(cell: dict[str, Any] | None) -> str:
+    return f"{100 * cell['arms']['off']['idle_share']:.0f} %" if cell else ""
+
+
+def verdict(document: dict[str, Any]) -> str:
+    """Sentences on all cells: how many lose, how many can gain, and what is gained there."""
+    every = [
+        (f"{name} {key.replace('@', ' % at ')}", cell)
+        for name, found in document["workloads"].items()
+        for key, cell in found.items()
+    ]
+    can = [cell for _, cell in every if gains(cell, "oracle")]
+    lost = [label for label, cell in every if loses(cell)]
+    widths = [(cell["on"][2] - cell["on"][1]) / 2 for _, cell in every]
+    lines = [
+        f"Of {len(every)} cells {len(lost)} lose by more than noise and "
+        f"{sum(gains(cell, 'on') for _, cell in every)} gain by more; perfect guesses gain in "
+        f"{len(can)}. Half of an interval is {median(widths):.3f} wide (median)."
+    ]
+    if can:
+        on, best = (float(np.mean([cell[arm][0] for cell in can])) for arm in ("on", "oracle"))
+        lines.append(
+            f"Where perfect guesses gain, guesses gain by more than noise in "
+            f"{sum(gains(cell, 'on') for cell in can)}: {on:.3f} on average, perfect ones "
+            f"{best:.3f}, {(1 - on) / (1 - best):.2f} of that gain."
+        )
+    rest = [cell["on"][0] for _, cell in every if not gains(cell, "oracle")]
+    if rest:
+        lines.append(f"Where they do not, {float(np.mean(rest)):.3f} on average.")
+    identical = all(cell["identical"] for _, cell in every)
+    lines.append("Outputs are identical in all arms." if identical else "OUTPUTS DIFFER.")
+    return "\n".join(lines + [f"- slower: {label} B/s" for label in lost])
 
 
 def save(path: Path, document: dict[str, Any]) -> None:
@@ -288,27 +404,34 @@ def main(arguments: list[str] | None = None) -> int:
     """The command line; see the module docstring."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--work", type=Path, required=True, help="for the stores of the traces")
+    parser.add_argument("--work", type=Path, help="for the stores of the traces")
     parser.add_argument("--trace", type=Path, action="append", default=[])
     parser.add_argument("--no-demo", action="store_true")
+    parser.add_argument("--show", action="store_true")
     parser.add_argument("--text", help="for the demo model, instead of the built-in one")
     parser.add_argument("--record", type=parse_bytes, default=512 << 10, help="bytes of a record")
     parser.add_argument("--layers", type=int, default=4, help="of a trace, from the first on")
     parser.add_argument("--recall", type=float, default=0.8)
     parser.add_argument("--budgets", type=int, nargs="+", default=list(BUDGETS), metavar="PERCENT")
     parser.add_argument("--rates", type=_rate, nargs="+", default=list(RATES), metavar="RATE")
-    parser.add_argument("--repeats", type=int, default=10)
-    parser.add_argument("--seconds", type=float, default=0.25, help="of a run, roughly")
+    parser.add_argument("--seconds", type=float, default=7.0, help="of a cell, roughly")
     parser.add_argument("--warm-up", type=int, default=16, help="tokens before it")
     parser.add_argument("--control", action="store_true")
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args(arguments)
-    options = {k: str(v) for k, v in vars(given).items() if k not in ("out", "trace", "no_demo")}
+    if given.show:
+        print(tables(json.loads(given.out.read_text(encoding="utf-8"))))
+        return 0
+    if given.trace and given.work is None:
+        raise SystemExit("--trace needs --work DIR, for the stores of the traces")
+    kept = ("text", "record", "layers", "recall", "seconds", "warm_up", "control", "seed")
+    options = {name: str(getattr(given, name)) for name in kept}
     document: dict[str, Any] = {"options": options, "machine": machine(), "workloads": {}}
     if given.out.is_file():
         document = json.loads(given.out.read_text(encoding="utf-8"))
         if document["options"] != options:
             raise SystemExit(f"`{given.out}` is of other options; choose another --out")
+    document |= {"budgets": given.budgets, "rates": given.rates}
     workloads = [] if given.no_demo else [demo(given.text)]
     for path in given.trace:
         workloads.append(
@@ -319,21 +442,24 @@ def main(arguments: list[str] | None = None) -> int:
         left = [(b, r) for b, r in cells(given) if f"{b}@{r}" not in found]
         if not left:
             continue
-        bench = Bench(workload, max(given.budgets) / 100, given.warm_up)
+        bench = Bench(workload, max(given.budgets) / 100)
         begin = time.monotonic()
         try:
             for number, (budget, rate) in enumerate(left):
-                settings = (budget, rate, given.repeats, given.seconds, given.control)
-                cell = measure(bench, *settings)
-                if cell["low"] > 1:
-                    cell["again"] = measure(bench, *settings)
+                settings = (budget, rate, given.seconds, given.warm_up, given.control)
+                cell = bench.run(*settings)
+                if cell["on"][1] > 1:
+                    cell["again"] = bench.run(*settings)
                 found[f"{budget}@{rate}"] = cell
                 save(given.out, document)
-                elapsed = time.monotonic() - begin
+                on, oracle = (
+                    f"{middle:.3f} ({low:.3f}-{high:.3f})"
+                    for middle, low, high in (cell["on"], cell["oracle"])
+                )
                 print(
-                    f"{workload.name} {budget} % {rate / 1e6:.0f} MB/s: {cell['ratio']:.3f} "
-                    f"({cell['low']:.3f}-{cell['high']:.3f}), {number + 1} of {len(left)}, "
-                    f"{elapsed:.0f} s",
+                    f"{workload.name} {budget} % {rate / 1e6:.0f} MB/s: {on}, perfect {oracle}, "
+                    f"{cell['tokens']} tokens of {1e3 * cell['arms']['off']['tpot_s']:.2f} ms; "
+                    f"{number + 1} of {len(left)}, {time.monotonic() - begin:.0f} s",
                     file=sys.stderr,
                     flush=True,
                 )
