@@ -18,6 +18,7 @@ import numpy as np
 
 from .models.args import ModelArgs
 from .models.fingerprint import checkpoint_fingerprint
+from .models.hash_routing import check_whole
 from .runtime.amounts import format_bytes
 from .runtime.budget import MemoryPlan, PlanLine, with_headroom
 from .runtime.errors import RecordError, UsageError
@@ -85,7 +86,17 @@ def find_set(
         threshold = _THRESHOLD_BY_TOP_K / args.top_k
     else:
         threshold = check_threshold(threshold, mode)
-    return ActiveSet(resolve(index.path, name, owner_of(index, args)), mode, threshold)
+    expert_set = resolve(index.path, name, owner_of(index, args))
+    if mode != "exact":
+        check_tables(args, expert_set)
+    return ActiveSet(expert_set, mode, threshold)
+
+
+def check_tables(args: ModelArgs, expert_set: ExpertSet) -> None:
+    """UsageError for a set that leaves experts of a hash-routed layer out."""
+    masks = expert_set.masks()
+    for layer in args.hash_layers:
+        check_whole(layer, masks[layer] != 0)
 
 
 def mask_routers(model: "CausalLM", active: ActiveSet | None) -> None:

@@ -46,6 +46,7 @@ def engine_report(engine: "Engine") -> dict[str, Any]:
         "direct": engine.reader.is_direct,
         "policy": config.policy,
         "prefetch": engine.prefetch.report(),
+        "hash_routed": _hash_routed(engine),
         "context": engine.context,
         "kv_bits": config.kv_bits,
         "budget_bytes": plan.budget_bytes,
@@ -61,6 +62,19 @@ def engine_report(engine: "Engine") -> dict[str, Any]:
         "memory_bytes": engine.memory_bytes(),
         "chat_template": template,
         "notes": [*engine.notes, *([worker.note] if worker.note else [])],
+    }
+
+
+def _hash_routed(engine: "Engine") -> dict[str, Any] | None:
+    """Layers whose experts are known with the token, and what was read of them before their router
+    ran; None: there are none."""
+    if not engine.args.hash_layers:
+        return None
+    num_reads, num_in_time = getattr(engine.cache, "foreseen", (0, 0))  # the reference has none
+    return {
+        "layers": list(engine.args.hash_layers),
+        "early_reads": num_reads,
+        "early_in_time": num_in_time,
     }
 
 

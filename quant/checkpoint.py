@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..models import load_module, parse_config
-from ..models.names import trunk_shapes
+from ..models.names import table_names, trunk_shapes
 from ..runtime.errors import CheckpointError, EdgeMoeError, FormatError, NotFoundError, UsageError
 from ..runtime.headers import TensorEntry, read_header
-from .sources import AGAIN, READABLE, Source, refuse_not_finite
+from .sources import AGAIN, INTEGERS, READABLE, TORCH_NAMES, Source, refuse_not_finite
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -45,6 +45,7 @@ class Checkpoint:
         self.config = _read_json(self.path / "config.json")
         self.args = parse_config(self.config)
         self.module = load_module(self.args.model_type)
+        self._tables = table_names(self.args, self.module.TRUNK)
         self.files: dict[str, dict[str, TensorEntry]] = {}
         self.tensors = self._locate()
         self._experts = {
@@ -117,10 +118,11 @@ class Checkpoint:
                 f"tensor `{name}` is missing", f"config.json says {self._what()}", AGAIN
             )
         file, entry = self.tensors[name]
-        if entry.dtype not in READABLE:
+        dtypes = INTEGERS if name in self._tables else READABLE
+        if entry.dtype not in dtypes:
             raise CheckpointError(
                 f"tensor `{name}` has dtype `{entry.dtype}`",
-                f"expected {', '.join(READABLE)}",
+                f"expected {', '.join(dtypes)}",
                 "convert from the checkpoint before it was quantized",
             )
         if shape is not None and entry.shape != tuple(shape):
@@ -202,7 +204,7 @@ class Checkpoint:
 
         if isinstance(source, str):
             source = self.source(source)
-        weight = torch.empty(source.shape, dtype=getattr(torch, READABLE[source.dtype]))
+        weight = torch.empty(source.shape, dtype=getattr(torch, TORCH_NAMES[source.dtype]))
         self._read_into(weight.view(-1).view(torch.uint8).numpy(), source)
         # A sum is one fast pass and carries every NaN and infinity; it may overflow by itself, so
         # only a suspicious one is looked at closely. Parts are below torch's limit for threads.
@@ -288,11 +290,9 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise CheckpointError(
-            f"`{path.parent}` has no `{path.name}`",
-            "expected a Hugging Face checkpoint folder",
-            "check the path, or " + AGAIN,
-        ) from None
+        what = f"`{path.parent}` has no `{path.name}`"
+        why = "expected a Hugging Face checkpoint folder"
+        raise CheckpointError(what, why, "check the path, or " + AGAIN) from None
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"`{path}` does not parse", str(error), AGAIN) from error
     if not isinstance(document, dict):

@@ -10,7 +10,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from ..active_set import owner_of
+from ..active_set import check_tables, owner_of
 from ..models import load_module, store_args
 from ..models.names import spellings
 from ..runtime.errors import FormatError, UsageError
@@ -49,7 +49,9 @@ def compact(
         raise UsageError(
             f"`{store}` was made of a set itself, or by merging", "", "take the full store"
         )
-    expert_set = resolve(store, name, owner_of(index, store_args(index)))
+    args = store_args(index)
+    expert_set = resolve(store, name, owner_of(index, args))
+    check_tables(args, expert_set)
     if out.exists():
         raise UsageError(f"`{out}` is there already", "", "give another name, or remove it")
     needed = sum(index.records[pair].num_bytes for pair in expert_set.pairs)

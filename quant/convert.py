@@ -26,6 +26,7 @@ from ..runtime.index import (
     save_index,
 )
 from .calibrated import Calibration, calibrated_records
+from .hash_tables import check_tables
 from .identity import fingerprint
 from .journal import (
     Crcs,
@@ -78,6 +79,7 @@ def convert(
         if finish_published(target, wanted):
             return target
         check_target(target)
+        check_tables(checkpoint)
         _check_disk(target, plan, checkpoint.path)
         partial = Partial.open(target, wanted)
         try:
@@ -228,6 +230,8 @@ def _trunk_blocks(
         if item.spec is not None:
             codes, scales, mins = coded(quantize(block, item.spec))
             yield kernels.pack_codes(codes, scales, mins, item.spec)
+        elif item.dtype == "I32":
+            yield _bytes_of(block.int())
         elif item.dtype != item.source.dtype:
             yield to_16bit(block, "bf16").numpy()
         else:

@@ -87,6 +87,7 @@ class LayerPass:
         self.x = torch.from_numpy(self._x)  # the same memory
         for span, ids in zip(self._spans, windows, strict=True):
             self._x[span] = self._steps.embed(np.array(ids))
+        self._ids = np.concatenate([np.array(ids, dtype=np.int32) for ids in windows])
         self._routed = Routed.room(self.args, ends[-1])
 
     @property
@@ -98,7 +99,7 @@ class LayerPass:
         for span in self._spans:
             self._kv_cache.trim(0)
             routed = Routed(*(part[span] for part in self._routed))
-            self._steps.attend(layer, self._x[span], self._kv_cache, routed)
+            self._steps.attend(layer, self._x[span], self._kv_cache, routed, self._ids[span])
         return self._routed
 
     def finish(self, layer: int, y: Tensor | None) -> None:
@@ -189,6 +190,8 @@ def _trunk_tensor(source: WeightSource, item: TrunkItem) -> np.ndarray | PackedM
         codes, scales, _ = quantize(weight, item.spec)
         packed = kernels.pack_codes(codes.numpy(), scales.numpy(), None, item.spec)
         return PackedMatrix.from_packed(packed, *weight.shape, item.spec)
+    if weight.dtype in (torch.int64, torch.int32):
+        return weight.int().numpy()
     if item.dtype != item.source.dtype:
         return to_16bit(weight, "bf16").numpy().view(BF16)
     if weight.dtype == torch.bfloat16:

@@ -6,6 +6,7 @@ from math import prod
 from ..runtime.errors import UsageError
 from ..runtime.format import GROUP_SIZES, TILE_ROWS, QuantSpec, RecordLayout
 from ..runtime.headers import DTYPE_BYTES
+from .hash_tables import table_names
 from .options import DEFAULT_GROUP_SIZE, ConvertOptions, ExpertSpec
 from .sources import Source
 from .store_source import StoreSource, WeightSource
@@ -113,9 +114,12 @@ def trunk_items(
             TrunkItem(name, source, packed.get(name), source.dtype, is_stored=True)
             for name, source in checkpoint.trunk_entries()
         ]
-    routers = checkpoint.router_names()
+    routers, tables = checkpoint.router_names(), table_names(checkpoint)
     items, odd, rounded = [], [], []
     for name, source in checkpoint.trunk.items():
+        if name in tables:
+            items.append(TrunkItem(name, source, None, "I32"))
+            continue
         matrix = len(source.shape) == 2 and source.shape[0] >= TILE_ROWS and name not in routers
         spec = None
         if matrix and options.trunk_bits < 16:

@@ -75,6 +75,20 @@ def router_of(method: str, router: str | None) -> str:
     return router or usual
 
 
+def kept_whole(router: str, hash_layers: Iterable[int]) -> frozenset[int]:
+    """The hash-routed layers that no expert may be merged in. Their tables name rows of the router,
+    which an index map leaves as they are; others change them. UsageError for `untrained`: a
+    checkpoint has as many experts in every layer."""
+    layers = frozenset(hash_layers)
+    if router == "untrained" and layers:
+        raise UsageError(
+            "the tables of hash-routed layers cannot be trained",
+            f"layers {sorted(layers)} have one",
+            "--router index-map",
+        )
+    return frozenset() if router == "index-map" else layers
+
+
 def logit_similarities(profile: Profile) -> dict[int, NDArray[np.float64]]:
     """How alike the router's logits of any two experts are. Raises UsageError for a profile
     without them."""
@@ -96,9 +110,9 @@ def choose_groups(
 ) -> Merge:
     """The groups of every layer. At least `top_k` experts of a layer stay apart. Raises UsageError
     for an amount that cannot be."""
-    first = next(iter(profile.layers)) if amount.keep_first else None
+    whole = amount.whole_layers(profile.layers)
     counts = {
-        layer: sums.num_experts if layer == first else num_to_keep(amount, sums.num_experts, top_k)
+        layer: sums.num_experts if layer in whole else num_to_keep(amount, sums.num_experts, top_k)
         for layer, sums in profile.layers.items()
     }
     picks = {layer: sums.hard_count for layer, sums in profile.layers.items()}

@@ -52,22 +52,27 @@ class Passes:
         with self._engine.steps() as layers:
             states = [layers.embed(np.array(ids)) for ids in windows]
             for layer in range(args.num_layers):
-                for x, chosen in zip(states, routes, strict=True):
-                    self._run(layers, layer, x, chosen)
+                for ids, x, chosen in zip(windows, states, routes, strict=True):
+                    self._run(layers, layer, np.array(ids), x, chosen)
                 done = total * (layer + 1) // args.num_layers
                 advance(done - told)
                 told = done
         return routes
 
     def _run(
-        self, layers: Steps, layer: int, x: NDArray[np.float32], chosen: NDArray[np.int16]
+        self,
+        layers: Steps,
+        layer: int,
+        ids: NDArray[np.integer],
+        x: NDArray[np.float32],
+        chosen: NDArray[np.int16],
     ) -> None:
         args, chunk, kv_cache = self._engine.args, self._engine.chunk_tokens, self._kv_cache
         kv_cache.trim(0)
         for begin in range(0, len(x), chunk):
             part = x[begin : begin + chunk]
             routed = Routed.room(args, len(part))
-            layers.attend(layer, part, kv_cache, routed)
+            layers.attend(layer, part, kv_cache, routed, ids[begin : begin + chunk])
             y, place = None, self._place.get(layer)
             if place is not None:
                 chosen[begin : begin + chunk, place] = routed.expert_ids

@@ -12,10 +12,11 @@ from ..runtime.errors import UsageError
 from ..runtime.format import PAGE_BYTES, RecordLayout, record_name
 from ..runtime.headers import MAX_HEADER_BYTES, encode_header
 from .bitplan import BitPlan, uniform
+from .hash_tables import table_names
 from .layouts import TrunkItem, expert_keys, expert_layouts, trunk_items
 from .options import DEFAULT_GROUP_SIZE, ConvertOptions, ExpertSpec
 from .store_source import WeightSource, open_source, source_origin
-from .summary import PlanRow, class_of, storage_text, table
+from .summary import HASH_TABLES, PlanRow, class_of, storage_text, table
 
 
 @dataclass(slots=True)
@@ -186,11 +187,12 @@ def _rows(
     now = sum(checkpoint.expert_bytes(*key) for key in keys) * num_variants
     store = sum(layout.num_bytes for layout in layouts.values())
     rows = [PlanRow("experts", len(layouts), weights, now, store, storage_text(kinds))]
-    routers = checkpoint.router_names()
+    routers, tables = checkpoint.router_names(), table_names(checkpoint)
     classes: dict[str, list[TrunkItem]] = {}
     for item in trunk:
         label = class_of(item.name, len(item.source.shape))
-        classes.setdefault("routers" if item.name in routers else label, []).append(item)
+        label = "routers" if item.name in routers else label
+        classes.setdefault(HASH_TABLES if item.name in tables else label, []).append(item)
     for label, items in classes.items():
         weights = sum(prod(item.source.shape) for item in items)
         now = sum(item.source_bytes for item in items)

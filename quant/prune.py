@@ -10,7 +10,7 @@ Scores per layer, from a profile of the task (runtime/profile.py):
 Layers are compared by share: a score over the sum of its layer. Ties go to the lower id.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -29,12 +29,19 @@ Kept = dict[int, tuple[int, ...]]  # by MoE layer, ids ascending
 @dataclass(frozen=True, slots=True)
 class Amount:
     """How much stays: one of `share` (0 to 1 of the experts), `experts` (of each layer) and
-    `num_bytes` (of records). `keep_first`: the first MoE layer stays whole, beside that amount."""
+    `num_bytes` (of records). `keep_first`: the first MoE layer stays whole, beside that amount; so
+    do the layers `whole`."""
 
     share: float | None = None
     experts: int | None = None
     num_bytes: int | None = None
     keep_first: bool = False
+    whole: frozenset[int] = frozenset()
+
+    def whole_layers(self, layers: Iterable[int]) -> frozenset[int]:
+        """Those of these MoE layers, ascending, that stay whole."""
+        first = next(iter(layers))
+        return self.whole | {first} if self.keep_first else self.whole
 
 
 def scores_of(profile: Profile, method: str) -> dict[int, NDArray[np.float64]]:
@@ -69,10 +76,10 @@ def choose(
     """The experts that stay. `by_layer`: of every layer as many, save for bytes that this would
     leave over, which go to the best of the others; else the best of all layers, each keeping
     `top_k` at least. Raises UsageError and BudgetError for amounts that cannot be."""
-    first = next(iter(scores)) if amount.keep_first else None
+    whole = amount.whole_layers(scores)
     order = {layer: _ranked(values) for layer, values in scores.items()}
     least = {
-        layer: len(ranks) if layer == first else min(top_k, len(ranks))
+        layer: len(ranks) if layer in whole else min(top_k, len(ranks))
         for layer, ranks in order.items()
     }
     room = _Room(scores, index, order, least)
@@ -90,8 +97,7 @@ def choose(
         room.fill(max_bytes=amount.num_bytes)
         return room.kept()
     counts = {layer: num_to_keep(amount, len(order[layer]), top_k) for layer in order}
-    if first is not None:
-        counts[first] = len(order[first])
+    counts |= {layer: len(order[layer]) for layer in whole}
     if by_layer:
         return {layer: _ids(ranks[: counts[layer]]) for layer, ranks in order.items()}
     room.fill(max_experts=sum(counts.values()))

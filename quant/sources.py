@@ -12,7 +12,9 @@ if TYPE_CHECKING:
 
 AGAIN = "download the checkpoint again, or compare it with the released one"
 
+INTEGERS = {"I64": "int64", "I32": "int32"}  # of the tables of hash-routed layers
 READABLE = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}  # safetensors dtype to torch's
+TORCH_NAMES = READABLE | INTEGERS
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,6 +24,7 @@ class PlanRow:
         return 8 * self.output_bytes / max(1, self.num_weights)
 
 
+HASH_TABLES = "experts by token id"  # of hash-routed layers
 _CLASSES: tuple[tuple[str, Callable[[str, int], bool]], ...] = (
     ("norms, biases", lambda name, num_axes: num_axes < 2),
     ("embedding, head", lambda name, num_axes: "embed" in name or "lm_head" in name),

@@ -146,7 +146,7 @@ class VariantModel:
             for layer in range(first, args.num_layers):
                 if keep:
                     self._kept.setdefault(layer, []).append(x.copy())
-                steps.attend(layer, x, self._kv_cache, routed)
+                steps.attend(layer, x, self._kv_cache, routed, np.array(window.ids))
                 y = self._experts.run(layer, *routed) if layer in args.moe_layers else None
                 steps.finish(layer, x, routed, y)
             found.append(x)

@@ -32,7 +32,7 @@ from .core_decoder import (
     RoutingStats,
 )
 
-ABI_VERSION = 5  # em_abi_version() this file was written for
+ABI_VERSION = 6  # em_abi_version() this file was written for
 ERR_ROOM, ERR_STOPPED = -10004, -10005
 _FILE = {"win32": "edgemoe_core.dll", "darwin": "libedgemoe_core.dylib"}.get(
     sys.platform, "libedgemoe_core.so"
@@ -158,6 +158,7 @@ _SIGNATURES: dict[str, tuple[object, list[object]]] = {
     "em_cache_begin_layer": (_I32, [_P, _I64, _I64, _I64, _P]),
     "em_cache_hint": (_I32, [_P, _I64, _P, _P, POINTER(CacheDemand)]),
     "em_cache_release": (_I32, [_P, _I64, _P]),
+    "em_cache_foresee": (_I64, [_P, _I64, _P, _I64]),
     "em_cache_seed": (_I32, [_P, _I64, _P, _P]),
     "em_cache_preload": (_I64, [_P, _I64, _P, _P]),
     "em_cache_settle": (None, [_P]),
@@ -177,7 +178,7 @@ _SIGNATURES: dict[str, tuple[object, list[object]]] = {
     "em_decoder_expert_inputs": (_I32, [_P, _I64, _P, _P]),
     "em_decoder_get_routing_stats": (None, [_P, POINTER(RoutingStats)]),
     "em_decoder_embed": (_I32, [_P, _I64, _P, _P]),
-    "em_decoder_attend": (_I32, [_P, _I64, POINTER(KvCache), _P, _P, _I64, _P, _P, _P, _P]),
+    "em_decoder_attend": (_I32, [_P, _I64, POINTER(KvCache), _P, _P, _I64, *[_P] * 5]),
     "em_decoder_finish": (_I32, [_P, _I64, _I64, _P, _P, _P]),
     "em_decoder_logits": (_I32, [_P, _I64, _P, _P]),
     "em_profile_scores": (

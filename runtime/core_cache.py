@@ -30,6 +30,7 @@ class CacheStats(ctypes.Structure):
         *((name, c_int64) for name in ("capacity_bytes", "resident_bytes", "pinned_bytes")),
         *((name, c_int64) for name in ("num_resident", "num_evictions", "moved_bytes")),
         *((name, c_int64) for name in ("native_ns", "decide_ns", "guess_ns", "submit_ns")),
+        *((name, c_int64) for name in ("num_foreseen", "num_foreseen_in_time")),
     ]
 
 

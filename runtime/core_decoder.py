@@ -45,6 +45,7 @@ class Block(ctypes.Structure):
         ("first_key", c_int64),
         ("expert_width", c_int64),
         ("first_stand_in", c_int64),
+        ("experts_of_token", c_void_p),
         ("gate_up", Matrix * 2),
         ("down", Matrix),
         ("shared_weight", Matrix),

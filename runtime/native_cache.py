@@ -173,6 +173,24 @@ class NativeCache:
         index = np.array(keys, dtype=np.int32)
         _expect(self._lib.em_cache_release(self.handle, len(index), index.ctypes.data))
 
+    def foresee(self, keys: Sequence[int]) -> None:
+        """Begin to read the first of keys that will be demanded for certain, in this order, and
+        keep those that are there; as many as half of the cache holds. None: nothing is certain."""
+        index = np.array(keys, dtype=np.int32)
+        most_bytes = self.capacity_bytes // 2
+        _expect(
+            min(
+                0,
+                self._lib.em_cache_foresee(self.handle, len(index), index.ctypes.data, most_bytes),
+            )
+        )
+
+    @property
+    def foreseen(self) -> tuple[int, int]:
+        """Reads begun of certain demand so far, and those of them whole when it came."""
+        now = self._now()
+        return now.num_foreseen, now.num_foreseen_in_time
+
     def seed(self, keys: Sequence[int], counts: NDArray[np.floating]) -> None:
         """See `ExpertCache.seed`."""
         index, weights = np.array(keys, dtype=np.int32), np.array(counts, dtype=np.float64)

@@ -169,8 +169,8 @@ def test_compressed_experts_are_the_formula(tmp_path, thetas, monkeypatch, renor
             attend = engine._model._layers.attend
             normed = []
 
-            def watch(layer, x, kv_cache, routed, attend=attend, normed=normed):
-                attend(layer, x, kv_cache, routed)
+            def watch(layer, x, kv_cache, routed, ids, attend=attend, normed=normed):
+                attend(layer, x, kv_cache, routed, ids)
                 normed.append(routed.normed.copy())
 
             def keep(layer, x, ids, weights, run=run, seen=seen, normed=normed):

@@ -65,7 +65,7 @@ def twin_logits_of(engine: Engine, ids=PROMPT, split: int = 20) -> np.ndarray:
         with engine.steps() as steps:
             x, routed = steps.embed(np.array([token])), Routed.room(engine.args, 1)
             for layer in range(engine.args.num_layers):
-                steps.attend(layer, x, kv_cache, routed)
+                steps.attend(layer, x, kv_cache, routed, np.array([token]))
                 y = steps.experts.run(layer, *routed)
                 steps.finish(layer, x, routed, y)
             kv_cache.advance(1)

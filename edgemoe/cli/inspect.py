@@ -57,6 +57,7 @@ def describe(index: StoreIndex, trunk: dict[str, TensorEntry], model: Any) -> di
         "path": str(index.path),
         "model_type": index.model_type,
         "shapes": shapes,
+        "hash_layers": list(model.hash_layers),
         "num_moe_layers": len(index.layer_to_num_experts),
         "num_experts": len(index.records),
         "weights": weights,
@@ -136,6 +137,7 @@ def _trunk_class(name: str) -> str:
         ("self_attn", "attention"),
         ("shared_expert", "shared experts"),
         (".gate.weight", "routers"),
+        (".gate.tid2eid", "experts by token id"),
         ("norm", "norms"),
         (".mlp.", "dense layers"),
     ):
@@ -215,6 +217,9 @@ def _head(document: dict[str, Any]) -> str:
             f"({document['bpw']:.2f} bits a weight)",
         ),
     ]
+    if hashed := document["hash_layers"]:
+        named = ", ".join(map(str, hashed))
+        rows.append(("hash-routed", f"layers {named}: the token id gives their experts"))
     if found := document["stand_ins"]:
         text = (
             found.get("error") or f"{format_bytes(found['record_bytes'])} each, {found['format']}"

@@ -3,7 +3,7 @@
 import argparse
 import json
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -190,8 +190,11 @@ def _make(path: Path, args: argparse.Namespace, stack: ExitStack) -> "tuple[Expe
     from ..runtime.sets import ExpertSet
 
     index = load_index(path)
-    owner = owner_of(index, store_args(index))
-    amount = _amount(index, args)
+    model = store_args(index)
+    owner = owner_of(index, model)
+    amount = replace(_amount(index, args), whole=frozenset(model.hash_layers))
+    if model.hash_layers:
+        note(f"hash-routed layers stay whole: {', '.join(map(str, model.hash_layers))}")
     engine, texts = prune_task.open_text(path, args, stack) if args.text else (None, [])
     profile = prune_task.profile(path, args, engine, texts, owner)
     scores = scores_of(profile, args.method)

@@ -130,7 +130,7 @@ def _merge(
 ) -> int:
     from ..active_set import owner_of
     from ..models import store_args
-    from ..quant.merge import choose_groups, logit_similarities
+    from ..quant.merge import choose_groups, kept_whole, logit_similarities
     from ..quant.merge_outputs import routes_and_inputs
     from ..quant.merge_plan import make_merge_plan
     from ..quant.progress import open_progress
@@ -142,7 +142,9 @@ def _merge(
         raise UsageError(
             f"`{path}` was made of a pruned set, or by merging", "", "merge the full store"
         )
-    owner = owner_of(index, store_args(index))
+    model = store_args(index)
+    whole = kept_whole(router, model.hash_layers)
+    owner = owner_of(index, model)
     engine, texts = prune_task.open_text(path, args, stack) if args.text else (None, [])
     progress = open_progress()
     stack.callback(progress.close)
@@ -153,7 +155,7 @@ def _merge(
     else:
         routes, inputs = routes_and_inputs(engine, texts, args.method == "diversify")
         alike = _similarities(path, args, profile, inputs, progress)
-    amount = Amount(args.keep, args.experts, keep_first=args.keep_first_layer)
+    amount = Amount(args.keep, args.experts, keep_first=args.keep_first_layer, whole=whole)
     merge = choose_groups(args.method, profile, alike, owner.top_k, amount, args.seed)
     factoring = _factoring(args, index)
     rows = _rows(args, index, profile, merge, factoring, routes)

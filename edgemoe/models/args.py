@@ -59,6 +59,7 @@ class ModelArgs:
     window: tuple[int, ...]  # per layer; 0: every earlier token is seen
     tie_embeddings: bool
     hidden_act: str = "silu"
+    hash_layers: tuple[int, ...] = ()  # whose experts a table gives by token id (2106.04426)
     # By layer, of a store that was made of a pruned set; empty: `num_experts` each.
     kept_experts: Mapping[int, int] = field(default_factory=dict, hash=False)
     # By layer of a store of merged experts: the expert of every row of the router, -1: none.

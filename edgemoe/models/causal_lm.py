@@ -11,6 +11,7 @@ from ..runtime.errors import UsageError
 from ..runtime.prefetch import Prefetcher
 from . import load_module
 from .args import ModelArgs
+from .hash_routing import check_whole
 from .moe import Experts, OnRoute
 from .native import NativeLayers
 from .reference_layers import ReferenceLayers
@@ -53,6 +54,8 @@ class CausalLM:
     def set_masks(self, masks: Mapping[int, np.ndarray] | None, threshold: float = 2.0) -> None:
         """From the next token on, keep the routers to some experts: by MoE layer u8 [E], 0 is out.
         None: all are in again. `threshold` as in `Router.set_mask`."""
+        for layer in self.args.hash_layers if masks is not None else ():
+            check_whole(layer, np.asarray(masks[layer]) != 0)
         for layer in self.args.moe_layers:
             mask = None if masks is None else np.ascontiguousarray(masks[layer], dtype=np.uint8)
             if mask is not None and layer in self.bodies:  # a mask is of bodies; null experts stay
@@ -70,6 +73,8 @@ class CausalLM:
     def set_gains(self, gains: Mapping[int, np.ndarray]) -> None:
         """From the next token on, multiply routing weights: by MoE layer fp32 [E] of router rows; 0
         takes an expert out of the choice. Layers that are not named: 1 each."""
+        for layer in gains.keys() & set(self.args.hash_layers):
+            check_whole(layer, np.asarray(gains[layer]) != 0)
         for layer in self.args.moe_layers:
             row = gains.get(layer)
             row = None if row is None else np.ascontiguousarray(row, dtype=np.float32)

@@ -186,6 +186,20 @@ def sparse_layers(config: Config, num_layers: int) -> tuple[int, ...]:
     return tuple(n for n in range(num_layers) if n not in dense and (n + 1) % step == 0)
 
 
+def hash_layers(config: Config, moe_layers: tuple[int, ...]) -> tuple[int, ...]:
+    """The layers whose experts a table gives by token id: the first `num_hash_layers`, or those
+    that `mlp_layer_types` calls `hash_moe` (both of DeepSeek-V4); without either, none."""
+    layers: tuple[int, ...] = ()
+    if config.has("num_hash_layers"):
+        count = config.integer("num_hash_layers", least=0)
+        layers = tuple(range(min(count, config.integer("num_hidden_layers"))))
+    elif "hash_moe" in (kinds := config.values.get("mlp_layer_types") or ()):
+        layers = tuple(layer for layer, kind in enumerate(kinds) if kind == "hash_moe")
+    if not set(layers) <= set(moe_layers):
+        raise unsupported("num_hash_layers", len(layers), "one of these layers has no experts")
+    return layers
+
+
 def rope_and_context(config: Config, head_dim: int) -> tuple[RopeArgs, int]:
     """The rotary embedding and the longest context.
 

@@ -24,13 +24,16 @@ def checkpoint_fingerprint(index: StoreIndex) -> str:
     with open(path, "rb") as file:
         tensors, _ = read_header(file, str(path))
         for layer in index.layer_to_num_experts:
-            name = spellings(table, "layer.router", layer)[0]
-            if name not in tensors:
-                raise FormatError(f"`{path}` has no tensor `{name}`")
-            entry = tensors[name]
-            digest.update(f"{layer} {entry.dtype} {list(entry.shape)}".encode())
-            file.seek(entry.offset)
-            digest.update(file.read(entry.num_bytes))
+            for slot in ("layer.router", "layer.experts_of_token"):
+                name = spellings(table, slot, layer)[0]
+                if name not in tensors:
+                    if slot != "layer.router":
+                        continue  # not hash-routed
+                    raise FormatError(f"`{path}` has no tensor `{name}`")
+                entry = tensors[name]
+                digest.update(f"{layer} {entry.dtype} {list(entry.shape)}".encode())
+                file.seek(entry.offset)
+                digest.update(file.read(entry.num_bytes))
             if layer in index.layer_to_bodies:  # what an id stands for
                 digest.update(f"{list(index.layer_to_bodies[layer])}".encode())
     return digest.hexdigest()[:32]

@@ -18,12 +18,18 @@ from .trunk import LayerWeights
 
 
 def router_scores(
-    args: ModelArgs, layer: int, weights: LayerWeights, x: np.ndarray
+    args: ModelArgs, layer: int, weights: LayerWeights, x: np.ndarray, ids: np.ndarray
 ) -> NDArray[np.float32]:
-    """What the softmax of a layer's router gives every expert for a residual x `[T, D]`, `[T, E]`:
-    of one that several rows stand for, their sum."""
+    """What the softmax of a layer's router gives every expert for a residual x `[T, D]` of the
+    tokens ids `[T]`, `[T, E]`: of one that several rows stand for, their sum. In a hash-routed
+    layer, 0 but for those that the table names."""
     normed = rms_norm(x, weights.post_norm, args.rms_eps)
     shares = softmax(weights.router.linear(normed))
+    if weights.experts_of_token is not None:
+        given = weights.experts_of_token[ids]
+        named = np.zeros_like(shares)
+        np.put_along_axis(named, given, np.take_along_axis(shares, given, axis=1), axis=1)
+        shares = named
     if layer not in args.bodies:
         return shares
     scores = np.zeros((len(x), args.bodies_of(layer)), dtype=np.float32)
@@ -45,13 +51,13 @@ def observe_routers(
     routes = np.zeros((len(ids), len(moe_layers), args.top_k), dtype=np.int32)
     scores: list[dict[int, NDArray[np.float32]]] = [{} for _ in moe_layers]
     for layer in range(args.num_layers):
-        layers.attend(layer, x, kv_cache, routed)
+        layers.attend(layer, x, kv_cache, routed, ids)
         y = None
         if layer in moe_layers:
             place = moe_layers.index(layer)
             routes[:, place] = routed.expert_ids
             for ahead, target in enumerate(moe_layers[place : place + depth + 1]):
-                found = router_scores(args, target, layers.weights[target], x)
+                found = router_scores(args, target, layers.weights[target], x, ids)
                 scores[place + ahead][ahead] = found
             y = layers.experts.run(layer, layers.expert_inputs(layer, routed), *routed[1:])
         layers.finish(layer, x, routed, y)

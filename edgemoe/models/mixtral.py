@@ -5,7 +5,7 @@ from typing import Any
 
 from . import names
 from .args import ModelArgs
-from .config import Config, rope_and_context
+from .config import Config, hash_layers, rope_and_context
 
 MODEL_TYPE = "mixtral"
 
@@ -18,6 +18,10 @@ TRUNK: names.Names = {
     "layer.router": (
         "model.layers.{layer}.block_sparse_moe.gate.weight",
         "model.layers.{layer}.mlp.gate.weight",
+    ),
+    "layer.experts_of_token": (
+        "model.layers.{layer}.block_sparse_moe.gate.tid2eid",
+        "model.layers.{layer}.mlp.gate.tid2eid",
     ),
 }
 EXPERTS = names.ExpertNames(
@@ -62,6 +66,7 @@ def parse(config: Mapping[str, Any]) -> ModelArgs:
         expert_width=values.integer("intermediate_size"),
         norm_topk=True,
         moe_layers=tuple(range(num_layers)),
+        hash_layers=hash_layers(values, tuple(range(num_layers))),
         dense_width=0,
         shared_width=0,
         attention_bias=False,

@@ -39,8 +39,11 @@ class Router:
     """softmax -> top-k -> optional renormalisation, in fp32; what else may stand between them is in
     routes.py."""
 
-    def __init__(self, args: ModelArgs, weight: Linear) -> None:
+    def __init__(
+        self, args: ModelArgs, weight: Linear, experts_of_token: np.ndarray | None = None
+    ) -> None:
         self._weight, self._top_k, self._renormalise = weight, args.top_k, args.norm_topk
+        self._table = experts_of_token  # of a hash-routed layer
         self._mask: np.ndarray | None = None
         self._threshold = 0.0
         self._bodies: np.ndarray | None = None
@@ -71,10 +74,17 @@ class Router:
         """fp32 `[E, D]` by which experts stand in for themselves as auxiliary ones."""
         self._theta = theta
 
-    def __call__(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """x `[T, D]` -> expert_ids int64 `[T, K]`, ascending, routing_weights fp32 `[T, K]`."""
+    def __call__(
+        self, x: np.ndarray, token_ids: np.ndarray | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """x `[T, D]` -> expert_ids int64 `[T, K]`, ascending, routing_weights fp32 `[T, K]`;
+        `token_ids` `[T]` for a hash-routed layer."""
         self._scales.clear()
-        ids, weights = self._routes(self._weight.linear(x))
+        logits = self._weight.linear(x)
+        if self._table is None:
+            ids, weights = self._routes(logits)
+        else:  # masks and gains of 0 do not go with it
+            ids, weights = self._choose(logits, given=self._table[token_ids])
         self.num_routed += len(ids)
         self.num_active += int((ids >= 0).sum())
         return ids, weights
@@ -103,17 +113,20 @@ class Router:
         return self._choose(logits[:, kept], kept)
 
     def _choose(
-        self, logits: np.ndarray, kept: np.ndarray | None = None
+        self,
+        logits: np.ndarray,
+        kept: np.ndarray | None = None,
+        given: np.ndarray | None = None,
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Of logits `[T, n]` of the rows `kept` `[n]`, None: all."""
+        """Of logits `[T, n]` of the rows `kept` `[n]`, None: all; of those, `given` `[T, K]`."""
         scores = softmax(logits)
         rows = np.arange(scores.shape[1]) if kept is None else kept
         if self._theta is not None and self.rule.num_auxiliary:
-            scale = input_scale(self.rule, scores, rows, self._top_k, self._theta)
+            scale = input_scale(self.rule, scores, rows, self._top_k, self._theta, given)
             self._scales.append(scale)
         is_whole = self._bodies is None and self._gains is None and len(rows) >= self._top_k
-        if not self.rule.is_plain or not is_whole:
-            options = (self._bodies, self._gains)
+        if not self.rule.is_plain or not is_whole or given is not None:
+            options = (self._bodies, self._gains, given)
             return choose(self.rule, scores, rows, self._top_k, self._renormalise, *options)
         expert_ids = (-scores).argsort(axis=-1, kind="stable")[:, : self._top_k]
         weights = np.take_along_axis(scores, expert_ids, axis=-1)
@@ -128,7 +141,7 @@ class MoEBlock:
     """The router of a layer, and the shared expert behind its sigmoid where there is one."""
 
     def __init__(self, args: ModelArgs, weights: LayerWeights) -> None:
-        self.router = Router(args, weights.router)
+        self.router = Router(args, weights.router, weights.experts_of_token)
         self._shared, self._shared_weight = None, weights.shared_weight
         if self._shared_weight is not None:
             self._shared = DenseMlp(weights)

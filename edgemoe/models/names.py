@@ -98,6 +98,8 @@ def layer_slots(args: ModelArgs, layer: int) -> Iterator[tuple[str, tuple[int, .
         yield from _mlp("layer.", args.dense_width, hidden)
         return
     yield "layer.router", (args.experts_of(layer), hidden)
+    if layer in args.hash_layers:
+        yield "layer.experts_of_token", (args.vocab, args.top_k)
     if args.shared_width:
         yield from _mlp("layer.shared_", args.shared_width, hidden)
         yield "layer.shared_weight", (1, hidden)
@@ -123,3 +125,9 @@ def trunk_slots(args: ModelArgs) -> Iterator[tuple[str, int, tuple[int, ...]]]:
 def trunk_shapes(args: ModelArgs, table: Names) -> dict[tuple[str, ...], tuple[int, ...]]:
     """The shape of every trunk tensor a checkpoint must have, by its possible spellings."""
     return {spellings(table, slot, layer): shape for slot, layer, shape in trunk_slots(args)}
+
+
+def table_names(args: ModelArgs, table: Names) -> set[str]:
+    """The names of the tables of hash-routed layers: whole numbers, no weights."""
+    slot = "layer.experts_of_token"
+    return {name for layer in args.hash_layers for name in spellings(table, slot, layer)}

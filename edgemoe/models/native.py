@@ -19,6 +19,7 @@ from ..runtime.kernels import PackedMatrix, ThreadPool
 from ..runtime.prefetch import Prefetcher
 from . import steps
 from .args import ModelArgs
+from .hash_routing import demand_of
 from .moe import Experts, OnRoute
 from .native_routing import NativeRouting, check_step
 from .native_tables import model_table
@@ -58,6 +59,7 @@ class NativeLayers(NativeRouting):
         self._stop = ctypes.c_int32()  # written by a signal while a token is decoded
         self._angles: _Angles = (0, 0, 0, 0, 0, None)
         self._angle_bytes = args.rope.rotary_dim // 2 * 4  # of one position
+        self._known: dict[int, list[int]] = {}  # by hash-routed layer, keys of the present prompt
         self._step_logits: np.ndarray | None = None
         self._em_decode = core.lib.em_decode
         self._prompt_angles: tuple[tuple[int, int, int], np.ndarray, np.ndarray] | None = None
@@ -84,7 +86,27 @@ class NativeLayers(NativeRouting):
         forced: ForcedRoutes | None = None,
     ) -> np.ndarray:
         """Append the tokens ids `[T]` to the context; returns x `[T, D]` behind the last layer."""
-        return steps.run(self, ids, kv_cache, on_route, forced)
+        if not self.args.hash_layers:
+            return steps.run(self, ids, kv_cache, on_route, forced)
+        self._decoder()
+        self._known = self._demand(ids, forced) if self._computes_all else {}
+        try:
+            return steps.run(self, ids, kv_cache, on_route, forced)
+        finally:
+            self._known = {}
+            self._cache.foresee(())  # what a failure has left over
+
+    def _demand(self, ids: np.ndarray, forced: ForcedRoutes | None) -> dict[int, list[int]]:
+        """By hash-routed layer, the keys of the records that these tokens will demand."""
+        found, first_key = {}, self.experts.table.first_key
+        for layer in self.args.hash_layers:
+            if forced is None:
+                bodies = self._bodies.get(layer)
+                experts = demand_of(self.weights[layer].experts_of_token, ids, bodies)
+            else:
+                experts = np.unique(forced[0][:, self.args.moe_layers.index(layer)])
+            found[layer] = (experts[experts >= 0] + first_key[layer]).tolist()
+        return found
 
     def embed(self, ids: np.ndarray) -> np.ndarray:
         steps.check_token_ids(int(ids.min()), int(ids.max()), self.args.vocab)
@@ -94,7 +116,15 @@ class NativeLayers(NativeRouting):
         check_step(core.lib.em_decoder_embed(self._decoder(), len(ids), *parts))
         return x
 
-    def attend(self, layer: int, x: np.ndarray, kv_cache: KVCache, routed: Routed) -> None:
+    def attend(
+        self, layer: int, x: np.ndarray, kv_cache: KVCache, routed: Routed, ids: np.ndarray
+    ) -> None:
+        token_ids = None
+        if layer in self.args.hash_layers:
+            token_ids = np.ascontiguousarray(ids, dtype=np.int32)
+            known = [key for each, keys in self._known.items() if each >= layer for key in keys]
+            if known:  # their reads begin before the layers that come before them run
+                self._cache.foresee(known)
         offset, num_tokens = kv_cache.offset, len(x)
         place = (offset, num_tokens, kv_cache.capacity)
         if self._prompt_angles is None or self._prompt_angles[0] != place:
@@ -109,6 +139,7 @@ class NativeLayers(NativeRouting):
                 cos.ctypes.data,
                 sin.ctypes.data,
                 num_tokens,
+                None if token_ids is None else token_ids.ctypes.data,
                 x.ctypes.data,
                 *(part.ctypes.data for part in routed),
             )

@@ -15,7 +15,9 @@ class NativeRouting:
 
     def __init__(self) -> None:
         self._has_auxiliary = False
+        self._computes_all = True  # every expert that a router or a table chooses
         self._thetas: dict[int, np.ndarray | None] = {}
+        self._bodies: dict[int, np.ndarray | None] = {}
 
     def _decoder(self) -> int:
         raise NotImplementedError
@@ -28,6 +30,7 @@ class NativeRouting:
     def set_bodies(self, layer: int, bodies: np.ndarray | None) -> None:
         """Let row e of a layer's router stand for body `bodies[e]`, i32 [E]; see
         `em_decoder_set_bodies`."""
+        self._bodies[layer] = bodies
         address = None if bodies is None else bodies.ctypes.data
         check_step(core.lib.em_decoder_set_bodies(self._decoder(), layer, address))
 
@@ -41,6 +44,7 @@ class NativeRouting:
         table = core.RoutingRule(*astuple(rule))
         check_step(core.lib.em_decoder_set_routing(self._decoder(), table))
         self._has_auxiliary = rule.num_auxiliary > 0
+        self._computes_all = rule.is_plain and not rule.cold_share and not rule.stand_ins
 
     def set_theta(self, layer: int, theta: np.ndarray | None) -> None:
         """By what a layer's experts stand in for themselves as auxiliary ones, fp32 [E, D]."""

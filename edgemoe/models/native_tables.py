@@ -36,6 +36,7 @@ def model_table(
             for place, part in enumerate(parts):
                 places[place] = _matrix(part)
         table.window = args.window[number]
+        table.experts_of_token = _address(weights.experts_of_token)
         if weights.router is not None:
             table.first_key = records.first_key[number]
             table.first_stand_in = records.first_stand_in.get(number, 0)

@@ -5,7 +5,7 @@ from typing import Any
 
 from . import names
 from .args import ModelArgs, unsupported
-from .config import Config, rope_and_context
+from .config import Config, hash_layers, rope_and_context
 
 MODEL_TYPE = "olmoe"
 
@@ -17,6 +17,7 @@ TRUNK: names.Names = {
     **names.ATTENTION_BIAS,
     **names.QK_NORM,
     "layer.router": "model.layers.{layer}.mlp.gate.weight",
+    "layer.experts_of_token": "model.layers.{layer}.mlp.gate.tid2eid",
 }
 EXPERTS = names.EXPERTS
 expert_tensor = EXPERTS.tensor
@@ -57,6 +58,7 @@ def parse(config: Mapping[str, Any]) -> ModelArgs:
         expert_width=values.integer("intermediate_size"),
         norm_topk=values.flag("norm_topk_prob"),
         moe_layers=tuple(range(num_layers)),
+        hash_layers=hash_layers(values, tuple(range(num_layers))),
         dense_width=0,
         shared_width=0,
         attention_bias=bias,

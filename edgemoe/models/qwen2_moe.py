@@ -5,7 +5,7 @@ from typing import Any
 
 from . import names
 from .args import ModelArgs
-from .config import Config, rope_and_context, sparse_layers
+from .config import Config, hash_layers, rope_and_context, sparse_layers
 
 MODEL_TYPE = "qwen2_moe"
 
@@ -17,6 +17,7 @@ TRUNK: names.Names = {
     **names.ATTENTION_BIAS,
     **names.DENSE_MLP,
     "layer.router": "model.layers.{layer}.mlp.gate.weight",
+    "layer.experts_of_token": "model.layers.{layer}.mlp.gate.tid2eid",
     "layer.shared_gate": "model.layers.{layer}.mlp.shared_expert.gate_proj.weight",
     "layer.shared_up": "model.layers.{layer}.mlp.shared_expert.up_proj.weight",
     "layer.shared_down": "model.layers.{layer}.mlp.shared_expert.down_proj.weight",
@@ -58,6 +59,7 @@ def parse(config: Mapping[str, Any]) -> ModelArgs:
         expert_width=values.integer("moe_intermediate_size"),
         norm_topk=values.flag("norm_topk_prob"),
         moe_layers=moe_layers,
+        hash_layers=hash_layers(values, moe_layers),
         dense_width=values.integer("intermediate_size") if len(moe_layers) < num_layers else 0,
         shared_width=values.integer("shared_expert_intermediate_size"),
         # Released configurations leave `qkv_bias` out: their weights have the three biases.

@@ -5,7 +5,7 @@ from typing import Any
 
 from . import names
 from .args import ModelArgs
-from .config import Config, rope_and_context, sparse_layers
+from .config import Config, hash_layers, rope_and_context, sparse_layers
 
 MODEL_TYPE = "qwen3_moe"
 
@@ -18,6 +18,7 @@ TRUNK: names.Names = {
     **names.QK_NORM,
     **names.DENSE_MLP,
     "layer.router": "model.layers.{layer}.mlp.gate.weight",
+    "layer.experts_of_token": "model.layers.{layer}.mlp.gate.tid2eid",
 }
 EXPERTS = names.EXPERTS
 expert_tensor = EXPERTS.tensor
@@ -66,6 +67,7 @@ def parse(config: Mapping[str, Any]) -> ModelArgs:
         expert_width=values.integer("moe_intermediate_size"),
         norm_topk=values.flag("norm_topk_prob"),
         moe_layers=moe_layers,
+        hash_layers=hash_layers(values, moe_layers),
         dense_width=values.integer("intermediate_size") if len(moe_layers) < num_layers else 0,
         shared_width=0,
         attention_bias=bias,

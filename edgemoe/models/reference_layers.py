@@ -96,13 +96,16 @@ class ReferenceLayers:
         steps.check_token_ids(int(ids.min()), int(ids.max()), self.args.vocab)
         return self._embed.rows_of(ids)
 
-    def attend(self, layer: int, x: np.ndarray, kv_cache: KVCache, routed: Routed) -> None:
+    def attend(
+        self, layer: int, x: np.ndarray, kv_cache: KVCache, routed: Routed, ids: np.ndarray
+    ) -> None:
         part = self._layers[layer]
         angles = self._rotary.angles(kv_cache.offset, len(x), kv_cache.capacity)
         x += part.attention(part.input_norm(x), kv_cache, angles)
         routed.normed[:] = part.post_norm(x)
         if part.moe is not None:
-            routed.expert_ids[:], routed.routing_weights[:] = part.moe.router(routed.normed)
+            routes = part.moe.router(routed.normed, ids)
+            routed.expert_ids[:], routed.routing_weights[:] = routes
 
     def finish(self, layer: int, x: np.ndarray, routed: Routed, y: np.ndarray | None) -> None:
         part = self._layers[layer]

@@ -20,14 +20,16 @@ def choose(
     renormalise: bool,
     bodies: np.ndarray | None = None,
     gains: np.ndarray | None = None,
+    given: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """scores `[T, n]`, a softmax over the router's rows `rows` int64 `[n]`, ascending -> routes:
     bodies int64 `[T, K]`, ascending, then -1, and routing weights fp32 `[T, K]`, then 0.
 
     `bodies` int64 `[E]`: what each row stands for, -1: nothing (a null expert). `gains` fp32 `[E]`.
+    `given` `[T, K]`: positions to choose among, ascending, None: all.
     """
     count = min(rule.active_experts or top_k, scores.shape[1])
-    order = (-scores).argsort(axis=-1, kind="stable")[:, :count]
+    order = _ranked(scores, given)[:, :count]
     weights, chosen = np.take_along_axis(scores, order, axis=-1), rows[order]
     found = chosen if bodies is None else bodies[chosen]
     is_used = found >= 0
@@ -58,14 +60,27 @@ def choose(
     return np.where(is_none, NO_BODY, ids), np.where(is_none, np.float32(0), weights)
 
 
+def _ranked(scores: np.ndarray, given: np.ndarray | None) -> np.ndarray:
+    """Positions `[T, n]`, or those given `[T, K]`, the largest scores first."""
+    if given is None:
+        return (-scores).argsort(axis=-1, kind="stable")
+    order = (-np.take_along_axis(scores, given, axis=-1)).argsort(axis=-1, kind="stable")
+    return np.take_along_axis(given, order, axis=-1)
+
+
 def input_scale(
-    rule: Rule, scores: np.ndarray, rows: np.ndarray, top_k: int, theta: np.ndarray
+    rule: Rule,
+    scores: np.ndarray,
+    rows: np.ndarray,
+    top_k: int,
+    theta: np.ndarray,
+    given: np.ndarray | None = None,
 ) -> np.ndarray:
     """What the input of a token's experts is multiplied with, `[T, D]`: 1 + sum of a (theta - 1)
     over its auxiliary ones, a being the share of each among them; thetas of 1 change no bit.
-    scores, rows as in `choose`; theta fp32 `[E, D]`."""
+    scores, rows, given as in `choose`; theta fp32 `[E, D]`."""
     active = rule.active_experts or top_k
-    order = (-scores).argsort(axis=-1, kind="stable")
+    order = _ranked(scores, given)
     order = order[:, active : active + rule.num_auxiliary]
     shares = np.take_along_axis(scores, order, axis=-1)
     shares = shares / shares.sum(axis=-1, keepdims=True)

@@ -49,9 +49,11 @@ class Steps(Protocol):
         """ids `[T]` -> x `[T, D]`. Raises UsageError as `check_token_ids`."""
         ...
 
-    def attend(self, layer: int, x: np.ndarray, kv_cache: KVCache, routed: Routed) -> None:
-        """Add the attention of a layer to x, whose keys and values go into the KV cache at its
-        offset, and fill in `routed`."""
+    def attend(
+        self, layer: int, x: np.ndarray, kv_cache: KVCache, routed: Routed, ids: np.ndarray
+    ) -> None:
+        """Add the attention of a layer to x of the tokens ids `[T]`, whose keys and values go into
+        the KV cache at its offset, and fill in `routed`."""
         ...
 
     def expert_inputs(self, layer: int, routed: Routed) -> np.ndarray:
@@ -85,7 +87,7 @@ def run(
     x = layers.embed(ids)
     routed = Routed.room(layers.args, len(ids))
     for layer in range(layers.args.num_layers):
-        layers.attend(layer, x, kv_cache, routed)
+        layers.attend(layer, x, kv_cache, routed, ids)
         y = None
         if layer in place:
             expert_ids, weights = routed.expert_ids, routed.routing_weights

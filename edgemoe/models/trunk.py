@@ -13,6 +13,7 @@ from ..runtime.memory import Pile
 from ..runtime.packing import BF16, to_bf16, to_fp32
 from . import names
 from .args import ModelArgs
+from .hash_routing import table_fault
 
 # Gives a stored tensor by its name, raising where there is none (`Store.trunk_tensor`); packed ones
 # in the pile, where one is given.
@@ -80,6 +81,7 @@ class LayerWeights:
     output: Linear
     output_bias: np.ndarray | None
     router: Linear | None
+    experts_of_token: np.ndarray | None  # of a hash-routed layer, i32 [vocab, K], rows ascending
     gate_up: Linear | None
     down: Linear | None
     shared_weight: Linear | None
@@ -114,10 +116,22 @@ class Trunk:
             output=self.matrix("layer.o", layer),
             output_bias=self.stacked_vector(("layer.o_bias",), layer),
             router=matrix("layer.router"),
+            experts_of_token=self._table_of(layer),
             gate_up=self.stacked((f"{prefix}gate", f"{prefix}up"), layer) if has_mlp else None,
             down=matrix(f"{prefix}down"),
             shared_weight=matrix("layer.shared_weight"),
         )
+
+    def _table_of(self, layer: int) -> np.ndarray | None:
+        if ("layer.experts_of_token", layer) not in self._shapes:
+            return None
+        name, table = self._stored("layer.experts_of_token", layer)
+        num_experts, _ = self._shapes["layer.router", layer]
+        if fault := table_fault(table, num_experts):
+            raise FormatError(
+                f"the table `{name}` cannot be routed by", fault, "convert the checkpoint again"
+            )
+        return np.ascontiguousarray(np.sort(table, axis=1), dtype=np.int32)
 
     def vector(self, slot: str, layer: int = -1) -> np.ndarray:
         """A norm or a bias, fp32 `[n]`, contiguous."""

@@ -94,7 +94,8 @@ void Decoder::store_heads(const em_kv_cache &kv, int64_t layer, int part, const 
 }
 
 int32_t Decoder::attend(int64_t number, const em_kv_cache &kv, const float *cos, const float *sin,
-                        int64_t num_tokens, float *x, float *normed, int32_t *ids, float *weights) {
+                        int64_t num_tokens, const int32_t *token_ids, float *x, float *normed,
+                        int32_t *ids, float *weights) {
   const RowKernels &level = row_kernels();
   const em_block &layer = layers_[number];
   const int64_t hidden = model_.hidden, head_dim = model_.head_dim;
@@ -153,7 +154,7 @@ int32_t Decoder::attend(int64_t number, const em_kv_cache &kv, const float *cos,
     level.add(projected + t * hidden, hidden, row);
     level.rms_norm(row, layer.post_norm, hidden, model_.rms_eps, normed + t * hidden);
   });
-  return layer.router.rows == 0 ? 0 : route(number, normed, num_tokens, ids, weights);
+  return layer.router.rows == 0 ? 0 : route(number, normed, num_tokens, token_ids, ids, weights);
 }
 
 int32_t Decoder::mlp(int64_t number, int64_t num_tokens, const float *normed) {

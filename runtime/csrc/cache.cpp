@@ -143,6 +143,8 @@ em_cache_stats Cache::stats() const {
   now.decide_ns = decide_ns_;
   now.guess_ns = guess_ns_;
   now.submit_ns = submit_ns_;
+  now.num_foreseen = num_foreseen_;
+  now.num_foreseen_in_time = num_foreseen_in_time_;
   return now;
 }
 
@@ -223,9 +225,10 @@ void Cache::pin(int64_t n, const int32_t *keys) {
     if (pins_[keys[i]]++ == 0) pinned_bytes_ += slots_.num_bytes_of(keys[i]);
     block(keys[i]);
   }
-  if (wanted_.empty()) return;
   const auto is_gone = [this](int32_t key) { return is_pinned(key); };
-  wanted_.erase(std::remove_if(wanted_.begin(), wanted_.end(), is_gone), wanted_.end());
+  for (std::vector<int32_t> *kept : {&wanted_, &foreseen_}) {
+    if (!kept->empty()) kept->erase(std::remove_if(kept->begin(), kept->end(), is_gone), kept->end());
+  }
 }
 
 bool Cache::is_ours(int32_t key) const {
@@ -273,9 +276,10 @@ bool Cache::place_record(int32_t key) {
       if (is_joined) continue;
     }
     int32_t victim = victims_.next(place_);
-    if (victim < 0 && !wanted_.empty()) {
-      victim = wanted_.back();  // the last of them is needed last
-      wanted_.pop_back();
+    std::vector<int32_t> &kept = foreseen_.empty() ? wanted_ : foreseen_;  // of later layers first
+    if (victim < 0 && !kept.empty()) {
+      victim = kept.back();  // the last of them is needed last
+      kept.pop_back();
     }
     if (victim >= 0 && slots_.num_bytes_of(victim) == num_bytes) {
       slots_.take_over(victim, key);
@@ -401,11 +405,13 @@ void Cache::drop(int32_t key) {
 }
 
 // Leave those records to the policy that nothing else holds.
-void Cache::unblock_wanted() {
-  for (const int32_t key : wanted_) {
+void Cache::unblock_wanted() { unblock_all(wanted_); }
+
+void Cache::unblock_all(std::vector<int32_t> &keys) {
+  for (const int32_t key : keys) {
     if (!is_absent(key) && !is_pinned(key) && !is_unsettled_[key]) unblock(key);
   }
-  wanted_.clear();
+  keys.clear();
 }
 
 }  // namespace em

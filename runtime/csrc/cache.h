@@ -139,7 +139,10 @@ class Cache {
   // The router has spoken for the keys first .. end - 1: guesses among them other than `wanted` are
   // not read any further, and may be evicted.
   void drop_guesses(int32_t first, int32_t end, const int32_t *wanted, int64_t num_wanted);
-  void drop_all_guesses();
+  void drop_all_guesses();  // and what is foreseen
+  void drop_uncertain_guesses();
+  // See em_cache_foresee.
+  int64_t foresee(int64_t n, const int32_t *keys, int64_t most_bytes);
   bool is_guess(int32_t key) const { return guess_of_[key] != Guess::kNone; }
   int64_t num_reading_guesses() const;  // that still may be wanted
   const em_prefetch_stats &guess_counts() const { return guess_counts_; }
@@ -163,7 +166,11 @@ class Cache {
   };
 
  private:
-  enum class Guess : uint8_t { kNone, kHeld, kUnused };
+  enum class Guess : uint8_t { kNone, kHeld, kUnused, kForeseen };
+
+  bool start_guess(int32_t key, Guess kind);
+  int64_t foreseen_bytes() const;
+  void unblock_all(std::vector<int32_t> &keys);
 
   void let_go(int32_t key);
   void count_lost_guess(int32_t key);
@@ -205,6 +212,8 @@ class Cache {
   std::vector<int32_t> taken_;         // guesses that this hint demands, still being read
   std::vector<Guess> guess_of_;        // by key
   em_prefetch_stats guess_counts_ = {};
+  std::vector<int32_t> foreseen_;  // resident, demanded later for certain; first needed first
+  int64_t num_foreseen_ = 0, num_foreseen_in_time_ = 0;
   std::vector<int32_t> wanted_;     // resident, needed later in this layer; first needed first
   std::vector<int32_t> absent_;     // of this hint
   std::vector<int32_t> lesson_;     // the demand that the policy was not told of yet

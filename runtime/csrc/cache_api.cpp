@@ -42,7 +42,7 @@ int32_t em_cache_begin_layer(em_cache *cache, int64_t place, int64_t num_tokens,
     return EM_ERR_ARG;
   }
   return without_exceptions([&]() -> int32_t {
-    cache->drop_all_guesses();  // they are those of em_decode
+    cache->drop_uncertain_guesses();  // they are those of em_decode
     cache->begin_layer(place, num_tokens, n, wanted);
     return 0;
   });
@@ -52,6 +52,11 @@ int32_t em_cache_hint(em_cache *cache, int64_t n, const int32_t *keys, const dou
                       em_cache_demand *demand) {
   if (!cache || n < 0 || (n > 0 && keys == nullptr)) return EM_ERR_ARG;
   return without_exceptions([&] { return cache->hint(n, keys, counts, demand); });
+}
+
+int64_t em_cache_foresee(em_cache *cache, int64_t n, const int32_t *keys, int64_t most_bytes) {
+  if (!cache || !are_keys(cache, n, keys)) return EM_ERR_ARG;
+  return without_exceptions([&]() -> int64_t { return cache->foresee(n, keys, most_bytes); });
 }
 
 int32_t em_cache_release(em_cache *cache, int64_t n, const int32_t *keys) {

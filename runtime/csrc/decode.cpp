@@ -117,7 +117,7 @@ bool Decoder::is_valid(const em_block &layer) const {
   }
   if (layer.router.rows == 0) return has_mlp;
   return has_shape(layer.router, layer.router.rows, model_.hidden) && layer.first_key >= 0 &&
-         layer.expert_width > 0 && model_.top_k <= layer.router.rows &&
+         layer.expert_width > 0 && model_.top_k <= layer.router.rows && has_good_table(layer) &&
          has_mlp == (layer.shared_weight.rows != 0) &&
          (!has_mlp || has_shape(layer.shared_weight, 1, model_.hidden));
 }
@@ -142,7 +142,9 @@ Decoder::Decoder(const em_model &model, em_pool *pool)
       layers_(model.layers, model.layers + model.num_layers),
       pool_(pool),
       attention_scale_(static_cast<float>(1.0 / std::sqrt(static_cast<double>(model.head_dim)))) {
-  for (const em_block &layer : layers_) routing_.emplace_back(layer.router.rows);
+  for (const em_block &layer : layers_) {
+    routing_.emplace_back(layer.router.rows, layer.experts_of_token);
+  }
   const size_t top_k = model.top_k > 0 ? static_cast<size_t>(model.top_k) : 0;
   keys_.resize(top_k);
   data_.resize(top_k);
@@ -248,9 +250,10 @@ int32_t Decoder::attend_token(int64_t number, em_decode_args &args, int64_t plac
   int32_t *ids = args.routes + first;
   float *weights = args.routing_weights + first;
   const bool is_forced = args.forced_ids != nullptr;
-  const int32_t status =
-      attend(number, args.kv, args.cos, args.sin, 1, x, normed, is_forced ? own_ids_.data() : ids,
-             is_forced ? own_weights_.data() : weights);
+  const int32_t token_id = static_cast<int32_t>(args.token_id);
+  const int32_t status = attend(number, args.kv, args.cos, args.sin, 1, &token_id, x, normed,
+                                is_forced ? own_ids_.data() : ids,
+                                is_forced ? own_weights_.data() : weights);
   if (status == 0 && is_forced && layers_[number].router.rows != 0) {
     std::copy_n(args.forced_ids + first, args.num_forced, ids);
     std::copy_n(args.forced_weights + first, args.num_forced, weights);
@@ -289,6 +292,7 @@ int32_t Decoder::run_layer(int64_t number, Cache &cache, em_decode_args &args, f
   status = demand(cache, place, num, &num_misses);
   if (status != 0) return status;
   const Cache::Held held(cache, num, keys_.data());
+  if (num_certain_ < certain_.size()) foresee(cache);
   if (between_ != nullptr) {
     const Cache::Guessing guessing(cache);
     status = between_->predict(this, place, x);
@@ -312,11 +316,13 @@ int32_t Decoder::demand(Cache &cache, int64_t place, int64_t num_keys, int64_t *
 }
 
 int32_t Decoder::decode(Cache &cache, em_decode_args &args) {
+  begin_foresight(cache, args);
   between_ = args.prefetch;
   if (between_ != nullptr) between_->begin_token(&cache, this, args);
   const int32_t status = decode_layers(cache, args);
   if (between_ != nullptr) between_->end_token(status == 0);
   between_ = nullptr;
+  if (status != 0 && !certain_.empty()) cache.drop_all_guesses();
   return status;
 }
 
@@ -426,8 +432,9 @@ int32_t em_decoder_embed(em_decoder *decoder, int64_t num_tokens, const int32_t 
 }
 
 int32_t em_decoder_attend(em_decoder *decoder, int64_t layer, const em_kv_cache *kv,
-                          const float *cos, const float *sin, int64_t num_tokens, float *x,
-                          float *normed, int32_t *expert_ids, float *routing_weights) {
+                          const float *cos, const float *sin, int64_t num_tokens,
+                          const int32_t *token_ids, float *x, float *normed, int32_t *expert_ids,
+                          float *routing_weights) {
   if (!decoder || !kv || !x || !normed || num_tokens < 0 || !em::is_valid(*kv, num_tokens) ||
       layer < 0 || layer >= decoder->model().num_layers) {
     return EM_ERR_ARG;
@@ -435,9 +442,11 @@ int32_t em_decoder_attend(em_decoder *decoder, int64_t layer, const em_kv_cache 
   const bool has_router = decoder->layer(layer).router.rows != 0;
   if (has_router && (expert_ids == nullptr || routing_weights == nullptr)) return EM_ERR_ARG;
   if (decoder->model().rotary_dim && (cos == nullptr || sin == nullptr)) return EM_ERR_ARG;
+  if (!decoder->has_good_ids(layer, num_tokens, token_ids)) return EM_ERR_ARG;
   if (num_tokens == 0) return 0;
   return em::without_exceptions([&] {
-    return decoder->attend(layer, *kv, cos, sin, num_tokens, x, normed, expert_ids, routing_weights);
+    return decoder->attend(layer, *kv, cos, sin, num_tokens, token_ids, x, normed, expert_ids,
+                           routing_weights);
   });
 }
 

@@ -1,5 +1,6 @@
 // The decoder behind em_decoder: the blocks of a layer, and the scratch they share.
 #pragma once
+#include <cstddef>
 #include <cstdint>
 #include <cstdlib>
 #include <memory>
@@ -54,7 +55,8 @@ class Decoder {
 
   int32_t embed(int64_t num_tokens, const int32_t *ids, float *x);
   int32_t attend(int64_t layer, const em_kv_cache &kv, const float *cos, const float *sin,
-                 int64_t num_tokens, float *x, float *normed, int32_t *ids, float *weights);
+                 int64_t num_tokens, const int32_t *token_ids, float *x, float *normed, int32_t *ids,
+                 float *weights);
   // The dense mlp or the shared expert of normed, kept until `add`.
   int32_t mlp(int64_t layer, int64_t num_tokens, const float *normed);
   // x += mlp, or x += y + share * mlp.
@@ -66,10 +68,16 @@ class Decoder {
   // [E]: shares of the router that has spoken last, of one token; null: masks or rules made its routes.
   const float *router_shares() const { return router_shares_; }
   bool has_good_routes(const em_decode_args &args) const;
+  bool has_good_ids(int64_t layer, int64_t num_tokens, const int32_t *token_ids) const;
+  // Whether the demand of a layer is known before the first layer of a token runs.
+  bool is_foreseen(int64_t layer) const {
+    return layers_[layer].experts_of_token != nullptr && computes_all();
+  }
   int32_t decode(Cache &cache, em_decode_args &args);
 
  private:
   bool is_valid(const em_block &layer) const;
+  bool has_good_table(const em_block &layer) const;
   int32_t multiply(const em_matrix &matrix, const float *x, int64_t num_tokens, const float *bias,
                    float *y);
   int32_t multiply_all(const em_matrix *matrices, int num, const int64_t *rows, const float *x,
@@ -78,8 +86,11 @@ class Decoder {
                     int64_t token) const;
   void store_heads(const em_kv_cache &kv, int64_t layer, int part, const float *heads,
                    int64_t token) const;
-  int32_t route(int64_t number, const float *normed, int64_t num_tokens, int32_t *ids,
-                float *weights);
+  int32_t route(int64_t number, const float *normed, int64_t num_tokens, const int32_t *token_ids,
+                int32_t *ids, float *weights);
+  bool computes_all() const;
+  void begin_foresight(Cache &cache, const em_decode_args &args);
+  void foresee(Cache &cache);
   int64_t drop_cold(const em_block &layer, const Cache &cache, int32_t *ids, float *weights,
                     int64_t num);
   void stand_in(const em_block &layer, const Cache &cache, const float *weights, int64_t num);
@@ -109,6 +120,8 @@ class Decoder {
   Scratch token_, workspace_, ahead_, inputs_;
   // One token's em_moe_args.
   std::vector<int32_t> keys_, pair_token_, own_ids_, order_;
+  std::vector<int32_t> certain_;    // keys that layers will demand, in the order of use
+  std::size_t num_certain_ = 0;     // of them: are being read or kept
   std::vector<float> own_weights_;  // of a router whose routes are not taken, as own_ids_
   std::vector<const uint8_t *> data_;
   std::vector<int64_t> pair_begin_;

@@ -20,7 +20,7 @@
 extern "C" {
 #endif
 
-#define EM_ABI_VERSION 5
+#define EM_ABI_VERSION 6
 
 enum { EM_MODE_SYM = 0, EM_MODE_ASYM = 1, EM_MODE_BF16 = 2, EM_MODE_FP16 = 3, EM_MODE_NF4 = 4 };
 
@@ -314,6 +314,12 @@ EM_API int32_t em_cache_hint(em_cache *cache, int64_t n, const int32_t *keys, co
                              em_cache_demand *demand);
 /* Unpin what one hint pinned. A record whose read failed loses its memory. Returns 0 or EM_ERR_ARG. */
 EM_API int32_t em_cache_release(em_cache *cache, int64_t n, const int32_t *keys);
+/* What will be demanded for certain, in the order of use: absent ones begin to be read behind all
+ * demand, resident ones stay until they are demanded, as long as both together take no more than
+ * most_bytes and there is room. Demand that has no other room takes theirs. Neither a hit nor a miss;
+ * when they are demanded they count as guessed. Returns how many of keys [n] that goes for, from the
+ * first on, or a negative status; n 0: nothing is certain any more. */
+EM_API int64_t em_cache_foresee(em_cache *cache, int64_t n, const int32_t *keys, int64_t most_bytes);
 /* Let the policy start as if each of keys [n], each once, had been wanted counts [n] times just now.
  * Returns 0 or EM_ERR_ARG. */
 EM_API int32_t em_cache_seed(em_cache *cache, int64_t n, const int32_t *keys, const double *counts);
@@ -334,7 +340,8 @@ typedef struct em_place_stats {
   int64_t num_hits, num_misses, num_bytes; /* records; bytes read for demand, guesses that came true
                                               included */
   int64_t stall_ns, compute_ns; /* waiting when nothing could be computed; in routed experts else */
-  int64_t num_guessed; /* records, neither hits nor misses: a guess has brought them */
+  int64_t num_guessed; /* records, neither hits nor misses: a guess has brought them, or a read of
+                          certain demand */
 } em_place_stats;
 EM_API em_place_stats *em_cache_place_stats(em_cache *cache); /* [num_places] */
 typedef struct em_cache_stats {
@@ -344,6 +351,8 @@ typedef struct em_cache_stats {
   int64_t decide_ns; /* in em_decode: those decisions, without handing reads over */
   int64_t guess_ns;  /* part of native_ns: making guesses and dropping wrong ones, likewise */
   int64_t submit_ns; /* handing reads over, whoever asked for them; reading costs this time */
+  int64_t num_foreseen, num_foreseen_in_time; /* reads that em_cache_foresee or em_decode began of
+                                                 certain demand; those whole when it came */
 } em_cache_stats;
 EM_API void em_cache_get_stats(const em_cache *cache, em_cache_stats *stats);
 
@@ -411,6 +420,10 @@ typedef struct em_block {
   int64_t first_key, expert_width;     /* expert e is record first_key + e, of this F */
   int64_t first_stand_in;              /* its stand-in is record first_stand_in + e, of the same place;
                                           0: there are none. See em_routing */
+  const int32_t *experts_of_token;     /* [vocab, K]: a hash-routed layer (2106.04426). A token goes
+                                          through these rows of the router, distinct and ascending,
+                                          whatever it scores; their weights are as ever. Neither masks
+                                          nor gains of 0 go with it. NULL: the largest scores */
   em_matrix gate_up[2], down;          /* the dense mlp or the shared expert: gate and up rows stacked
                                           in gate_up[0] or one each, [W, D]; down [D, W] */
   em_matrix shared_weight;             /* [1, D]: the shared expert counts sigmoid(shared_weight x) */
@@ -501,10 +514,11 @@ EM_API int32_t em_decoder_embed(em_decoder *decoder, int64_t num_tokens, const i
  * normed [T, D] = post norm of x, and where the layer has a router expert_ids, routing_weights
  * [T, K]: the K largest of softmax(router normed), by ascending id; of equal ones the lowest ids.
  * Routes of a token that has fewer end with ids of -1, whose weight is 0 (here and everywhere).
- * cos, sin [T, rotary_dim / 2] of the positions. */
+ * cos, sin [T, rotary_dim / 2] of the positions. token_ids [T]: NULL but for hash-routed layers. */
 EM_API int32_t em_decoder_attend(em_decoder *decoder, int64_t layer, const em_kv_cache *kv,
-                                 const float *cos, const float *sin, int64_t num_tokens, float *x,
-                                 float *normed, int32_t *expert_ids, float *routing_weights);
+                                 const float *cos, const float *sin, int64_t num_tokens,
+                                 const int32_t *token_ids, float *x, float *normed,
+                                 int32_t *expert_ids, float *routing_weights);
 /* The other half: a dense layer adds mlp(normed) to x [T, D]; a layer with experts adds y (what
  * em_moe_run made of normed, overwritten) and the shared expert. y is NULL for dense layers. */
 EM_API int32_t em_decoder_finish(em_decoder *decoder, int64_t layer, int64_t num_tokens,
@@ -539,8 +553,9 @@ typedef struct em_decode_args {
   int64_t failed_key;     /* out: the record that failed, or -1 */
 } em_decode_args;
 /* One token through all layers, whose records come through the cache: each layer's are demanded as
- * its router has spoken, and released when it is computed. The cache has a place for every layer with
- * experts. Returns 0; EM_ERR_STOPPED; EM_ERR_ROOM; the negative status of the record failed_key;
+ * its router has spoken, and released when it is computed. What hash-routed layers will demand is read
+ * from the start on (as by em_cache_foresee), unless a rule leaves some of it out. The cache has a place
+ * for every layer with experts. Returns 0; EM_ERR_STOPPED; EM_ERR_ROOM; the negative status of the record failed_key;
  * EM_ERR_ARG; -ENOMEM. After a failure nothing is pinned, the token is not part of the context and
  * can be decoded again; no read of it is still being waited for. */
 EM_API int32_t em_decode(em_decoder *decoder, em_cache *cache, em_decode_args *args);

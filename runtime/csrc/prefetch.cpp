@@ -185,7 +185,7 @@ int32_t Prefetcher::predict(Decoder *decoder, int64_t place, const float *x) {
 int32_t Prefetcher::predict_place(Decoder *decoder, int64_t place, int depth, const float *x) {
   List &made = list(depth, place);
   made = List();
-  if (!has_absent(*decoder, place)) return 0;
+  if (decoder->is_foreseen(places_[place].layer) || !has_absent(*decoder, place)) return 0;
   int32_t status = 0;
   const int64_t num = rank_experts(decoder, place, depth, x, &status);
   if (status != 0) return status;

@@ -52,6 +52,7 @@ bool LayerRouting::set_mask(const uint8_t *mask, float threshold, int64_t top_k)
     int64_t num_kept = 0;
     for (int64_t e = 0; e < num_rows_; ++e) num_kept += mask[e] != 0;
     if (num_kept < top_k || !(threshold >= 0)) return false;
+    if (experts_of_token_ != nullptr && num_kept < num_rows_) return false;
     next.assign(mask, mask + num_rows_);
   }
   set_.swap(next);
@@ -68,7 +69,8 @@ bool LayerRouting::set_gains(const float *gains) {
       if (!(gains[e] >= 0) || !std::isfinite(gains[e])) return false;
       is_any_on = is_any_on || gains[e] > 0;
     }
-    if (!is_any_on) return false;
+    const bool is_any_off = std::find(gains, gains + num_rows_, 0.0f) != gains + num_rows_;
+    if (!is_any_on || (is_any_off && experts_of_token_ != nullptr)) return false;
     next.assign(gains, gains + num_rows_);
   }
   gains_.swap(next);
@@ -145,11 +147,18 @@ void LayerRouting::shares_of_bodies(const float *shares, float *scores) const {
 }
 
 int64_t Routes::choose(const LayerRouting &layer, const float *scores, const int32_t *kept,
-                       int64_t num, int32_t *order, int32_t *ids, float *weights) const {
+                       int64_t num, const int32_t *given, int32_t *order, int32_t *ids,
+                       float *weights) const {
   const auto row_of = [kept](int32_t position) { return kept ? kept[position] : position; };
   const int64_t count = std::min(num_active(), num);
   const int64_t num_auxiliary = std::min<int64_t>(rule_.num_auxiliary, num - count);
-  rank_largest(scores, num, count + num_auxiliary, order);
+  if (given == nullptr) {
+    rank_largest(scores, num, count + num_auxiliary, order);
+  } else {
+    for (int64_t k = 0; k < top_k_; ++k) weights[k] = scores[given[k]];
+    rank_largest(weights, top_k_, count + num_auxiliary, order);
+    for (int64_t k = 0; k < count + num_auxiliary; ++k) order[k] = given[order[k]];
+  }
   int64_t used = count;
   if (rule_.top_p > 0 && rule_.top_p < 1) {
     double sum = 0;
@@ -228,14 +237,16 @@ static void scale_input(const float *theta, const float *scores, const int32_t *
   for (int64_t d = 0; d < hidden; ++d) x[d] *= normed[d];
 }
 
-int32_t Decoder::route(int64_t number, const float *normed, int64_t num_tokens, int32_t *ids,
-                       float *weights) {
+int32_t Decoder::route(int64_t number, const float *normed, int64_t num_tokens,
+                       const int32_t *token_ids, int32_t *ids, float *weights) {
   const em_block &layer = layers_[number];
   const LayerRouting &routing = routing_[number];
   const int64_t num_rows = layer.router.rows, top_k = model_.top_k;
   const bool renormalise = model_.renormalise != 0;
-  const bool is_plain = routing.is_plain() && rule_.active_experts == 0 && !(rule_.top_p > 0) &&
-                        !(rule_.cold_share > 0) && rule_.stand_ins == 0;
+  const bool has_rule = rule_.active_experts != 0 || rule_.top_p > 0 || rule_.cold_share > 0 ||
+                        rule_.stand_ins != 0;
+  const bool is_changed = !routing.is_plain() || has_rule;
+  const bool is_plain = !is_changed && layer.experts_of_token == nullptr;
   const bool has_auxiliary = !is_plain && rule_.num_auxiliary > 0 && routing.theta != nullptr;
   float *inputs = has_auxiliary ? inputs_.floats(num_tokens * model_.hidden) : nullptr;
   if (has_auxiliary && inputs == nullptr) return -ENOMEM;
@@ -264,15 +275,17 @@ int32_t Decoder::route(int64_t number, const float *normed, int64_t num_tokens, 
       row_kernels().softmax(row, num_rows);
       kept = nullptr;
     }
+    const int32_t *given =
+        layer.experts_of_token ? layer.experts_of_token + token_ids[t] * top_k : nullptr;
     const int64_t num_auxiliary =
-        routes.choose(routing, row, kept, num, order, ids + t * top_k, weights + t * top_k);
+        routes.choose(routing, row, kept, num, given, order, ids + t * top_k, weights + t * top_k);
     if (inputs == nullptr) return;
     const int64_t at = t * model_.hidden;
     scale_input(routing.theta, row, kept, order + routes.num_active(), num_auxiliary, normed + at,
                 model_.hidden, inputs + at);
   });
   router_shares_ = is_plain && num_tokens == 1 ? scores : nullptr;
-  if (is_plain) return 0;
+  if (!is_changed) return 0;
   counts_.num_routed += num_tokens;
   for (int64_t t = 0; t < num_tokens; ++t) counts_.num_active += num_active(ids + t * top_k, top_k);
   return 0;

@@ -18,7 +18,9 @@ struct Mask {
 // Of one layer with E rows in its router and D bodies.
 class LayerRouting {
  public:
-  explicit LayerRouting(int64_t num_rows) : num_rows_(num_rows), num_bodies_(num_rows) {}
+  // experts_of_token: of em_block.
+  explicit LayerRouting(int64_t num_rows, const int32_t *experts_of_token = nullptr)
+      : num_rows_(num_rows), num_bodies_(num_rows), experts_of_token_(experts_of_token) {}
 
   // Each checks its array [E] and keeps a copy; null takes the last one back. False: it cannot be.
   bool set_mask(const uint8_t *mask, float threshold, int64_t top_k);
@@ -48,6 +50,7 @@ class LayerRouting {
   void update();
 
   int64_t num_rows_, num_bodies_;
+  const int32_t *experts_of_token_;
   std::vector<uint8_t> set_;         // [E] of set_mask; empty: none
   float threshold_ = 2.0f;           // of it
   std::vector<float> gains_;         // [E]; empty: 1 each
@@ -63,9 +66,10 @@ class Routes {
       : rule_(rule), top_k_(top_k), renormalise_(renormalise) {}
 
   // Writes ids, weights [K]: bodies, ascending, then -1 with weight 0. order [K]: afterwards, the
-  // positions of auxiliary experts at num_active .. num_active + (what is returned).
+  // positions of auxiliary experts at num_active .. num_active + (what is returned). given [K]: the
+  // rows to choose among, ascending; null: all.
   int64_t choose(const LayerRouting &layer, const float *scores, const int32_t *kept, int64_t num,
-                 int32_t *order, int32_t *ids, float *weights) const;
+                 const int32_t *given, int32_t *order, int32_t *ids, float *weights) const;
   int64_t num_active() const { return rule_.active_experts > 0 ? rule_.active_experts : top_k_; }
 
  private:

@@ -80,7 +80,92 @@ void run(const StoreFolder &folder, int32_t method, int64_t num_records, uint32_
   em_arena_destroy(arena, arena_bytes);
 }
 
+// All places but the last are known before the first of a round, as those of hash-routed layers.
+void run_foreseen(const StoreFolder &folder, int32_t method, int64_t num_records, uint32_t seed) {
+  const int32_t num_keys = static_cast<int32_t>(folder.records.size());
+  int64_t largest = 0;
+  for (const em_record &record : folder.records) largest = std::max(largest, record.num_bytes);
+  const int64_t arena_bytes = num_records * largest;
+  void *arena = em_arena_create(arena_bytes);
+  int32_t error = 0;
+  em_store *store = em_store_open(folder.experts_path().c_str(), folder.records.data(), num_keys, 4,
+                                  0, method, &error);
+  const int64_t first_keys[] = {0, 8, 16, 24};
+  em_cache_config config = {};
+  config.arena = arena;
+  config.arena_bytes = config.capacity_bytes = arena_bytes;
+  config.first_keys = first_keys;
+  config.num_places = kPlaces;
+  config.policy = "forecast";
+  config.half_life = 16;
+  config.max_moved_per_byte = 4;
+  em_cache *cache = em_cache_create(store, &config);
+  CHECK(cache != nullptr);
+  std::mt19937 random(seed);
+  const bool has_room = num_records > 2 * kPlaces * kTopK;  // however records lie, which differ in size
+  int64_t num_used = 0, num_misses = 0;
+  for (int round = 0; round < 200; ++round) {
+    std::vector<int32_t> keys;
+    for (int32_t place = 0; place < kPlaces; ++place) {
+      const int32_t one = static_cast<int32_t>(random() % kExperts);
+      const int32_t other = static_cast<int32_t>((one + 1 + random() % (kExperts - 1)) % kExperts);
+      keys.push_back(place * kExperts + std::min(one, other));
+      keys.push_back(place * kExperts + std::max(one, other));
+    }
+    const int64_t known = 2 * kTopK;
+    int64_t num = 0;
+    const auto foresee = [&] {
+      const em_cache_stats now = cache->stats();
+      num += em_cache_foresee(cache, known - num, keys.data() + num,
+                              now.capacity_bytes - now.pinned_bytes);
+      CHECK(num <= known);
+    };
+    foresee();
+    if (has_room) CHECK(num == known);
+    for (int32_t place = 0; place < kPlaces; ++place) {
+      const int32_t *own = keys.data() + place * kTopK;
+      cache->begin_layer(place, 1);
+      em_cache_demand demand = {};
+      CHECK(cache->hint(kTopK, own, nullptr, &demand) == 1);
+      CHECK(demand.num_hits + demand.num_misses + demand.num_guessed == kTopK);
+      num_used += demand.num_guessed;
+      if (has_room && place < kPlaces - 1) CHECK(demand.num_misses == 0);
+      num_misses += demand.num_misses;
+      if (num < known && place == 0) foresee();
+      for (int i = 0; i < kTopK; ++i) {
+        CHECK(em_store_wait(store, own[i]) == EM_READY);
+        CHECK(std::memcmp(cache->data(own[i]), folder.experts[own[i]].record.data(),
+                          static_cast<size_t>(folder.records[own[i]].num_bytes)) == 0);
+      }
+      cache->release(kTopK, own);
+      if (random() % 17 == 0) {  // a token that ends here
+        CHECK(em_cache_foresee(cache, 0, nullptr, 0) == 0);
+        em_cache_settle(cache);  // until when nobody can tell what is still there
+        break;
+      }
+    }
+    if (round % 37 == 36) CHECK(cache->resize(arena_bytes - (round % 2) * largest));
+  }
+  const em_cache_stats stats = cache->stats();
+  CHECK(num_used > 0 && num_used <= stats.num_foreseen && num_misses > 0);
+  CHECK(stats.num_foreseen_in_time <= num_used && stats.pinned_bytes == 0);
+  CHECK(cache->guess_counts().num_guesses == 0 && cache->guess_counts().wasted_bytes == 0);
+  const int32_t all[] = {0, 9, 3};
+  CHECK(em_cache_foresee(cache, 3, all, arena_bytes) >= 0);  // closed while they are being read
+  em_store_close(store);
+  em_cache_destroy(cache);
+  em_arena_destroy(arena, arena_bytes);
+}
+
 }  // namespace
+
+TEST(what_is_known_is_there_when_it_is_demanded) {
+  const StoreFolder folder = make_store("foresee", 64, 96, {0, 1, 3}, kExperts,
+                                        {{4, 32, EM_MODE_SYM}, {8, 32, EM_MODE_SYM}});
+  for (const int32_t method : {EM_METHOD_AUTO, EM_METHOD_THREADS}) {
+    for (const int64_t num_records : {4, 5, 9, 14}) run_foreseen(folder, method, num_records, 5);
+  }
+}
 
 TEST(guesses_leave_accounts_and_bytes_right) {
   const StoreFolder folder = make_store("guess", 64, 96, {0, 1, 3}, kExperts,

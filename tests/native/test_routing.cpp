@@ -21,7 +21,7 @@ Chosen choose(const em::LayerRouting &layer, const std::vector<float> &scores,
   Chosen found;
   std::vector<int32_t> order(kTopK);
   em::Routes(rule, kTopK, renormalise)
-      .choose(layer, scores.data(), kept, static_cast<int64_t>(scores.size()), order.data(),
+      .choose(layer, scores.data(), kept, static_cast<int64_t>(scores.size()), nullptr, order.data(),
               found.ids.data(), found.weights.data());
   return found;
 }
