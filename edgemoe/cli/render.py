@@ -2,6 +2,7 @@
 
 import errno
 import os
+import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -103,20 +104,38 @@ def loading() -> Iterator[None]:
             print("\r\x1b[K", end="", file=sys.stderr, flush=True)
 
 
-def table(rows: Sequence[Sequence[Any]], header: Sequence[str], text: Sequence[int] = (0,)) -> str:
-    """Rows under a header; the columns numbered in `text` flush left, the others flush right."""
+def table(
+    rows: Sequence[Sequence[Any]],
+    header: Sequence[str],
+    text: Sequence[int] = (0,),
+    width: int | None = None,
+) -> str:
+    """Rows under a header; the columns numbered in `text` flush left, the others flush right.
+
+    What is wider than `width` (None: than the terminal, if standard output is one) goes on below,
+    in a further table that begins with the first column again.
+    """
     lines = [[str(cell) for cell in row] for row in (header, *rows)]
     widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
     left = {i % len(header) for i in text}
+    if width is None:
+        width = shutil.get_terminal_size().columns if sys.stdout.isatty() else sys.maxsize
+    blocks = [[0]]
+    for i in range(1, len(header)):
+        if len(blocks[-1]) > 1 and sum(2 + widths[j] for j in [*blocks[-1], i]) - 2 > width:
+            blocks.append([0])
+        blocks[-1].append(i)
     out = []
-    for line in lines:
-        cells = [
-            cell.ljust(width) if i in left else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+    for block in blocks:
+        part = [
+            "  ".join(
+                line[i].ljust(widths[i]) if i in left else line[i].rjust(widths[i]) for i in block
+            ).rstrip()
+            for line in lines
         ]
-        out.append("  ".join(cells).rstrip())
-    out.insert(1, "  ".join("-" * width for width in widths))
-    return "\n".join(out)
+        part.insert(1, "  ".join("-" * widths[i] for i in block))
+        out.append("\n".join(part))
+    return "\n\n".join(out)
 
 
 def markdown(rows: Sequence[Sequence[Any]], header: Sequence[str]) -> str:
