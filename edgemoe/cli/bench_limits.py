@@ -12,6 +12,7 @@ from typing import Any
 
 MIN_SWEEP_BYTES = 256 << 20
 SWEEP_CACHES = 4  # times the last-level cache, which some servers have a quarter of a gigabyte of
+STRETCH_BYTES = 128 << 20  # swept in one go: Ctrl-C waits for it
 PIECE_BYTES = 8 << 20  # swept in one go beside reads
 BATCH_BYTES = 32 << 20
 NUM_WINDOWS, WINDOW_S = 3, 0.2
@@ -48,13 +49,16 @@ class MemorySweep:
     """
 
     def __init__(self, num_threads: int) -> None:
+        import numpy as np
+
         from ..runtime.io import Arena
         from ..runtime.kernels import ThreadPool
 
         self._num_bytes = sweep_bytes() // PIECE_BYTES * PIECE_BYTES
         self._arena = Arena(self._num_bytes)
         self._data = self._arena.view(0, self._num_bytes).view("u8")
-        self._data.fill(1)
+        for piece in np.split(self._data, self._num_bytes // PIECE_BYTES):
+            piece.fill(1)  # not all at once: Ctrl-C waits for the end of a call
         self._pool = ThreadPool(num_threads)
         self._executor = ThreadPoolExecutor(num_threads)
         self._num_threads = num_threads
@@ -64,7 +68,8 @@ class MemorySweep:
         best = 0.0
         for _ in range(repeats + 1):  # the first one wakes the threads
             begin = time.perf_counter()
-            self._read(0, self._num_bytes)
+            for first in range(0, self._num_bytes, STRETCH_BYTES):
+                self._read(first, min(STRETCH_BYTES, self._num_bytes - first))
             best = max(best, self._num_bytes / (time.perf_counter() - begin))
         return best
 
