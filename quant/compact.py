@@ -27,7 +27,7 @@ from ..runtime.index import (
 )
 from ..runtime.sets import resolve
 from ..runtime.store import file_sha256
-from .journal import need_room
+from .disk import need_room
 from .progress import Progress, Silent
 
 _BLOCK_BYTES = 4 << 20

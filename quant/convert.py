@@ -8,6 +8,7 @@ then store.json, then the rename. In memory are a few experts, less than a layer
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..runtime import kernels
-from ..runtime.errors import CheckpointError, UsageError
+from ..runtime.errors import UsageError
 from ..runtime.format import TILE_ROWS
 from ..runtime.index import (
     EXPERTS_FILE,
@@ -26,17 +27,10 @@ from ..runtime.index import (
     save_index,
 )
 from .calibrated import Calibration, calibrated_records
+from .disk import need_room
 from .hash_tables import check_tables
 from .identity import fingerprint
-from .journal import (
-    Crcs,
-    Partial,
-    check_target,
-    finish_published,
-    need_room,
-    partial_path,
-    write_error,
-)
+from .journal import Crcs, Partial, check_target, finish_published, kept_for_later, partial_path
 from .layouts import TrunkItem
 from .options import ConvertOptions
 from .pack import USES_INPUTS, Record, checked, coded, in_order, pack_expert
@@ -82,23 +76,12 @@ def convert(
         check_tables(checkpoint)
         _check_disk(target, plan, checkpoint.path)
         partial = Partial.open(target, wanted)
-        try:
+        with closing(progress), kept_for_later(partial, progress):
             _write_experts(checkpoint, plan, partial, progress, num_threads, calibration)
             write_trunk(checkpoint, plan, partial, progress)
             index = finish_store(checkpoint, plan, partial, progress)
             save_index(index)
             partial.publish()
-        except CheckpointError:
-            partial.discard()  # the same input cannot do better next time
-            raise
-        except OSError as error:
-            raise write_error(error, partial.path) from error
-        except KeyboardInterrupt:
-            progress.note("stopped; the same command goes on where it was")
-            raise
-        finally:
-            partial.close()
-            progress.close()
     return target
 
 

@@ -17,7 +17,7 @@ from ..runtime.format import PAGE_BYTES, record_name
 from ..runtime.headers import encode_header, read_header
 from ..runtime.index import EXPERTS_FILE, TRUNK_FILE, load_index, save_index
 from ..runtime.store import file_sha256
-from .journal import need_room
+from .disk import need_room
 from .plan import copied_files
 
 _BLOCK_BYTES = 8 << 20

@@ -10,11 +10,14 @@ import errno
 import json
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ..runtime.amounts import format_bytes
-from ..runtime.errors import BudgetError, FormatError, NotFoundError, UsageError
+from ..runtime.errors import CheckpointError, FormatError, NotFoundError, UsageError
+from .disk import OutputFile, sync_folder, write_error
+from .progress import Progress
 
 try:
     import fcntl
@@ -22,7 +25,6 @@ except ImportError:  # Windows: two conversions into one folder are not kept apa
     fcntl = None  # type: ignore[assignment]
 
 JOURNAL_FILE = "journal.json"
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 Crcs = list[tuple[int, int]]
 
@@ -46,6 +48,24 @@ def check_target(target: Path) -> None:
             f"`{target.name}` was to be made in it",
             "make it first, or choose another --out",
         )
+
+
+@contextmanager
+def kept_for_later(partial: "Partial", progress: Progress) -> Iterator[None]:
+    """What every writer of a store does at its end: what was written stays for the next run, unless
+    the input is damaged, with which that could do no better."""
+    try:
+        yield
+    except CheckpointError:
+        partial.discard()
+        raise
+    except OSError as error:
+        raise write_error(error, partial.path) from error
+    except KeyboardInterrupt:
+        progress.note("stopped; the same command goes on where it was")
+        raise
+    finally:
+        partial.close()
 
 
 class Partial:
@@ -194,91 +214,3 @@ def _difference(found: Any, wanted: dict[str, Any]) -> str:
     if keys.get("writer_version") != wanted["writer_version"]:
         return "it was made by another version of edgemoe"
     return "the checkpoint has changed since"
-
-
-class OutputFile:
-    """Appends to one file; keeps the bytes it has written out of the page cache."""
-
-    sync_every_bytes = 64 << 20
-
-    def __init__(self, path: Path, header: bytes, num_bytes: int) -> None:
-        self.path = path
-        flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0)
-        self._descriptor = os.open(path, flags, 0o666)
-        self._position = self._synced = 0
-        if num_bytes:
-            self._position = self._synced = len(header) + num_bytes
-            os.ftruncate(self._descriptor, self._position)
-            os.lseek(self._descriptor, self._position, os.SEEK_SET)
-        else:
-            os.ftruncate(self._descriptor, 0)
-            self.write(header)
-
-    def write(self, data: Any) -> None:
-        """Append a bytes-like object; a full disk raises BudgetError."""
-        view = memoryview(data).cast("B")
-        done = 0
-        try:
-            while done < len(view):
-                done += os.write(self._descriptor, view[done : done + self.sync_every_bytes])
-                if self._position + done - self._synced >= self.sync_every_bytes:
-                    self._drop(self._position + done)
-        except OSError as error:
-            raise write_error(error, self.path) from error
-        self._position += len(view)
-
-    def sync(self) -> None:
-        """Return when everything written is on the disk."""
-        try:
-            self._drop(self._position)
-        except OSError as error:
-            raise write_error(error, self.path) from error
-
-    def _drop(self, end: int) -> None:
-        # Only clean pages can be dropped, so the sync is what bounds the page cache.
-        getattr(os, "fdatasync", os.fsync)(self._descriptor)
-        if hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(self._descriptor, 0, end, os.POSIX_FADV_DONTNEED)
-        self._synced = end
-
-    def close(self) -> None:
-        os.close(self._descriptor)
-
-
-def need_room(
-    folder: Path,
-    num_bytes: int,
-    what: str = "the store",
-    next_step: str = "free some space, or choose another --out",
-) -> None:
-    """BudgetError where the disk of `folder` has less than `num_bytes` free."""
-    free = shutil.disk_usage(folder).free
-    if free < num_bytes:
-        raise BudgetError(
-            f"the disk of `{folder}` is too small",
-            f"{what} needs {format_bytes(num_bytes)} more, {format_bytes(free)} are free",
-            next_step,
-        )
-
-
-def write_error(error: OSError, path: Path) -> Exception:
-    """A full disk in words; any other error as it came."""
-    if error.errno not in DISK_FULL:
-        return error
-    return BudgetError(
-        f"the disk is full while writing `{path.name}`",
-        os.strerror(error.errno or 0),
-        "free some space and run the same command again: it goes on where it stopped",
-    )
-
-
-def sync_folder(path: Path) -> None:
-    """Make renames in `path` durable, where the system can."""
-    try:
-        descriptor = os.open(path, os.O_RDONLY)
-    except OSError:
-        return
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

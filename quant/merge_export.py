@@ -18,7 +18,7 @@ from torch import Tensor
 from ..runtime.errors import UsageError
 from ..runtime.headers import DTYPE_BYTES, encode_header
 from .checkpoint import SINGLE_FILE, Checkpoint
-from .journal import need_room
+from .disk import need_room
 from .merge import Merge
 from .merge_bodies import merged_body
 from .plan import copied_files

@@ -27,16 +27,9 @@ from ..runtime.index import (
 )
 from ..runtime.profile import Profile
 from .checkpoint import Checkpoint
+from .disk import need_room
 from .factoring import Factoring
-from .journal import (
-    Crcs,
-    Partial,
-    check_target,
-    finish_published,
-    need_room,
-    partial_path,
-    write_error,
-)
+from .journal import Crcs, Partial, check_target, finish_published, kept_for_later, partial_path
 from .merge import Merge
 from .merge_records import Layouts, MergedRecords, merged_layouts
 from .merge_trunk import write_trunk
@@ -79,7 +72,7 @@ def write_merged(
         header = _experts_header(layouts)
         _check_disk(target, own.index, layouts)
         partial = Partial.open(target, wanted)
-        try:
+        with kept_for_later(partial, progress):
             _write_experts(records, partial, header, progress, num_threads)
             write_trunk(own, merge, partial.path / TRUNK_FILE, router)
             for name in set(own.index.sha256) - {EXPERTS_FILE, TRUNK_FILE}:
@@ -89,13 +82,6 @@ def write_merged(
             index.plan = index.plan | {"merge": (provenance or {}) | _groups_json(merge, router)}
             save_index(index)
             partial.publish()
-        except OSError as error:
-            raise write_error(error, partial.path) from error
-        except KeyboardInterrupt:
-            progress.note("stopped; the same command goes on where it was")
-            raise
-        finally:
-            partial.close()
     return load_index(target)
 
 

@@ -20,7 +20,7 @@ from ..runtime.stand_ins import STAND_INS_FILE, encode_stand_ins
 from .calibrated import Calibration, calibrated_records
 from .checkpoint import Checkpoint
 from .convert import num_cpus, plain_records
-from .journal import DISK_FULL
+from .disk import DISK_FULL
 from .options import ConvertOptions
 from .plan import ConversionPlan, make_plan
 from .progress import Progress, Silent

@@ -13,7 +13,8 @@ from tiny_checkpoint import make_checkpoint
 
 from edgemoe.quant.checkpoint import Checkpoint
 from edgemoe.quant.convert import convert
-from edgemoe.quant.journal import JOURNAL_FILE, OutputFile, partial_path
+from edgemoe.quant.disk import OutputFile
+from edgemoe.quant.journal import JOURNAL_FILE, partial_path
 from edgemoe.quant.options import ConvertOptions
 from edgemoe.runtime.errors import FormatError, NotFoundError, RecordError, UsageError
 from edgemoe.runtime.headers import encode_header

@@ -32,7 +32,7 @@ from torch import Tensor
 
 from edgemoe.models import load_module
 from edgemoe.models.names import spellings
-from edgemoe.quant.journal import OutputFile
+from edgemoe.quant.disk import OutputFile
 from edgemoe.runtime.headers import encode_header
 
 

@@ -37,8 +37,9 @@ from torch import Tensor
 from edgemoe.models.names import spellings
 from edgemoe.quant.checkpoint import SINGLE_FILE, Checkpoint
 from edgemoe.quant.convert import finish_store, write_trunk
+from edgemoe.quant.disk import OutputFile
 from edgemoe.quant.identity import fingerprint
-from edgemoe.quant.journal import OutputFile, Partial, check_target, partial_path
+from edgemoe.quant.journal import Partial, check_target, partial_path
 from edgemoe.quant.options import DEFAULT_GROUP_SIZE, ConvertOptions, ExpertSpec
 from edgemoe.quant.pack import Record, pack_expert
 from edgemoe.quant.plan import make_plan

@@ -52,7 +52,7 @@ def _make(
     targets: dict[str, Path], source: Path, folder: Path, mixed: Callable[[Path, Path], None]
 ) -> None:
     from ..quant.convert import convert
-    from ..quant.journal import need_room
+    from ..quant.disk import need_room
     from ..quant.options import ConvertOptions
     from ..quant.plan import plan_conversion
 
