@@ -4,7 +4,6 @@ import numpy as np
 
 from .models.args import ModelArgs
 from .runtime import core
-from .runtime.budget import kv_head_bytes
 from .runtime.errors import UsageError
 from .runtime.packing import BF16, to_bf16
 
@@ -48,13 +47,6 @@ class KVCache:
     def for_model(cls, args: ModelArgs, capacity: int, kv_bits: int = 16) -> "KVCache":
         """A cache of the shape that a model (`ModelArgs`) needs."""
         return cls(args.num_layers, args.num_kv_heads, args.head_dim, capacity, kv_bits)
-
-    @staticmethod
-    def bytes_for(
-        num_layers: int, num_kv_heads: int, head_dim: int, capacity: int, kv_bits: int = 16
-    ) -> int:
-        """What a cache of this shape takes, without making it."""
-        return num_layers * num_kv_heads * capacity * kv_head_bytes(head_dim, kv_bits)
 
     @property
     def num_bytes(self) -> int:

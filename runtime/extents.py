@@ -49,10 +49,6 @@ class Extents:
         """(offset, bytes) of every block, in address order."""
         return sorted(self._blocks.items())
 
-    def free_extents(self) -> list[tuple[int, int]]:
-        """(offset, bytes) of every free extent, in address order."""
-        return sorted((start, end - start) for start, end in self._free_by_start.items())
-
     def allocate(self, num_bytes: int, below: int | None = None) -> int | None:
         """Take the smallest free extent that holds the bytes (the first of equals).
 

@@ -99,10 +99,6 @@ class Store:
 
     # Trunk.
 
-    @property
-    def trunk_names(self) -> list[str]:
-        return list(self._trunk)
-
     def trunk_entry(self, name: str) -> TensorEntry:
         """dtype, shape and size of a trunk tensor; raises NotFoundError."""
         try:

@@ -10,7 +10,7 @@ import numpy as np
 from edgemoe.runtime import kernels
 from edgemoe.runtime.checksum import crc32c
 from edgemoe.runtime.format import PAGE_BYTES, QuantSpec, RecordLayout, record_name
-from edgemoe.runtime.headers import encode_header
+from edgemoe.runtime.headers import encode_header, read_header
 from edgemoe.runtime.index import (
     EXPERTS_FILE,
     TRUNK_FILE,
@@ -52,6 +52,12 @@ def random_record(seed: int, layout: RecordLayout) -> np.ndarray:
     up = random_matrix(rng, layout.width, layout.hidden, layout.gate_up)
     down = random_matrix(rng, layout.hidden, layout.width, layout.down)
     return kernels.pack_record(gate, up, down, layout)
+
+
+def trunk_names(path: Path) -> list[str]:
+    """The tensors of a store's trunk, in the order of the file's header."""
+    with open(path / TRUNK_FILE, "rb") as file:
+        return list(read_header(file, TRUNK_FILE)[0])
 
 
 def make_store(

@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from stores import NUM_EXPERTS, damage_record, make_store
+from test_extents import free_extents
 
 from edgemoe.runtime import core
 from edgemoe.runtime.cache import ExpertCache
@@ -194,7 +195,7 @@ def test_preload_fills_what_is_free_and_counts_no_demand(index, backend, share):
         assert num_bytes == sum(rig.sizes[key] for key in rig.resident() - before)
         assert (cache.hits, cache.misses, cache.bytes_read) == counters
         assert cache.evictions == cache.pinned_bytes == 0
-        free = [offset_bytes for _, offset_bytes in cache._slots.extents.free_extents()]
+        free = [offset_bytes for _, offset_bytes in free_extents(cache._slots.extents)]
         absent = set(range(len(rig.sizes))) - rig.resident()
         assert max(free, default=0) < min((rig.sizes[key] for key in absent), default=1 << 60)
         by_layer = np.bincount([key // NUM_EXPERTS for key in rig.resident()], minlength=4)

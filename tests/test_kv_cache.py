@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from edgemoe.kv_cache import KVCache
+from edgemoe.runtime.budget import kv_head_bytes
 from edgemoe.runtime.errors import UsageError
 from edgemoe.runtime.packing import BF16, to_bf16, to_fp32
 
@@ -83,7 +84,7 @@ def test_8_bits_are_within_half_a_step_of_the_largest():
 def test_the_size_is_known_beforehand(kv_bits, head_bytes):
     cache = KVCache(3, 2, 8, capacity=10, kv_bits=kv_bits)
     expected = 3 * 2 * 2 * 10 * head_bytes
-    assert cache.num_bytes == KVCache.bytes_for(3, 2, 8, 10, kv_bits) == expected
+    assert cache.num_bytes == 3 * 2 * 10 * kv_head_bytes(8, kv_bits) == expected
 
 
 def test_overflow_names_the_context_length():

@@ -26,7 +26,6 @@ from models_small import (  # noqa: E402
 )
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS  # noqa: E402
 
-from edgemoe.kv_cache import KVCache  # noqa: E402
 from edgemoe.models import parse_config  # noqa: E402
 from edgemoe.models.causal_lm import CausalLM  # noqa: E402
 from edgemoe.models.layers import sigmoid, silu  # noqa: E402
@@ -34,7 +33,7 @@ from edgemoe.models.rope import frequencies  # noqa: E402
 from edgemoe.quant.convert import convert  # noqa: E402
 from edgemoe.quant.plan import ConvertOptions  # noqa: E402
 from edgemoe.runtime import core, kernels  # noqa: E402
-from edgemoe.runtime.budget import CHUNK  # noqa: E402
+from edgemoe.runtime.budget import CHUNK, kv_head_bytes  # noqa: E402
 from edgemoe.runtime.errors import FormatError, RecordError, UsageError  # noqa: E402
 
 TOLERANCE = 1e-3
@@ -468,7 +467,7 @@ def test_a_small_kv_cache_is_near(kv_bits, backend, stores, running):
     ours = running(path, backend)
     exact = ours.model.forward(PROMPT, ours.kv_cache(kv_bits=32), logits="all")
     kv_cache = ours.kv_cache(kv_bits=kv_bits)
-    assert kv_cache.num_bytes == KVCache.bytes_for(3, 2, 32, 160, kv_bits)
+    assert kv_cache.num_bytes == 3 * 2 * 160 * kv_head_bytes(32, kv_bits)
     rounded = ours.model.forward(PROMPT, kv_cache, logits="all")
     assert 1e-4 < row_error(rounded, exact) < 2e-2
 

@@ -85,10 +85,6 @@ class ModelArgs:
             return self.experts_of(layer)
         return max(self.bodies[layer]) + 1
 
-    @property
-    def dense_layers(self) -> tuple[int, ...]:
-        return tuple(layer for layer in range(self.num_layers) if layer not in self.moe_layers)
-
 
 def unsupported(key: str, value: object, why: str = "") -> UnsupportedModelError:
     """The error for an option of config.json; the message names it and its value."""
