@@ -2,7 +2,8 @@
 
 import time
 
-from .runtime.cache import STALL_NS, ExpertCache
+from .runtime.cache import ExpertCache
+from .runtime.cache_base import STALL_NS
 from .runtime.governor import Governor, Signals
 from .runtime.native_cache import NativeCache
 from .runtime.pressure import read_pressure

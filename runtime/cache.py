@@ -13,21 +13,25 @@ alike.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .errors import BudgetError, UsageError
-from .format import PAGE_BYTES
+from .cache_base import (
+    CORE_TIMES,
+    STALL_NS,
+    CacheBase,
+    HintResult,
+    in_use,
+    layers_alike,
+    whole_pages,
+)
+from .holds import Holds
 from .index import ExpertRecord
 from .io import READING, READY, Arena, RecordReader
 from .policy import DEFAULT_POLICY, NO_VICTIM, make_policy
 from .records import RecordTable
 from .slots import Slots
-
-if TYPE_CHECKING:
-    from .native_cache import NativeCache
 
 # Records of different sizes leave free bytes scattered. To join them by moving records is worth so
 # many bytes moved per byte needed, where the records are few; else one more victim costs less. On a
@@ -37,51 +41,7 @@ MAX_MOVED_PER_BYTE = 4.0
 _MAX_RECORDS_TO_PLAN = 256
 
 
-# Columns of `place_stats`.
-HITS, MISSES, BYTES, STALL_NS, COMPUTE_NS, GUESSED = range(6)
-CORE_TIMES = ("native", "decide", "guess", "submit")  # as em_cache_stats has them, in ns
-
-
-class HintResult(NamedTuple):
-    """Demand of one hint, in records and in bytes to read."""
-
-    num_hits: int
-    num_misses: int
-    bytes_read: int
-
-
-def whole_pages(capacity_bytes: int, arena: Arena) -> int:
-    """The capacity in whole pages; UsageError where the arena is smaller."""
-    if not 0 <= capacity_bytes <= arena.num_bytes:
-        raise UsageError(
-            f"an expert cache of {capacity_bytes} bytes does not fit into its arena",
-            f"the arena has {arena.num_bytes} bytes",
-        )
-    return capacity_bytes // PAGE_BYTES * PAGE_BYTES
-
-
-def layers_alike(table: RecordTable) -> list[int]:
-    """All keys but stand-ins, the first experts of every layer first."""
-    first = list(table.first_key.values())
-    places = table.place_of_key
-    return sorted(table.own_keys, key=lambda key: key - first[places[key]])
-
-
-def no_room(cache: "ExpertCache | NativeCache", keys: Sequence[int]) -> BudgetError:
-    """The error where these records cannot be pinned together."""
-    needed = sum(cache.table.num_bytes[key] for key in keys)
-    return BudgetError(
-        f"{needed} bytes of expert records do not fit into the expert cache at once",
-        f"it has {cache.capacity_bytes} bytes, of which {cache.pinned_bytes} are in use",
-        "give it a larger --memory",
-    )
-
-
-def in_use() -> UsageError:
-    return UsageError("the expert cache cannot change its capacity while records are in use")
-
-
-class ExpertCache:
+class ExpertCache(CacheBase):
     """`capacity_bytes` of `arena` for one store's records; keys are those of the reader."""
 
     def __init__(
@@ -105,30 +65,14 @@ class ExpertCache:
         self._slots = Slots(arena, pages, self._num_bytes_of, reader.status)
         self._address = self._slots.address  # by key; 0: absent
         self._max_moved_per_byte = max_moved_per_byte
-        self._pins: dict[int, int] = {}
-        self._pinned_bytes = 0
-        self._blocked = np.ones(len(table), dtype=np.bool_)  # not for the policy to take
+        self._holds = Holds(table.num_bytes, self._address)
         self._set_share(self.capacity_bytes)
-        self._unsettled: set[int] = set()  # released while being read
-        self._wanted: list[int] = []  # resident, needed later in this layer; first needed first
         self._victims: Iterator[int] = iter(())
         self._place, self._step, self._num_tokens = 0, 0, 1
         # Sums by place in the cycle of MoE layers; times are added by who runs the layers.
         self.place_stats = np.zeros((len(table.first_key), 6), dtype=np.int64)
         self.evictions = 0
         self.core_s = np.zeros(len(CORE_TIMES))  # a token never decodes in the core here
-
-    @property
-    def hits(self) -> int:
-        return int(self.place_stats[:, HITS].sum())
-
-    @property
-    def misses(self) -> int:
-        return int(self.place_stats[:, MISSES].sum())
-
-    @property
-    def bytes_read(self) -> int:
-        return int(self.place_stats[:, BYTES].sum())
 
     @property
     def capacity_bytes(self) -> int:
@@ -141,7 +85,7 @@ class ExpertCache:
 
     @property
     def pinned_bytes(self) -> int:
-        return self._pinned_bytes
+        return self._holds.pinned_bytes
 
     @property
     def num_resident(self) -> int:
@@ -157,10 +101,10 @@ class ExpertCache:
 
     def fits(self, keys: Sequence[int]) -> bool:
         """Whether these records can be pinned beside those that are pinned now."""
-        room = self.capacity_bytes - self._pinned_bytes
+        room = self.capacity_bytes - self.pinned_bytes
         if len(keys) * self._max_record_bytes <= room:
             return True
-        return sum(self._num_bytes_of[key] for key in keys if key not in self._pins) <= room
+        return sum(self._num_bytes_of[key] for key in keys if key not in self._holds.pins) <= room
 
     def resident_mask(self) -> NDArray[np.bool_]:
         """Which records are in memory or being read into it, by key."""
@@ -176,28 +120,13 @@ class ExpertCache:
         if place <= self._place:
             self._step += num_tokens
         self._place, self._num_tokens = place, num_tokens
-        self._unblock_wanted()
-        self._wanted = [key for key in keys if not self._blocked[key]]
-        if self._wanted:
-            self._blocked[self._wanted] = True
-
-    def hint(self, keys: Sequence[int], counts: NDArray[np.int64] | None = None) -> HintResult:
-        """Pin the records of `keys` (each once), most urgent first, and start reading those absent.
-
-        `counts`: how many tokens want each record, where it is more than one token's demand. Raises
-        BudgetError where the records do not fit into the capacity together.
-        """
-        result = self.try_hint(keys, counts)
-        if result is None:
-            raise no_room(self, keys)
-        return result
+        self._holds.want(keys)
 
     def try_hint(
         self, keys: Sequence[int], counts: NDArray[np.int64] | None = None
     ) -> HintResult | None:
         """`hint`, or None and nothing changed but evictions where the records do not fit now."""
-        if self._unsettled:
-            self._settle(wait=False)
+        self._settle(wait=False)
         address = self._address
         absent = [key for key in keys if not address[key]]
         index = np.array(keys, dtype=np.int64)
@@ -208,7 +137,7 @@ class ExpertCache:
             if not self._read(keys, absent):
                 return None
         else:
-            self._pin(keys)
+            self._holds.pin(keys)
         self._policy.touch(index, self._step, self._num_tokens, counts)
         num_bytes = 0
         for key in absent:
@@ -221,31 +150,15 @@ class ExpertCache:
         """The bytes of a pinned record, u8 [num_bytes]."""
         return self._slots.view(key)
 
-    def wait(self, key: int) -> None:
-        """Block until a pinned record is whole. Raises RecordError where its read failed."""
-        status = self.reader.wait(key)
-        if status != READY:
-            raise self.table.failure(key, status)
-
     def release(self, keys: Sequence[int]) -> None:
         """Unpin what one hint pinned. A record whose read failed loses its memory."""
-        pins = self._pins
-        freed = []
-        for key in keys:
-            count = pins[key] - 1
-            if count:
-                pins[key] = count
-            else:
-                del pins[key]
-                self._pinned_bytes -= self._num_bytes_of[key]
-                freed.append(key)
+        freed = self._holds.unpin(keys)
         if not freed:
             return
-        index = np.array(freed, dtype=np.int64)
-        if self._status[index].tolist().count(READY) == len(freed):
-            self._blocked[index] = False
+        if self._status[freed].tolist().count(READY) == len(freed):
+            self._holds.let_go(freed)
         else:
-            self._unsettled.update(freed)
+            self._holds.unsettled.update(freed)
             self._settle(wait=False)
 
     def seed(self, keys: Sequence[int], counts: NDArray[np.floating]) -> None:
@@ -268,7 +181,7 @@ class ExpertCache:
             for key in placed:
                 self._drop(key)
             raise
-        self._unsettled.update(placed)  # so that an interrupted wait leaves nothing behind
+        self._holds.unsettled.update(placed)  # so that an interrupted wait leaves nothing behind
         for key in placed:
             self._policy.insert(key)
         statuses = [self.reader.wait(key) for key in placed]
@@ -282,13 +195,13 @@ class ExpertCache:
         """Change the capacity, up or down within the arena, between two steps; what no longer fits
         is evicted and its memory goes back to the system."""
         new = whole_pages(capacity_bytes, self._arena)
-        if self._pins:
+        if self._holds.pins:
             raise in_use()
         self._settle(wait=True)
-        self._unblock_wanted()
+        self._holds.want(())
         self._set_share(new)
         while self.resident_bytes > new:
-            self._evict(next(self._policy.victims(self._place, self._blocked)))
+            self._evict(next(self._policy.victims(self._place, self._holds.blocked)))
         for key in self._slots.shrink(new):
             self._evict(key)
         self._slots.resize(new)
@@ -298,25 +211,13 @@ class ExpertCache:
 
     # ---- inside ------------------------------------------------------------------------------
 
-    def _pin(self, keys: Sequence[int]) -> None:
-        pins = self._pins
-        for key in keys:
-            if key in pins:
-                pins[key] += 1
-            else:
-                pins[key] = 1
-                self._pinned_bytes += self._num_bytes_of[key]
-        self._blocked[keys] = True
-        if self._wanted:
-            self._wanted = [key for key in self._wanted if key not in pins]
-
     def _read(self, keys: Sequence[int], absent: list[int]) -> bool:
         """Pin `keys`, give the absent ones memory and submit their reads; False: no room."""
-        fixed = set(self._pins)  # their addresses are known to others
-        self._pin(keys)
+        fixed = set(self._holds.pins)  # their addresses are known to others
+        self._holds.pin(keys)
         placed: list[int] = []
         is_submitted = False
-        self._victims = self._policy.victims(self._place, self._blocked)
+        self._victims = self._policy.victims(self._place, self._holds.blocked)
         try:
             for key in absent:
                 if not self._place_record(key, fixed):
@@ -346,17 +247,17 @@ class ExpertCache:
                 if joined:
                     continue
             victim = next(self._victims, NO_VICTIM)
-            if victim == NO_VICTIM and self._wanted:
-                victim = self._wanted.pop()  # the last of them is needed last
+            if victim == NO_VICTIM and self._holds.wanted:
+                victim = self._holds.wanted.pop()  # the last of them is needed last
             if victim != NO_VICTIM and self._num_bytes_of[victim] == num_bytes:
                 self._slots.take_over(victim, key)
                 self._forget(victim)
                 return True
             if victim != NO_VICTIM:
                 self._evict(victim)
-            elif self._unsettled:
+            elif self._holds.unsettled:
                 self._settle(wait=True)
-                self._victims = self._policy.victims(self._place, self._blocked)
+                self._victims = self._policy.victims(self._place, self._holds.blocked)
             elif not self._slots.join(num_bytes, fixed):
                 return False
         return True
@@ -370,33 +271,21 @@ class ExpertCache:
         self._forget(key)
 
     def _forget(self, victim: int) -> None:
-        self._blocked[victim] = True
+        self._holds.blocked[victim] = True
         self._policy.remove(victim)
         self.evictions += 1
 
     def _drop(self, key: int) -> None:
         self._slots.drop(key)
-        self._blocked[key] = True
+        self._holds.blocked[key] = True
 
     def _settle(self, wait: bool) -> None:
         """Make records evictable whose reads have ended; `wait` for all of them."""
-        for key in list(self._unsettled):
-            if key in self._pins or not self._address[key]:
-                self._unsettled.discard(key)  # if pinned, settled when it is released again
-                continue
+        for key in self._holds.left_alone():
             status = self.reader.wait(key) if wait else int(self._status[key])
             if status == READING:
                 continue
-            self._unsettled.discard(key)
-            if status == READY:
-                self._blocked[key] = False
-            else:
+            self._holds.settle(key)
+            if status != READY:
                 self._drop(key)
                 self._policy.remove(key)
-
-    def _unblock_wanted(self) -> None:
-        """Leave those records to the policy that nothing else holds."""
-        for key in self._wanted:
-            if self._address[key] and key not in self._pins and key not in self._unsettled:
-                self._blocked[key] = False
-        self._wanted = []

@@ -16,7 +16,8 @@ import numpy as np
 
 from . import core
 from .budget import moe_workspace_bytes, wave_pairs
-from .cache import COMPUTE_NS, STALL_NS, ExpertCache
+from .cache import ExpertCache
+from .cache_base import COMPUTE_NS, STALL_NS
 from .cold import ColdRule
 from .errors import EdgeMoeError, UsageError
 from .format import LINE_BYTES, RecordLayout

@@ -6,19 +6,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import core
-from .cache import (
-    BYTES,
-    CORE_TIMES,
-    HITS,
-    MAX_MOVED_PER_BYTE,
-    MISSES,
-    ExpertCache,
-    HintResult,
-    in_use,
-    layers_alike,
-    no_room,
-    whole_pages,
-)
+from .cache import MAX_MOVED_PER_BYTE, ExpertCache
+from .cache_base import CORE_TIMES, CacheBase, HintResult, in_use, layers_alike, whole_pages
 from .errors import EdgeMoeError, UsageError
 from .index import ExpertRecord
 from .io import READY, Arena, RecordReader
@@ -26,7 +15,7 @@ from .policy import DEFAULT_POLICY, HALF_LIFE, check_policy
 from .records import RecordTable
 
 
-class NativeCache:
+class NativeCache(CacheBase):
     """As `ExpertCache`, for a native reader. `handle` is what `em_decode` takes."""
 
     def __init__(
@@ -64,18 +53,6 @@ class NativeCache:
         self.place_stats = np.ctypeslib.as_array(sums, shape=(places, 6))
         self._demand = core.CacheDemand()
         self._stats = core.CacheStats()
-
-    @property
-    def hits(self) -> int:
-        return int(self.place_stats[:, HITS].sum())
-
-    @property
-    def misses(self) -> int:
-        return int(self.place_stats[:, MISSES].sum())
-
-    @property
-    def bytes_read(self) -> int:
-        return int(self.place_stats[:, BYTES].sum())
 
     @property
     def capacity_bytes(self) -> int:
@@ -131,13 +108,6 @@ class NativeCache:
             )
         )
 
-    def hint(self, keys: Sequence[int], counts: NDArray[np.int64] | None = None) -> HintResult:
-        """See `ExpertCache.hint`."""
-        result = self.try_hint(keys, counts)
-        if result is None:
-            raise no_room(self, keys)
-        return result
-
     def try_hint(
         self, keys: Sequence[int], counts: NDArray[np.int64] | None = None
     ) -> HintResult | None:
@@ -161,12 +131,6 @@ class NativeCache:
         """The bytes of a pinned record, u8 [num_bytes]."""
         offset = int(self._addresses[key]) - self._arena.address
         return self._arena.view(offset, self.table.num_bytes[key])
-
-    def wait(self, key: int) -> None:
-        """Block until a pinned record is whole. Raises RecordError where its read failed."""
-        status = self.reader.wait(key)
-        if status != READY:
-            raise self.table.failure(key, status)
 
     def release(self, keys: Sequence[int]) -> None:
         """See `ExpertCache.release`."""

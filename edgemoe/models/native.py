@@ -13,7 +13,6 @@ import numpy as np
 
 from ..kv_cache import KVCache
 from ..runtime import core
-from ..runtime.cache import no_room
 from ..runtime.errors import EdgeMoeError
 from ..runtime.kernels import PackedMatrix, ThreadPool
 from ..runtime.prefetch import Prefetcher
@@ -265,7 +264,7 @@ class NativeLayers(NativeRouting):
         if status == core.ERR_ROOM:
             place = call.num_places - 1
             first_key = table.first_key[self.args.moe_layers[place]]
-            return no_room(self._cache, (routes[place] + first_key).tolist())
+            return self._cache.no_room((routes[place] + first_key).tolist())
         return EdgeMoeError("the core refused to decode a token", f"status {status}")
 
     def _make_angles(self, position: int, capacity: int) -> _Angles:
