@@ -18,7 +18,15 @@ from .config import EngineConfig
 from .governed_cache import GovernedCache
 from .interrupts import DeferredInterrupt, InterruptibleExperts
 from .last_run import save_last_run
-from .preflight import Preflight, cache_capacity, line_bytes, preflight, release_free_memory
+from .lent_memory import LentMemory
+from .preflight import (
+    Preflight,
+    cache_capacity,
+    dims_of,
+    line_bytes,
+    preflight,
+    release_free_memory,
+)
 from .report import engine_report, notes_on
 from .routing import Change, Routing, apply, counts_of, prepare
 from .runtime.amounts import format_bytes
@@ -74,6 +82,7 @@ class Engine:
         self._session: Session | None = None
         self.warm_start: WarmStart | None = None
         self.governed: GovernedCache | None = None
+        self.lent_memory: LentMemory | None = None
         self._resources = ExitStack()
 
     @classmethod
@@ -161,7 +170,11 @@ class Engine:
         capacity, notes = cache_capacity(self.plan, config)
         self._full_capacity = capacity
         self.notes += notes
-        arena = Arena(max(capacity, PAGE_BYTES), config.backend)
+        is_bound = config.memory_bytes is not None and config.cache_bytes is None
+        if is_bound and not config.find_knee and self._model.is_native:
+            self.lent_memory = LentMemory(self.plan, self._index, dims_of(args), capacity)
+        room = self.lent_memory.room_bytes if self.lent_memory else 0
+        arena = Arena(max(capacity + room, PAGE_BYTES), config.backend)
         self._resources.callback(arena.close)
         self._resources.callback(store.close)  # last in, first out: no read outlives its memory
         self.cache = make_cache(
@@ -181,6 +194,8 @@ class Engine:
         if self._index.layer_to_bodies:
             self._model.set_bodies(self._index.layer_to_bodies)
         self.prefetch = self._make_prefetch()
+        if self.lent_memory is not None:
+            self.lent_memory.serve(self.cache, arena, self._use_memory)
         self.notes += notes_on(self)
         if not self._routing.is_plain:
             apply(self._prepared, self._model, self._executor)
@@ -191,6 +206,11 @@ class Engine:
             use, sources, notes = expected_use(self._index, args.top_k)
             self.notes += notes
             self.warm_start = WarmStart(self.cache, use, sources, self._lock)
+
+    def _use_memory(self, workspace: int | None, scratch: int | None, scratch_bytes: int) -> None:
+        """Lay the buffers of steps there; see lent_memory.py."""
+        self._executor.use_workspace(workspace)
+        self._model.use_memory(scratch, scratch_bytes)
 
     def _make_prefetch(self) -> "Prefetcher":
         from .runtime.prefetch import Prefetcher
@@ -216,6 +236,9 @@ class Engine:
         if self._template is None:
             try:
                 self._template = ChatTemplate.load(self.path, self.config.chat_template)
+                if self.lent_memory is not None:
+                    with self._lock, self._interrupt.deferred():
+                        self.lent_memory.end_idle()
                 self._template.worker = self.template_worker
             except TemplateError as error:
                 self._template = error
@@ -315,8 +338,10 @@ class Engine:
         options.setdefault("on_route", self.on_route)
         with self._lock, self.governed or _NOTHING:
             if self._model.decodes(token_ids, logits):  # the core minds Ctrl-C itself
+                self._begin_token()
                 return self._model.forward(token_ids, kv_cache, logits, **options)
             with self._interrupt.deferred():
+                self._begin_prompt(len(token_ids))
                 return self._model.forward(token_ids, kv_cache, logits, **options)
 
     def step(self, token_id: int, kv_cache: "KVCache") -> "tuple[np.ndarray, int | None]":
@@ -326,7 +351,17 @@ class Engine:
         if not self._model.is_native or self.on_route is not None:
             return self.forward([token_id], kv_cache)[0], None
         with self._lock, self.governed or _NOTHING:
+            self._begin_token()
             return self._model.step(token_id, kv_cache)
+
+    def _begin_token(self) -> None:
+        if self.lent_memory is not None and not self.lent_memory.is_for_token:
+            with self._interrupt.deferred():
+                self.lent_memory.begin_token()
+
+    def _begin_prompt(self, num_tokens: int) -> None:
+        if self.lent_memory is not None:
+            self.lent_memory.begin_prompt(num_tokens)
 
     @contextmanager
     def steps(self) -> "Iterator[Steps]":
@@ -337,6 +372,7 @@ class Engine:
         if self.warm_start is not None:
             self.warm_start.stop()
         with self._lock, self._interrupt.deferred():
+            self._begin_prompt(self.chunk_tokens)
             yield self._model._layers
 
     def observe(self, observer: "Callable[[Observation], None]") -> None:
@@ -413,7 +449,10 @@ class Engine:
             )
         if self.governed is not None:
             self.governed.set_most(capacity)
-        elif capacity != self.cache.capacity_bytes:
+            return
+        if self.lent_memory is not None:
+            capacity += self.lent_memory.lent_bytes
+        if capacity != self.cache.capacity_bytes:
             self.cache.trim(capacity)
 
     def session(self) -> "Session":

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from . import core
 from .amounts import MIB, format_bytes, parse_bytes
+from .buffers import moe_workspace_bytes, prompt_buffers, wave_pairs
 from .errors import BudgetError
 from .footprint import usual_runtime_bytes
 from .format import PAGE_BYTES, TILE_ROWS, round_up
@@ -33,6 +33,7 @@ __all__ = [
     "moe_workspace_bytes",
     "parse_bytes",
     "process_memory",
+    "prompt_buffers",
     "wave_pairs",
     "with_headroom",
 ]
@@ -216,19 +217,6 @@ def kv_head_bytes(head_dim: int, kv_bits: int) -> int:
     return 2 * (head_dim * kv_bits // 8 + (4 if kv_bits == 8 else 0))
 
 
-def wave_pairs(chunk: int, top_k: int) -> int:
-    """The most (token, expert) pairs that the executor gives to one native call."""
-    return max(2 * chunk, top_k)
-
-
-def moe_workspace_bytes(num_tokens: int, num_pairs: int, hidden: int, row_floats: int) -> int:
-    """Bytes of the executor's workspace for calls up to this size, of records whose layouts have
-    at most so many `row_floats`."""
-    if core.lib is not None:
-        return 4 * core.lib.em_moe_workspace_floats(num_tokens, num_pairs, hidden, row_floats)
-    return 4 * (num_pairs * hidden + num_tokens * (row_floats + hidden)) + 12 * hidden * row_floats
-
-
 def _activation_bytes(dims: ModelDims, context: int, chunk: int, index: StoreIndex) -> int:
     """An upper estimate of what one chunk needs, whose buffers the core keeps, and of logits."""
     tokens = min(chunk, context)
@@ -239,9 +227,7 @@ def _activation_bytes(dims: ModelDims, context: int, chunk: int, index: StoreInd
     router = 4 * num_experts + 4 * dims.top_k
     per_token += 3 * attention + 3 * dims.dense_width + router
     logits = 6 * dims.vocab  # of one token, and what sampling makes of them
-    row_floats = max((each.layout.row_floats for each in index.records.values()), default=0)
-    num_pairs = wave_pairs(tokens, dims.top_k)
-    workspace = moe_workspace_bytes(tokens, num_pairs, dims.hidden, row_floats)
+    workspace, _ = prompt_buffers(dims, index, tokens, chunk)
     return round_up(4 * (tokens * per_token + logits) + workspace, PAGE_BYTES)
 
 

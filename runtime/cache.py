@@ -191,9 +191,9 @@ class ExpertCache(CacheBase):
                 raise self.table.failure(key, status)
         return sum(self._num_bytes_of[key] for key in placed)
 
-    def trim(self, capacity_bytes: int) -> None:
+    def trim(self, capacity_bytes: int, *, keeps_memory: bool = False) -> None:
         """Change the capacity, up or down within the arena, between two steps; what no longer fits
-        is evicted and its memory goes back to the system."""
+        is evicted and its memory goes back to the system, or is the caller's (`keeps_memory`)."""
         new = whole_pages(capacity_bytes, self._arena)
         if self._holds.pins:
             raise in_use()
@@ -204,7 +204,7 @@ class ExpertCache(CacheBase):
             self._evict(next(self._policy.victims(self._place, self._holds.blocked)))
         for key in self._slots.shrink(new):
             self._evict(key)
-        self._slots.resize(new)
+        self._slots.resize(new, keeps_memory)
 
     def close(self) -> None:
         """Nothing to give back here: the memory is the arena's."""

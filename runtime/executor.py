@@ -20,7 +20,8 @@ from .cache import ExpertCache
 from .cache_base import COMPUTE_NS, STALL_NS
 from .cold import ColdRule
 from .errors import EdgeMoeError, UsageError
-from .format import LINE_BYTES, RecordLayout
+from .format import RecordLayout
+from .memory import Arena
 from .stand_ins import StandInRule
 from .waves import Wave, cut_waves
 
@@ -81,15 +82,18 @@ class Executor:
         self._args = core.MoeArgs()
         if self._backend == "native":
             num_bytes = moe_workspace_bytes(chunk, self._max_pairs, hidden, table.max_row_floats)
-            room = np.empty(num_bytes + LINE_BYTES, dtype=np.uint8)
-            start = -room.ctypes.data % LINE_BYTES
-            self._workspace = room[start:]
+            self._workspace = Arena(max(num_bytes, 1), "native")
             self._args.hidden = hidden
             self._args.keys = self._keys.ctypes.data
             self._args.data = self._data.ctypes.data
             self._args.pair_begin = self._pair_begin.ctypes.data
-            self._args.workspace = self._workspace.ctypes.data
+            self._args.workspace = self._workspace.address
             self._args_pointer = ctypes.byref(self._args)
+
+    def use_workspace(self, address: int | None) -> None:
+        """Lay the workspace there from now on, of which the caller minds the size; None: back into
+        memory of our own."""
+        self._args.workspace = self._workspace.address if address is None else address
 
     def take_stats(self) -> StepStats:
         """The statistics since the last call, which start again at zero."""

@@ -179,12 +179,12 @@ class NativeCache(CacheBase):
                 raise self.table.failure(key, status)
         return sum(self.table.num_bytes[key] for key in found)
 
-    def trim(self, capacity_bytes: int) -> None:
+    def trim(self, capacity_bytes: int, *, keeps_memory: bool = False) -> None:
         """See `ExpertCache.trim`."""
         new = whole_pages(capacity_bytes, self._arena)
         if self.pinned_bytes:
             raise in_use()
-        _expect(self._lib.em_cache_resize(self.handle, new))
+        _expect(self._lib.em_cache_resize(self.handle, new, keeps_memory))
 
     def close(self) -> None:
         """Give the core's tables back; sums can still be read."""

@@ -101,11 +101,11 @@ class Slots:
                 self.extents.free(offset)
         return homeless
 
-    def resize(self, capacity_bytes: int) -> None:
+    def resize(self, capacity_bytes: int, keeps_memory: bool = False) -> None:
         """Move the end, beyond which nothing may lie; memory beyond it goes back to the system."""
         old = self.extents.num_bytes
         self.extents.resize(capacity_bytes)
-        if capacity_bytes < old:
+        if capacity_bytes < old and not keeps_memory:
             self._arena.discard(capacity_bytes, old - capacity_bytes)
 
     def _copy(self, move: Move) -> None:

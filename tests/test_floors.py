@@ -8,7 +8,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 FLOORS = {
     0: """runtime: __init__ amounts budget checksum core core_cache core_decoder errors extents
-        files footprint format headers index io outputs
+        files footprint format headers index io outputs buffers
         kernels memory packing process python_reader read_tasks records reference slots
         sets throttle trace
         waves
@@ -20,7 +20,7 @@ FLOORS = {
     3: """edgemoe: active_set chat_template config control_tokens engine interrupts meter preflight
         recorder report routing routing_files sampling session stats stop_strings template_worker
         tokenizer
-        tokenizer_files last_run warm_start governed_cache""",
+        tokenizer_files last_run warm_start governed_cache lent_memory""",
     4: """quant: *""",
     5: """edgemoe: __init__ __main__ cli""",
 }

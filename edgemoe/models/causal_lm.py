@@ -164,6 +164,11 @@ class CausalLM:
         if self.is_native:
             self._layers.guess_with(prefetch)
 
+    def use_memory(self, address: int | None, num_bytes: int) -> None:
+        """Lay the core's scratch there from now on, as far as it fits; None: in its own memory."""
+        if self.is_native:
+            self._layers.use_memory(address, num_bytes)
+
     def decodes(self, token_ids: Sequence[int] | np.ndarray, logits: str) -> bool:
         """Whether the core runs this call alone, as one token from the first layer to the last."""
         is_token = isinstance(token_ids, list) and len(token_ids) == 1

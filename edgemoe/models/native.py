@@ -168,6 +168,11 @@ class NativeLayers(NativeRouting):
         """Decode with these guesses from now on."""
         self._prefetch, self._call.prefetch = prefetch, prefetch.handle
 
+    def use_memory(self, address: int | None, num_bytes: int) -> None:
+        """See `em_decoder_use_memory`."""
+        self._prompt_angles = None
+        check_step(core.lib.em_decoder_use_memory(self._decoder(), address, num_bytes))
+
     # ---- one token -----------------------------------------------------------------------------
 
     def step(self, token_id: int, kv_cache: KVCache) -> tuple[np.ndarray, int]:

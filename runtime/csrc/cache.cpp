@@ -360,7 +360,7 @@ void Cache::settle(bool wait) {
   unsettled_.resize(num_left);
 }
 
-bool Cache::resize(int64_t capacity_bytes) {
+bool Cache::resize(int64_t capacity_bytes, bool keeps_memory) {
   if (pinned_bytes_ > 0) return false;
   learn();
   drop_all_guesses();
@@ -373,7 +373,7 @@ bool Cache::resize(int64_t capacity_bytes) {
     evict(victim);
   }
   for (const int32_t key : slots_.shrink(capacity_bytes)) evict(key);
-  slots_.resize(capacity_bytes);
+  slots_.resize(capacity_bytes, keeps_memory);
   return true;
 }
 

@@ -148,7 +148,7 @@ class Cache {
   const em_prefetch_stats &guess_counts() const { return guess_counts_; }
   // Change the capacity within the arena; what no longer fits is evicted. False while records are
   // pinned.
-  bool resize(int64_t capacity_bytes);
+  bool resize(int64_t capacity_bytes, bool keeps_memory);
 
   // Counts the time of its scope as native, but for deciding.
   class Native {

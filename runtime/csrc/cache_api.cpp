@@ -83,13 +83,13 @@ void em_cache_settle(em_cache *cache) {
   cache->settle(true);
 }
 
-int32_t em_cache_resize(em_cache *cache, int64_t capacity_bytes) {
+int32_t em_cache_resize(em_cache *cache, int64_t capacity_bytes, int32_t keeps_memory) {
   if (!cache || capacity_bytes < 0 || capacity_bytes > cache->max_capacity_bytes() ||
       capacity_bytes % 4096) {
     return EM_ERR_ARG;
   }
   return without_exceptions([&]() -> int32_t {
-    return cache->resize(capacity_bytes) ? 0 : EM_ERR_ARG;
+    return cache->resize(capacity_bytes, keeps_memory != 0) ? 0 : EM_ERR_ARG;
   });
 }
 

@@ -82,11 +82,25 @@ std::atomic<int32_t> *as_flag(int32_t *stop) {
 
 }  // namespace
 
+float *Room::take(int64_t num_floats) {
+  const int64_t num_bytes = (num_floats * sizeof(float) + kLineBytes - 1) / kLineBytes * kLineBytes;
+  if (num_bytes > num_bytes_) return nullptr;
+  float *const taken = reinterpret_cast<float *>(begin_);
+  begin_ += num_bytes;
+  num_bytes_ -= num_bytes;
+  return taken;
+}
+
 float *Scratch::floats(int64_t num) {
   constexpr int64_t kFloatsPerLine = kLineBytes / sizeof(float);
   if (num > capacity_) {
     memory_.reset();
     capacity_ = 0;
+    start_ = room_ != nullptr ? room_->take(num) : nullptr;
+    if (start_ != nullptr) {
+      capacity_ = num;
+      return start_;
+    }
     memory_.reset(std::malloc((num + kFloatsPerLine) * sizeof(float)));
     start_ = static_cast<float *>(memory_.get());
     if (start_ == nullptr) return nullptr;
@@ -95,6 +109,15 @@ float *Scratch::floats(int64_t num) {
     capacity_ = num;
   }
   return start_;
+}
+
+void Decoder::use_memory(void *memory, int64_t num_bytes) {
+  room_ = {static_cast<char *>(memory), memory == nullptr ? 0 : num_bytes};
+  for (Scratch *each : {&parts_, &qkv_, &mixed_, &projected_, &attention_, &scores_, &masked_, &gate_up_,
+                        &mlp_, &shares_, &token_, &workspace_, &ahead_, &inputs_}) {
+    *each = Scratch(&room_);
+  }
+  experts_x_ = router_shares_ = nullptr;
 }
 
 bool Decoder::is_valid(const em_block &layer) const {
@@ -385,6 +408,14 @@ em_decoder *em_decoder_create(const em_model *model, em_pool *pool) {
 }
 
 void em_decoder_destroy(em_decoder *decoder) { delete decoder; }
+
+int32_t em_decoder_use_memory(em_decoder *decoder, void *memory, int64_t num_bytes) {
+  if (!decoder || num_bytes < 0 || reinterpret_cast<uintptr_t>(memory) % em::kLineBytes) {
+    return EM_ERR_ARG;
+  }
+  decoder->use_memory(memory, num_bytes);
+  return 0;
+}
 
 int32_t em_decoder_set_mask(em_decoder *decoder, int64_t layer, const uint8_t *mask,
                             float threshold) {

@@ -15,9 +15,22 @@ namespace em {
 
 class Prefetcher;
 
+// Memory of the caller, 64-byte aligned, given away from front to back.
+class Room {
+ public:
+  Room() = default;
+  Room(char *begin, int64_t num_bytes) : begin_(begin), num_bytes_(num_bytes) {}
+  float *take(int64_t num_floats);  // whole lines, or null where there is too little left
+
+ private:
+  char *begin_ = nullptr;
+  int64_t num_bytes_ = 0;
+};
+
 // 64-byte aligned memory that grows and is then kept; its contents do not survive growth.
 class Scratch {
  public:
+  explicit Scratch(Room *room = nullptr) : room_(room) {}  // memory of which is taken first
   // At least num floats, or null where there is no memory.
   float *floats(int64_t num);
 
@@ -25,6 +38,7 @@ class Scratch {
   struct Free {
     void operator()(void *memory) const { std::free(memory); }
   };
+  Room *room_;
   std::unique_ptr<void, Free> memory_;
   float *start_ = nullptr;
   int64_t capacity_ = 0;
@@ -74,6 +88,7 @@ class Decoder {
     return layers_[layer].experts_of_token != nullptr && computes_all();
   }
   int32_t decode(Cache &cache, em_decode_args &args);
+  void use_memory(void *memory, int64_t num_bytes);
 
  private:
   bool is_valid(const em_block &layer) const;
@@ -116,6 +131,7 @@ class Decoder {
   const float *router_shares_ = nullptr;  // in scores_
   em_pool *pool_;
   float attention_scale_;
+  Room room_;
   Scratch parts_, qkv_, mixed_, projected_, attention_, scores_, masked_, gate_up_, mlp_, shares_;
   Scratch token_, workspace_, ahead_, inputs_;
   // One token's em_moe_args.

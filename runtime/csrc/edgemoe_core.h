@@ -331,7 +331,7 @@ EM_API int64_t em_cache_preload(em_cache *cache, int64_t n, const int32_t *keys,
 EM_API void em_cache_settle(em_cache *cache);
 /* Another capacity, up or down within the arena. What no longer fits is evicted, and memory beyond it
  * goes back to the system. Returns 0, or EM_ERR_ARG while records are pinned. */
-EM_API int32_t em_cache_resize(em_cache *cache, int64_t capacity_bytes);
+EM_API int32_t em_cache_resize(em_cache *cache, int64_t capacity_bytes, int32_t keeps_memory);
 /* [num_records]: where each record is or will be, 0: absent. Memory of the cache. */
 EM_API const uint64_t *em_cache_addresses(const em_cache *cache);
 /* Sums since the cache was made, by place; memory of the cache, read and written at any time between
@@ -453,6 +453,9 @@ typedef struct em_decoder em_decoder;
  * call at a time; its scratch grows to the largest call and stays. */
 EM_API em_decoder *em_decoder_create(const em_model *model, em_pool *pool);
 EM_API void em_decoder_destroy(em_decoder *decoder); /* NULL is allowed */
+/* Gives the scratch back; from the next call on it lies, as far as it fits, in memory [num_bytes], the
+ * caller's, 64-byte aligned, until this is called again; NULL: it is the decoder's. 0 or EM_ERR_ARG. */
+EM_API int32_t em_decoder_use_memory(em_decoder *decoder, void *memory, int64_t num_bytes);
 /* The functions below return 0, EM_ERR_ARG or -ENOMEM.
  * Take experts out of the choice of a layer's router, from the next call on: mask u8 [E], copied, 0 is
  * out, at least K are not; NULL: all are in again. The softmax runs over those that are in, with the

@@ -79,10 +79,10 @@ std::vector<int32_t> Slots::shrink(int64_t capacity_bytes) {
   return homeless;
 }
 
-void Slots::resize(int64_t capacity_bytes) {
+void Slots::resize(int64_t capacity_bytes, bool keeps_memory) {
   const int64_t old = extents_.num_bytes();
   extents_.resize(capacity_bytes);
-  if (capacity_bytes < old) discard_memory(arena_ + capacity_bytes, old - capacity_bytes);
+  if (capacity_bytes < old && !keeps_memory) discard_memory(arena_ + capacity_bytes, old - capacity_bytes);
 }
 
 void Slots::move(const Move &move) {

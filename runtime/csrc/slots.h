@@ -38,7 +38,7 @@ class Slots {
   // being read. The caller drops the returned ones, then resizes.
   std::vector<int32_t> shrink(int64_t capacity_bytes);
   // Move the end; memory beyond it goes back to the system.
-  void resize(int64_t capacity_bytes);
+  void resize(int64_t capacity_bytes, bool keeps_memory);
 
  private:
   std::vector<Placed> placed() const;  // in address order; fixed are those being read

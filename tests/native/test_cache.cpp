@@ -208,9 +208,9 @@ TEST(any_demand_keeps_the_accounts_of_the_cache) {
     CHECK_EQUAL(now.pinned_bytes, 0);
     CHECK_EQUAL(now.num_evictions, num_misses - now.num_resident);
     // Nothing is stuck: everything can go, and come back.
-    CHECK_EQUAL(em_cache_resize(rig.cache, 0), 0);
+    CHECK_EQUAL(em_cache_resize(rig.cache, 0, 0), 0);
     CHECK_EQUAL(rig.stats().num_resident, 0);
-    CHECK_EQUAL(em_cache_resize(rig.cache, rig.arena_bytes / kPage * kPage), 0);
+    CHECK_EQUAL(em_cache_resize(rig.cache, rig.arena_bytes / kPage * kPage, 0), 0);
     std::vector<int32_t> all(rig.num_keys), placed(rig.num_keys);
     for (int32_t key = 0; key < rig.num_keys; ++key) all[key] = key;
     CHECK_EQUAL(em_cache_preload(rig.cache, rig.num_keys, all.data(), placed.data()),
@@ -253,11 +253,11 @@ TEST(what_a_cache_cannot_do_is_refused) {
   CHECK_EQUAL(em_cache_hint(rig.cache, 8, many, nullptr, nullptr), 0);
   CHECK_EQUAL(em_cache_begin_layer(rig.cache, 3, 1, 0, nullptr), EM_ERR_ARG);
   CHECK_EQUAL(em_cache_begin_layer(rig.cache, 0, 1, 1, beyond), EM_ERR_ARG);
-  CHECK_EQUAL(em_cache_resize(rig.cache, rig.arena_bytes + kPage), EM_ERR_ARG);
+  CHECK_EQUAL(em_cache_resize(rig.cache, rig.arena_bytes + kPage, 0), EM_ERR_ARG);
   CHECK_EQUAL(em_cache_hint(rig.cache, 1, many, nullptr, nullptr), 1);
-  CHECK_EQUAL(em_cache_resize(rig.cache, 0), EM_ERR_ARG);  // pinned
+  CHECK_EQUAL(em_cache_resize(rig.cache, 0, 0), EM_ERR_ARG);  // pinned
   CHECK_EQUAL(em_cache_release(rig.cache, 1, many), 0);
-  CHECK_EQUAL(em_cache_resize(rig.cache, 0), 0);
+  CHECK_EQUAL(em_cache_resize(rig.cache, 0, 0), 0);
   CHECK(Rig(folder, kPage, "best").cache == nullptr);
   CHECK(Rig(folder, 100).cache == nullptr);
   CHECK(Rig(folder, -kPage).cache == nullptr);

@@ -64,7 +64,7 @@ void run(const StoreFolder &folder, int32_t method, int64_t num_records, uint32_
                         static_cast<size_t>(folder.records[key].num_bytes)) == 0);
     }
     cache->release(kTopK, keys);
-    if (step % 97 == 96) CHECK(cache->resize(arena_bytes - (step % 2) * largest));
+    if (step % 97 == 96) CHECK(cache->resize(arena_bytes - (step % 2) * largest, step % 3 == 0));
   }
   const em_prefetch_stats &counts = cache->guess_counts();
   CHECK(counts.num_in_time + counts.num_late == num_used);

@@ -1,0 +1,50 @@
+"""Memory that is planned for prompts and chat templates holds experts while it is not in use."""
+
+import numpy as np
+import pytest
+
+from edgemoe.engine import DEMO, Engine
+from edgemoe.kv_cache import KVCache
+from edgemoe.preflight import dims_of
+from edgemoe.runtime import core
+from edgemoe.runtime.buffers import prompt_buffers
+
+pytestmark = pytest.mark.skipif(core.lib is None, reason="native core not built")
+CONTEXT = 256
+PROMPT = [(7 * i) % 500 + 5 for i in range(200)]
+
+
+def rows(engine: Engine) -> list[np.ndarray]:
+    """Logits of a prompt, tokens, a short prompt and tokens again."""
+    kv_cache = KVCache.for_model(engine.args, CONTEXT, 16)
+    found = [engine.forward(PROMPT, kv_cache)]
+    found += [engine.step(token, kv_cache)[0].copy() for token in (9, 10, 11)]
+    found.append(engine.forward(PROMPT[:9], kv_cache))
+    found += [engine.step(token, kv_cache)[0].copy() for token in (12, 13)]
+    return found
+
+
+def test_the_cache_has_what_no_step_needs():
+    with Engine.from_pretrained(DEMO, context=CONTEXT) as engine:
+        resident = rows(engine)
+        floor, dims = engine.plan.floor_bytes, dims_of(engine.args)
+    with Engine.from_pretrained(DEMO, context=CONTEXT, memory=floor, warm_start="off") as engine:
+        cache, lent = engine.cache, engine.lent_memory
+        buffers = {n: sum(prompt_buffers(dims, engine._index, n, 512)) for n in (9, 200, CONTEXT)}
+        kv_cache = KVCache.for_model(engine.args, CONTEXT, 16)
+        without = cache.capacity_bytes
+        assert engine.plan.cache_bytes < without <= engine.plan.max_cache_bytes
+        seen = []
+        for tokens in (PROMPT, [9], PROMPT[:9], [10], PROMPT):
+            engine.forward(tokens, kv_cache)
+            assert cache.resident_bytes <= cache.capacity_bytes
+            seen.append(cache.capacity_bytes - without)
+            if len(tokens) > 100:
+                kv_cache.trim(0)
+        whole = buffers[CONTEXT]
+        assert seen == [0, whole, whole - buffers[9], whole, whole - buffers[200]]
+        assert lent.lent_bytes + engine.plan.cache_bytes == cache.capacity_bytes
+        lent.end_idle()
+        assert cache.capacity_bytes == engine.plan.cache_bytes + seen[-1]
+        for found, expected in zip(rows(engine), resident, strict=True):
+            np.testing.assert_array_equal(found, expected)
