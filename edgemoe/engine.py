@@ -6,7 +6,6 @@ expert cache.
 """
 
 import threading
-import weakref
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
@@ -16,22 +15,15 @@ from .active_set import ActiveSet, find_set, mask_routers, plan_with_set, warm_u
 from .chat_template import ChatTemplate, TemplateWorker
 from .config import EngineConfig
 from .governed_cache import GovernedCache
-from .interrupts import DeferredInterrupt, InterruptibleExperts
+from .interrupts import DeferredInterrupt
+from .kv_lending import KVLending
 from .last_run import save_last_run
 from .lent_memory import LentMemory
-from .preflight import (
-    Preflight,
-    cache_capacity,
-    dims_of,
-    line_bytes,
-    preflight,
-    release_free_memory,
-)
+from .opening import open_all
+from .preflight import Preflight, preflight
 from .report import engine_report, notes_on
 from .routing import Change, Routing, apply, counts_of, prepare
-from .runtime.amounts import format_bytes
-from .runtime.errors import BudgetError, NotFoundError, TemplateError, UsageError
-from .runtime.format import PAGE_BYTES
+from .runtime.errors import NotFoundError, TemplateError, UsageError
 from .sampling import SamplingParams
 from .stats import memory_bytes, peak_memory_bytes
 from .tokenizer import Tokenizer
@@ -78,7 +70,7 @@ class Engine:
         self._interrupt = DeferredInterrupt()
         self._lock = threading.RLock()
         self.charged: Meter | None = None
-        self._sessions: weakref.WeakSet[Session] = weakref.WeakSet()
+        self._kv_lending = KVLending(self)
         self._session: Session | None = None
         self.warm_start: WarmStart | None = None
         self.governed: GovernedCache | None = None
@@ -139,9 +131,10 @@ class Engine:
                     f"expected it at `{DEMO}`",
                     "name a store: edgemoe chat NAME.edgemoe",
                 )
-        engine = cls(config, preflight(Path(path), config))
+        checked = preflight(Path(path), config)
+        engine = cls(config, checked)
         try:
-            engine._load()
+            engine._load(checked)
         except BaseException:
             engine.close()
             raise
@@ -149,61 +142,25 @@ class Engine:
 
     # ---- opening -------------------------------------------------------------------------------
 
-    def _load(self) -> None:
-        from .models.causal_lm import CausalLM
-        from .runtime.executor import Executor
-        from .runtime.io import Arena
-        from .runtime.kernels import ThreadPool
-        from .runtime.native_cache import make_cache
-        from .runtime.store import Store
-
-        config, args = self.config, self.args
-        store = Store(self.path, io=config.io, backend=config.backend, stand_ins=self._stand_ins)
-        self._resources.callback(store.close)
-        self.reader = store.reader
-        self.reader.throttle(config.throttle or 0)
-        pool = ThreadPool(config.threads)
-        self._resources.callback(pool.close)
-        self._experts = InterruptibleExperts(self._interrupt)
-        self._model = CausalLM(args, store.trunk_tensor, self._experts, pool, config.backend)
-        release_free_memory()
-        capacity, notes = cache_capacity(self.plan, config)
-        self._full_capacity = capacity
-        self.notes += notes
-        is_bound = config.memory_bytes is not None and config.cache_bytes is None
-        if is_bound and not config.find_knee and self._model.is_native:
-            self.lent_memory = LentMemory(self.plan, self._index, dims_of(args), capacity)
-        room = self.lent_memory.room_bytes if self.lent_memory else 0
-        arena = Arena(max(capacity + room, PAGE_BYTES), config.backend)
-        self._resources.callback(arena.close)
-        self._resources.callback(store.close)  # last in, first out: no read outlives its memory
-        self.cache = make_cache(
-            store.reader, arena, capacity, store.record_of, config.policy, config.backend
-        )
-        self._resources.callback(self.cache.close)
-        if config.find_knee:
-            self.governed = GovernedCache(self.cache, self.plan.min_cache_bytes)
-        self._experts.executor = self._executor = Executor(
-            self.cache,
-            pool,
-            config.backend,
-            hidden=args.hidden,
-            top_k=args.top_k,
-            chunk=self.chunk_tokens,
-        )
-        if self._index.layer_to_bodies:
-            self._model.set_bodies(self._index.layer_to_bodies)
-        self.prefetch = self._make_prefetch()
+    def _load(self, checked: Preflight) -> None:
+        opened = open_all(checked, self.plan, self.config, self._interrupt, self._resources)
+        self.reader, self.cache, self.prefetch = opened.reader, opened.cache, opened.prefetch
+        self._model, self._experts = opened.model, opened.experts
+        self._executor, self._full_capacity = opened.executor, opened.capacity_bytes
+        self.notes += opened.notes
+        self.lent_memory = opened.lent_memory
         if self.lent_memory is not None:
-            self.lent_memory.serve(self.cache, arena, self._use_memory)
+            self.lent_memory.serve(self.cache, opened.arena, self._use_memory)
+        if self.config.find_knee:
+            self.governed = GovernedCache(self.cache, self.plan.min_cache_bytes)
         self.notes += notes_on(self)
         if not self._routing.is_plain:
             apply(self._prepared, self._model, self._executor)
         if self.active_set is not None:
             mask_routers(self._model, self.active_set)
-            warm_up(self.cache, self.active_set, args.top_k)
-        elif config.warm_start != "off":
-            use, sources, notes = expected_use(self._index, args.top_k)
+            warm_up(self.cache, self.active_set, self.args.top_k)
+        elif self.config.warm_start != "off":
+            use, sources, notes = expected_use(self._index, self.args.top_k)
             self.notes += notes
             self.warm_start = WarmStart(self.cache, use, sources, self._lock)
 
@@ -211,22 +168,6 @@ class Engine:
         """Lay the buffers of steps there; see lent_memory.py."""
         self._executor.use_workspace(workspace)
         self._model.use_memory(scratch, scratch_bytes)
-
-    def _make_prefetch(self) -> "Prefetcher":
-        from .runtime.prefetch import Prefetcher
-        from .runtime.profile import profile_path
-        from .runtime.profile_parts import read_tables
-
-        name, profile = self.config.prefetch, None
-        if self.config.backend != "native":
-            name = "none"
-        elif name == "profile" and profile_path(self.path).is_file():
-            profile = read_tables(profile_path(self.path))
-            profile.check_model(self._index.layer_to_num_experts, self.args.top_k)
-        prefetch = Prefetcher(name, len(self.args.moe_layers), profile)
-        self._resources.callback(prefetch.close)
-        self._model.guess_with(prefetch)
-        return prefetch
 
     # ---- what it is ----------------------------------------------------------------------------
 
@@ -310,10 +251,7 @@ class Engine:
         """From the next token on, run with the set `NAME`, `A+B` or `A&B` of the store in `mode`
         exact, soft or hard (active_set.py); None: with the full model. Nothing is loaded again but
         experts. Raises UsageError, NotFoundError, FormatError; then nothing has changed."""
-        if self.closed:
-            raise UsageError("this engine is closed")
-        if self.warm_start is not None:
-            self.warm_start.stop()
+        self._be_ready()
         with self._lock, self._interrupt.deferred():
             active = None
             if name is not None:
@@ -325,16 +263,20 @@ class Engine:
             if active is not None:
                 warm_up(self.cache, active, self.args.top_k)
 
+    def _be_ready(self) -> None:
+        """Experts are about to be wanted."""
+        if self.closed:
+            raise UsageError("this engine is closed")
+        if self.warm_start is not None:
+            self.warm_start.stop()
+
     # ---- running -------------------------------------------------------------------------------
 
     def forward(
         self, token_ids: Sequence[int], kv_cache: "KVCache", logits: str = "last", **options: Any
     ) -> "np.ndarray":
         """Append tokens to a KV cache; see `CausalLM.forward`. Ctrl-C comes between two layers."""
-        if self.closed:
-            raise UsageError("this engine is closed")
-        if self.warm_start is not None:
-            self.warm_start.stop()
+        self._be_ready()
         options.setdefault("on_route", self.on_route)
         with self._lock, self.governed or _NOTHING:
             if self._model.decodes(token_ids, logits):  # the core minds Ctrl-C itself
@@ -367,10 +309,7 @@ class Engine:
     def steps(self) -> "Iterator[Steps]":
         """The layers, for whoever runs one layer of many texts before the next. Ctrl-C comes
         between two layers' experts."""
-        if self.closed:
-            raise UsageError("this engine is closed")
-        if self.warm_start is not None:
-            self.warm_start.stop()
+        self._be_ready()
         with self._lock, self._interrupt.deferred():
             self._begin_prompt(self.chunk_tokens)
             yield self._model._layers
@@ -418,42 +357,16 @@ class Engine:
                 self.charged = meter
 
     def lend_kv_cache(self, session: "Session") -> "KVCache":
-        """A KV cache for a session. The plan holds one; further ones are taken from what is unused,
-        then from the expert cache. Raises BudgetError where that would leave too little."""
-        from .kv_cache import KVCache
-
+        """A KV cache for a session; see kv_lending.py. Raises BudgetError."""
         if self.closed:
             raise UsageError("this engine is closed")
         with self._lock, self._interrupt.deferred():
-            self._resize_cache(len(self._sessions) + 1)
-            self._sessions.add(session)
-            return KVCache.for_model(self.args, self.context, self.config.kv_bits)
+            return self._kv_lending.lend(session)
 
     def return_kv_cache(self, session: "Session") -> None:
+        """The session needs its KV cache no more."""
         with self._lock, self._interrupt.deferred():
-            self._sessions.discard(session)
-            if not self.closed:
-                self._resize_cache(len(self._sessions))
-
-    def _resize_cache(self, num_sessions: int) -> None:
-        if self.config.memory_bytes is None:
-            return
-        kv_bytes = line_bytes(self.plan, "KV cache")
-        extra = max(0, (num_sessions - 1) * kv_bytes - line_bytes(self.plan, "unused"))
-        capacity = self._full_capacity - extra
-        if extra and capacity < self.plan.min_cache_bytes:
-            raise BudgetError(
-                f"no memory for {num_sessions} sessions at once",
-                f"each has a KV cache of {format_bytes(kv_bytes)}",
-                "close one, or give a larger --memory or a shorter --context",
-            )
-        if self.governed is not None:
-            self.governed.set_most(capacity)
-            return
-        if self.lent_memory is not None:
-            capacity += self.lent_memory.lent_bytes
-        if capacity != self.cache.capacity_bytes:
-            self.cache.trim(capacity)
+            self._kv_lending.take_back(session)
 
     def session(self) -> "Session":
         """A new session."""

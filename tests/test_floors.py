@@ -18,9 +18,8 @@ FLOORS = {
         observe predictors prefetch cold stand_ins""",
     2: """edgemoe: kv_cache models""",
     3: """edgemoe: active_set chat_template config control_tokens engine interrupts meter preflight
-        recorder report routing routing_files sampling session stats stop_strings template_worker
-        tokenizer
-        tokenizer_files last_run warm_start governed_cache lent_memory""",
+        opening kv_lending recorder report routing routing_files sampling session stats stop_strings
+        template_worker tokenizer tokenizer_files last_run warm_start governed_cache lent_memory""",
     4: """quant: *""",
     5: """edgemoe: __init__ __main__ cli""",
 }
