@@ -1,6 +1,7 @@
 #include "cache.h"
 
 #include <algorithm>
+#include <atomic>
 #include <limits>
 
 #include "platform.h"
@@ -14,6 +15,11 @@ constexpr double kNever = std::numeric_limits<double>::infinity();
 constexpr int64_t kMaxRecordsToPlan = 256;
 
 }  // namespace
+
+uint64_t new_identity() {
+  static std::atomic<uint64_t> last{0};
+  return ++last;
+}
 
 Victims::Victims(const Cycle &cycle, Policy &policy, const std::vector<uint8_t> &blocked)
     : policy_(policy),
@@ -55,7 +61,27 @@ int32_t Victims::oldest(int64_t block, double score, double nearness, bool is_fr
   return found;
 }
 
+// Where the key is free its value counts, whether it did so before or not; where it is held, the
+// lowest may have been its own.
+void Victims::turn(int32_t key) {
+  const int64_t block = blocks_.of(key);
+  if (blocks_.has_changed(block)) return;
+  const double value = policy_.values()[key];
+  const Guard *guard = policy_.guard();
+  const auto count = [&](double &lowest, bool is_in) {
+    if (is_in) {
+      lowest = std::min(lowest, value);
+    } else if (value <= lowest && lowest != kNever) {
+      blocks_.change(key);
+    }
+  };
+  count(lowest_[block], !blocked_[key]);
+  if (guard != nullptr) count(unguarded_[block], !blocked_[key] && !guard->in_shadow(key));
+}
+
 void Victims::measure() {
+  for (const int32_t key : blocks_.turned()) turn(key);
+  blocks_.clear_turned();
   for (int64_t block = 0; block < blocks_.num(); ++block) {
     if (!blocks_.has_changed(block)) continue;
     blocks_.clear(block);

@@ -18,7 +18,7 @@
 namespace em {
 
 // The order of eviction. Of every block the lowest value is kept from call to call, and looked for
-// again only where the policy or the cache has marked a change.
+// again only where values have changed or the record that had it is held now.
 class Victims {
  public:
   Victims(const Cycle &cycle, Policy &policy, const std::vector<uint8_t> &blocked);
@@ -29,6 +29,7 @@ class Victims {
 
  private:
   void measure(int64_t block);
+  void turn(int32_t key);
   int32_t lowest(int64_t running, bool is_free) const;
   int32_t oldest(int64_t block, double score, double nearness, bool is_free) const;
 
@@ -41,12 +42,16 @@ class Victims {
   const int64_t num_places_;
 };
 
+// Never the same twice in a process, never 0: to know again what was checked once.
+uint64_t new_identity();
+
 class Cache {
  public:
   Cache(em_store *store, const em_cache_config &config);  // valid: see is_valid
   static bool is_valid(em_store *store, const em_cache_config &config);
 
   em_store *store() const { return store_; }
+  uint64_t identity() const { return identity_; }
   int64_t num_keys() const { return cycle_.num_keys(); }
   int64_t num_places() const { return cycle_.num_places(); }
   int64_t first_key(int64_t place) const { return cycle_.first_key[place]; }
@@ -190,11 +195,12 @@ class Cache {
   void unblock(int32_t key) { set_blocked(key, 0); }
   void set_blocked(int32_t key, uint8_t is_blocked) {
     blocked_[key] = is_blocked;
-    policy_->blocks().change(key);
+    policy_->blocks().turn(key);
   }
   bool is_ours(int32_t key) const;  // an address that nobody knows yet: pinned by this hint alone
 
   em_store *store_;
+  const uint64_t identity_ = new_identity();
   const Cycle cycle_;
   Slots slots_;
   std::unique_ptr<Policy> policy_;

@@ -33,7 +33,7 @@ void Guard::unlink(int32_t key) {
 void Guard::set_shadow(int32_t key, bool is_in) {
   in_shadow_[key] = is_in;
   used_ += is_in ? sizes_[key] : -sizes_[key];
-  blocks_.change(key);
+  blocks_.turn(key);
 }
 
 int64_t Guard::forget() {

@@ -110,11 +110,17 @@ Blocks::Blocks(const Cycle &cycle) : of_key_(static_cast<size_t>(cycle.num_keys(
   of_place_.push_back(static_cast<int32_t>(place_.size()));
   first_.push_back(static_cast<int32_t>(cycle.num_keys()));
   has_changed_.assign(place_.size(), 1);
+  turned_.reserve(kMaxTurned);
 }
 
 void Blocks::change_place(int64_t place) {
   std::fill(has_changed_.begin() + of_place_[place], has_changed_.begin() + of_place_[place + 1],
             uint8_t{1});
+}
+
+void Blocks::change_turned() {
+  for (const int32_t key : turned_) change(key);
+  turned_.clear();
 }
 
 void Blocks::change_all() { std::fill(has_changed_.begin(), has_changed_.end(), uint8_t{1}); }

@@ -20,7 +20,8 @@ struct Cycle {
   int64_t num_keys() const { return first_key.back(); }
 };
 
-// Keys in blocks of one place each, and which of these hold something that has changed since `clear`.
+// Keys in blocks of one place each: which of these hold a value that has changed since `clear`, and
+// which keys somebody has let go of or has begun to hold since `clear_turned`.
 class Blocks {
  public:
   explicit Blocks(const Cycle &cycle);
@@ -34,8 +35,19 @@ class Blocks {
   void change(int32_t key) { has_changed_[of_key_[key]] = 1; }
   void change_place(int64_t place);
   void change_all();
+  int64_t of(int32_t key) const { return of_key_[key]; }
+  void turn(int32_t key) {
+    if (turned_.size() == kMaxTurned) change_turned();
+    turned_.push_back(key);
+  }
+  const std::vector<int32_t> &turned() const { return turned_; }  // some of them more than once
+  void clear_turned() { turned_.clear(); }
 
  private:
+  static constexpr size_t kMaxTurned = 512;  // where nobody asks, blocks are looked through again
+  void change_turned();
+
+  std::vector<int32_t> turned_;
   std::vector<int32_t> first_;  // [num + 1]
   std::vector<int32_t> place_;
   std::vector<int32_t> of_key_, of_place_;  // of_place_ [num_places + 1]: its first block

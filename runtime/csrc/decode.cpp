@@ -194,7 +194,15 @@ int32_t Decoder::logits(int64_t num_tokens, const float *x, float *logits) {
   return multiply(model_.lm_head, normed, num_tokens, nullptr, logits);
 }
 
-bool Decoder::goes_with(const Cache &cache) const {
+bool Decoder::goes_with(const Cache &cache) {
+  if (checked_[0] == identity_ && checked_[1] == cache.identity()) return true;
+  if (!has_places_of(cache)) return false;
+  checked_[0] = identity_;
+  checked_[1] = cache.identity();
+  return true;
+}
+
+bool Decoder::has_places_of(const Cache &cache) const {
   int64_t place = 0;
   for (size_t number = 0; number < layers_.size(); ++number) {
     const em_block &layer = layers_[number];
@@ -392,6 +400,7 @@ int32_t change(Decoder *decoder, int64_t layer, const Call &call) {
       decoder->layer(layer).router.rows == 0) {
     return EM_ERR_ARG;
   }
+  decoder->set_identity();
   return without_exceptions([&] { return call(decoder->routing_of(layer)) ? 0 : EM_ERR_ARG; });
 }
 

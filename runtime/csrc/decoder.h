@@ -58,7 +58,9 @@ class Decoder {
 
   const em_model &model() const { return model_; }
   const em_block &layer(int64_t layer) const { return layers_[layer]; }
-  bool goes_with(const Cache &cache) const;  // their places are the same records
+  bool goes_with(const Cache &cache);  // their places are the same records
+  uint64_t identity() const { return identity_; }  // another one once bodies have changed
+  void set_identity() { identity_ = new_identity(); }
   bool is_valid() const;
   LayerRouting &routing_of(int64_t layer) { return routing_[layer]; }
   const LayerRouting &routing_of(int64_t layer) const { return routing_[layer]; }
@@ -121,6 +123,10 @@ class Decoder {
   int32_t run_experts(const em_block &layer, Cache &cache, em_decode_args &args, int64_t place,
                       int64_t num, const float *normed, float *y);
 
+  bool has_places_of(const Cache &cache) const;
+
+  uint64_t identity_ = new_identity();
+  uint64_t checked_[2] = {};  // identities of this and of the cache that it goes with
   em_model model_;
   std::vector<em_block> layers_;
   std::vector<LayerRouting> routing_;  // by layer

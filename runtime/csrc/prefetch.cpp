@@ -27,6 +27,7 @@ Prefetcher::Prefetcher(const em_prefetch_options &options) : options_(options) {
 }
 
 bool Prefetcher::bind(const Decoder &decoder) {
+  if (decoder.identity() == bound_) return true;
   const auto is_changed = [&decoder](const Place &each) {
     return each.num_experts != decoder.routing_of(each.layer).num_bodies();
   };
@@ -56,7 +57,9 @@ bool Prefetcher::bind(const Decoder &decoder) {
   }
   const bool has_tables = options_.predictor != EM_PREDICT_PROFILE ||
                           tables_.size() == places_.size();
-  return !places_.empty() && has_tables && top_k_ == decoder.model().top_k;
+  const bool is_good = !places_.empty() && has_tables && top_k_ == decoder.model().top_k;
+  if (is_good) bound_ = decoder.identity();
+  return is_good;
 }
 
 void Prefetcher::begin_token(Cache *cache, Decoder *decoder, const em_decode_args &args) {

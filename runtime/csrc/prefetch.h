@@ -83,6 +83,7 @@ class Prefetcher {
   std::vector<float> scores_;
   std::vector<int32_t> ranked_;
   int64_t num_ranks_ = 0, top_k_ = 0;
+  uint64_t bound_ = 0;  // identity of the decoder
 
   Cache *cache_ = nullptr;  // during a token
   em_store *store_ = nullptr;
