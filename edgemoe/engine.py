@@ -292,9 +292,13 @@ class Engine:
             raise UsageError("this engine is closed")
         if not self._model.is_native or self.on_route is not None:
             return self.forward([token_id], kv_cache)[0], None
-        with self._lock, self.governed or _NOTHING:
-            self._begin_token()
-            return self._model.step(token_id, kv_cache)
+        with self._lock:
+            if self.lent_memory is not None:
+                self._begin_token()
+            if self.governed is None:  # a null context of Python is slow where memory is cold
+                return self._model.step(token_id, kv_cache)
+            with self.governed:
+                return self._model.step(token_id, kv_cache)
 
     def _begin_token(self) -> None:
         if self.lent_memory is not None and not self.lent_memory.is_for_token:

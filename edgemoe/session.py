@@ -196,7 +196,8 @@ class Session:
         good until the engine's next step, and the lowest id of the largest: -1 where that is not
         finite, None where nobody has looked."""
         engine = self.engine
-        self._need_open()
+        if self._kv_cache is None or engine.closed:
+            self._need_open()
         if self._routing != engine.routing:  # switched in the middle of an answer
             self._routing = _MIXED
         if engine.charged is not meter:

@@ -70,6 +70,8 @@ class NativeLayers(NativeRouting):
             routing_weights=self._routing_weights.ctypes.data,
             stop=ctypes.addressof(self._stop),
         )
+        self._call_address, self._kv = ctypes.byref(self._call), self._call.kv
+        self._view, self._is_step, self._thread = None, False, 0  # what it is set for
 
     def __del__(self) -> None:
         if self._handle:
@@ -178,17 +180,15 @@ class NativeLayers(NativeRouting):
     def step(self, token_id: int, kv_cache: KVCache) -> tuple[np.ndarray, int]:
         """Append one token to the context; returns its fp32 logits `[vocab]`, good until the next
         step, and the lowest id of the largest, -1 where that is not finite."""
-        call = self._call
-        if self._step_logits is None:
-            self._step_logits = np.empty(self.args.vocab, dtype=np.float32)
-            self._step_address = self._step_logits.ctypes.data
-        if call.forced_ids:
+        if not self._is_step:
+            if self._step_logits is None:
+                self._step_logits = np.empty(self.args.vocab, dtype=np.float32)
             self._force(None)
-        if call.guesses:
             self._guess(None)
-        call.logits = self._step_address
+            self._call.logits = self._step_logits.ctypes.data
+            self._is_step = True
         self._run_token(token_id, kv_cache, self._routes)
-        return self._step_logits, call.best_id
+        return self._step_logits, self._call.best_id
 
     def decode(
         self,
@@ -204,6 +204,7 @@ class NativeLayers(NativeRouting):
         not go with the model. `guesses`: for a prefetcher to which they are given, expert ids
         [layers with experts, n], the likeliest first, -1: none.
         """
+        self._is_step = False
         routes, routing_weights = self._routes, self._routing_weights
         if forced is not None or self._call.forced_ids:
             routes, routing_weights = self._force(forced)
@@ -221,22 +222,24 @@ class NativeLayers(NativeRouting):
     def _run_token(self, token_id: int, kv_cache: KVCache, routes: np.ndarray) -> None:
         """One token through the core. After every token the interpreter finds its own memory out of
         the processor's caches, so that each line here costs ten times what it does in a loop."""
-        handle, call, position = self._handle or self._decoder(), self._call, kv_cache.offset
+        call, position = self._call, kv_cache.offset
+        if kv_cache.view is not self._view:
+            self._decoder()
+            self._view = call.kv = kv_cache.view
         first, end, capacity, cos, sin, _ = self._angles
         if not first <= position < end or capacity != kv_cache.capacity:
             first, end, capacity, cos, sin, _ = self._make_angles(position, kv_cache.capacity)
         offset = (position - first) * self._angle_bytes
         call.token_id, call.cos, call.sin = token_id, cos + offset, sin + offset
-        kv_cache.view.position = position
-        call.kv = kv_cache.view
+        self._kv.position = position
         # Only the main thread is interrupted: the handler runs once the core has returned, and if
         # it raises nothing the token begins anew.
-        call.on_sigint = get_ident() == _MAIN_THREAD
-        status = core.ERR_STOPPED
-        while status == core.ERR_STOPPED:
-            status = self._em_decode(handle, self._cache.handle, call)
-        if status:
-            raise self._failure(status, routes)
+        thread = get_ident()
+        if thread != self._thread:
+            self._thread, call.on_sigint = thread, thread == _MAIN_THREAD
+        while status := self._em_decode(self._handle, self._cache.handle, self._call_address):
+            if status != core.ERR_STOPPED:
+                raise self._failure(status, routes)
         kv_cache.offset = position + 1
 
     def _force(self, forced: ForcedRoutes | None) -> ForcedRoutes:
