@@ -236,6 +236,19 @@ void Cache::learn() {
   lesson_.clear();
 }
 
+void Cache::fetch_ahead(int64_t place) const {
+  const int64_t first = cycle_.first_key[place], end = cycle_.first_key[place + 1];
+  em::fetch_ahead(hint_of_.data(), first, end);
+  em::fetch_ahead(pins_.data(), first, end);
+  em::fetch_ahead(blocked_.data(), first, end);
+  em::fetch_ahead(is_unsettled_.data(), first, end);
+  em::fetch_ahead(guess_of_.data(), first, end);
+  em::fetch_ahead(&place_stats_[place], 0, 1);
+  slots_.fetch_ahead(first, end);
+  policy_->fetch_ahead(first, end);
+  em::fetch_ahead(store_, first, end);
+}
+
 bool Cache::fits(int64_t n, const int32_t *keys) const {
   const int64_t room = slots_.extents().num_bytes() - pinned_bytes_;
   if (n * max_record_bytes_ <= room) return true;

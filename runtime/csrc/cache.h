@@ -107,6 +107,8 @@ class Cache {
   // resident are kept for their turn as long as there is other room.
   void begin_layer(int64_t place, int64_t num_tokens, int64_t n = 0,
                    const int32_t *wanted = nullptr);
+  // A demand on the place is near: what it goes through has left the processor's caches.
+  void fetch_ahead(int64_t place) const;
   // Pin the records (each once), most urgent first, and start reading those absent. 1; 0 and
   // nothing changed but evictions where they do not fit now; EM_ERR_ARG, or what a submit returned.
   // counts [n]: how many tokens want each record, null: one token's demand.

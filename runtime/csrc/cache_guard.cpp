@@ -4,6 +4,7 @@
 #include <utility>
 
 #include "cache_policy.h"
+#include "platform.h"
 
 namespace em {
 
@@ -49,6 +50,15 @@ void Guard::set_share(double share) {
   for (const int64_t size : sizes_) num_bytes += size;
   capacity_ = static_cast<int64_t>(share * static_cast<double>(num_bytes) + 0.5);
   while (used_ > capacity_) forget();
+}
+
+void Guard::fetch_ahead(int64_t first, int64_t end) const {
+  em::fetch_ahead(sizes_.data(), first, end);
+  em::fetch_ahead(newer_.data(), first, end);
+  em::fetch_ahead(older_.data(), first, end);
+  for (const std::vector<uint8_t> *each : {&in_shadow_, &is_resident_, &is_expected_}) {
+    em::fetch_ahead(each->data(), first, end);
+  }
 }
 
 void Guard::expect(const int32_t *keys, int64_t n) {

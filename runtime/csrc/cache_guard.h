@@ -24,6 +24,7 @@ class Guard {
   void touch(const int32_t *keys, int64_t n);  // the demand has been met
   void insert(int32_t key);
   void remove(int32_t key);
+  void fetch_ahead(int64_t first, int64_t end) const;  // keys that are demanded soon
 
  private:
   static constexpr int64_t kEvictionsPerLoss = 24;

@@ -4,6 +4,8 @@
 #include <cmath>
 #include <utility>
 
+#include "platform.h"
+
 namespace em {
 namespace {
 
@@ -89,6 +91,13 @@ void Policy::touch(const int32_t *keys, int64_t n, const double *, int64_t, int6
   if (guard_) guard_->touch(keys, n);
 }
 
+void Policy::fetch_ahead(int64_t first, int64_t end) const {
+  em::fetch_ahead(value_.data(), first, end);
+  em::fetch_ahead(last_use_.data(), first, end);
+  blocks_.fetch_ahead(first, end);
+  if (guard_) guard_->fetch_ahead(first, end);
+}
+
 void Policy::seed(const int32_t *keys, int64_t n, const double *counts, int64_t step) {
   std::unique_ptr<Guard> guard = std::move(guard_);  // nothing is demanded
   touch(keys, n, counts, step, 1);
@@ -116,6 +125,10 @@ Blocks::Blocks(const Cycle &cycle) : of_key_(static_cast<size_t>(cycle.num_keys(
 void Blocks::change_place(int64_t place) {
   std::fill(has_changed_.begin() + of_place_[place], has_changed_.begin() + of_place_[place + 1],
             uint8_t{1});
+}
+
+void Blocks::fetch_ahead(int64_t first, int64_t end) const {
+  em::fetch_ahead(of_key_.data(), first, end);
 }
 
 void Blocks::change_turned() {

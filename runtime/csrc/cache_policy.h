@@ -40,6 +40,7 @@ class Blocks {
     if (turned_.size() == kMaxTurned) change_turned();
     turned_.push_back(key);
   }
+  void fetch_ahead(int64_t first, int64_t end) const;
   const std::vector<int32_t> &turned() const { return turned_; }  // some of them more than once
   void clear_turned() { turned_.clear(); }
 
@@ -72,6 +73,7 @@ class Policy {
   void expect(const int32_t *keys, int64_t n) {
     if (guard_) guard_->expect(keys, n);
   }
+  void fetch_ahead(int64_t first, int64_t end) const;  // keys that are demanded soon
   // Each key counts as if it had been wanted so often just now.
   void seed(const int32_t *keys, int64_t n, const double *counts, int64_t step);
   virtual void insert(int32_t key) {  // the key was given memory

@@ -298,6 +298,7 @@ int32_t Decoder::run_layer(int64_t number, Cache &cache, em_decode_args &args, f
   const em_block &layer = layers_[number];
   const int64_t top_k = num_routes(args), place = args.num_places;
   const bool has_experts = layer.router.rows != 0;
+  next_place_ = place;
   int32_t status = attend_token(number, args, place, x, normed);
   if (status != 0) return status;
   if (!has_experts) {
@@ -349,10 +350,12 @@ int32_t Decoder::demand(Cache &cache, int64_t place, int64_t num_keys, int64_t *
 int32_t Decoder::decode(Cache &cache, em_decode_args &args) {
   begin_foresight(cache, args);
   between_ = args.prefetch;
+  cache_ = &cache;
   if (between_ != nullptr) between_->begin_token(&cache, this, args);
   const int32_t status = decode_layers(cache, args);
   if (between_ != nullptr) between_->end_token(status == 0);
   between_ = nullptr;
+  cache_ = nullptr;
   if (status != 0 && !certain_.empty()) cache.drop_all_guesses();
   return status;
 }

@@ -147,6 +147,8 @@ class Decoder {
   std::vector<float> own_weights_;  // of a router whose routes are not taken, as own_ids_
   std::vector<const uint8_t *> data_;
   std::vector<int64_t> pair_begin_;
+  Cache *cache_ = nullptr;   // of the token that is decoded
+  int64_t next_place_ = 0;   // whose router speaks next
   Prefetcher *between_ = nullptr;  // has its turn between two pieces of work of a token
 };
 

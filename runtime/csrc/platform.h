@@ -5,6 +5,22 @@
 
 namespace em {
 
+// Ask for the cache lines of elements first .. end - 1, which are wanted soon.
+template <class T>
+void fetch_ahead(const T *data, int64_t first, int64_t end) {
+#if defined(__GNUC__)
+  constexpr uintptr_t kLine = 64;
+  const uintptr_t stop = reinterpret_cast<uintptr_t>(data + end);
+  for (uintptr_t line = reinterpret_cast<uintptr_t>(data + first) / kLine * kLine; line < stop;
+       line += kLine) {
+    __builtin_prefetch(reinterpret_cast<const void *>(line));
+  }
+#else
+  (void)data, (void)first, (void)end;
+#endif
+}
+
+
 // A file opened for reading. Reads carry their offset, so threads may share it.
 class File {
  public:

@@ -255,6 +255,7 @@ int32_t Decoder::route(int64_t number, const float *normed, int64_t num_tokens,
   float *scores = scores_.floats(num_tokens * num_rows);
   float *scratch = is_plain ? nullptr : masked_.floats(num_tokens * room);
   if (scores == nullptr || (!is_plain && scratch == nullptr)) return -ENOMEM;
+  if (cache_ != nullptr) cache_->fetch_ahead(next_place_);
   const int32_t status = multiply(layer.router, normed, num_tokens, nullptr, scores);
   if (status != 0) return status;
   const Routes routes(rule_, top_k, renormalise);

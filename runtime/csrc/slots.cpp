@@ -10,10 +10,14 @@ namespace em {
 
 Slots::Slots(em_store *store, void *arena, int64_t capacity_bytes)
     : store_(store),
-      records_(records_of(store)),
       arena_(static_cast<uint8_t *>(arena)),
       extents_(capacity_bytes),
-      address_(static_cast<size_t>(num_records_of(store)) + 1, 0) {}  // never a null pointer
+      address_(static_cast<size_t>(num_records_of(store)) + 1, 0) {  // never a null pointer
+  const em_record *records = records_of(store);
+  for (int64_t key = 0; key < num_records_of(store); ++key) {
+    num_bytes_.push_back(records[key].num_bytes);
+  }
+}
 
 bool Slots::place(int32_t key) {
   const int64_t offset = extents_.allocate(num_bytes_of(key));

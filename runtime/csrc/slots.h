@@ -6,6 +6,7 @@
 
 #include "edgemoe_core.h"
 #include "extents.h"
+#include "platform.h"
 
 namespace em {
 
@@ -19,7 +20,11 @@ class Slots {
   int64_t moved_bytes() const { return moved_bytes_; }
   uint64_t address(int32_t key) const { return address_[key]; }  // 0: absent
   const uint64_t *addresses() const { return address_.data(); }
-  int64_t num_bytes_of(int32_t key) const { return records_[key].num_bytes; }
+  int64_t num_bytes_of(int32_t key) const { return num_bytes_[key]; }
+  void fetch_ahead(int64_t first, int64_t end) const {
+    em::fetch_ahead(address_.data(), first, end);
+    em::fetch_ahead(num_bytes_.data(), first, end);
+  }
 
   bool place(int32_t key);  // false where no single extent is large enough
   // Give the memory of one record to another of the same size. Neither is being read.
@@ -46,10 +51,10 @@ class Slots {
   void move(const Move &move);
 
   em_store *store_;
-  const em_record *records_;
   uint8_t *arena_;
   Extents extents_;
   std::vector<uint64_t> address_;  // by key
+  std::vector<int64_t> num_bytes_;
   int64_t num_resident_ = 0, moved_bytes_ = 0;
 };
 

@@ -58,6 +58,11 @@ int32_t try_uring(em::Uring &ring, const em::File &file, int32_t num_reads, int6
 
 namespace em {
 
+void fetch_ahead(const em_store *store, int64_t first, int64_t end) {
+  fetch_ahead(store->status.get(), first, end);
+  fetch_ahead(store->has_gate_up.get(), first, end);
+}
+
 int32_t arrival_of(const em_store *store, int32_t key) { return store->arrival(key); }
 
 void pump(em_store *store) {

@@ -9,6 +9,7 @@ constexpr int32_t kGateUpReady = 3;
 
 // EM_ABSENT, EM_READING, kGateUpReady, EM_READY, or the negative status of a failure. Acquires the
 // bytes it speaks of. The public status stays EM_READING until the whole record is there.
+void fetch_ahead(const em_store *store, int64_t first, int64_t end);  // what arrival_of reads
 int32_t arrival_of(const em_store *store, int32_t key);
 
 // Take note of what has landed and start what is queued. Nobody else does where there are no reader
