@@ -348,7 +348,8 @@ typedef struct em_cache_stats {
   int64_t capacity_bytes, resident_bytes, pinned_bytes, num_resident; /* now */
   int64_t num_evictions, moved_bytes; /* since the cache was made */
   int64_t native_ns; /* in em_decode, waiting included, without decisions of the cache */
-  int64_t decide_ns; /* in em_decode: those decisions, without handing reads over */
+  int64_t decide_ns; /* in em_decode: those decisions, without handing reads over; made beside
+                        computing threads by the share of one, not where all wait for reads anyway */
   int64_t guess_ns;  /* part of native_ns: making guesses and dropping wrong ones, likewise */
   int64_t submit_ns; /* handing reads over, whoever asked for them; reading costs this time */
   int64_t num_foreseen, num_foreseen_in_time; /* reads that em_cache_foresee or em_decode began of
