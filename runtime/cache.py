@@ -110,17 +110,26 @@ class ExpertCache(CacheBase):
         """Which records are in memory or being read into it, by key."""
         return np.array(self.addresses(range(len(self.table)))) != 0
 
-    def begin_layer(self, layer: int, num_tokens: int = 1, keys: Sequence[int] = ()) -> None:
+    def begin_layer(
+        self,
+        layer: int,
+        num_tokens: int = 1,
+        keys: Sequence[int] = (),
+        routes: NDArray[np.integer] | None = None,
+    ) -> None:
         """Tell which layer the following hints belong to, and how many tokens go through it.
 
         `keys`: all records that the layer will need, in the order of use, where they come in more
         than one hint: those resident are kept for their turn as long as there is other room.
+        `routes` [num_tokens, K]: the experts of each token, -1: none.
         """
         place = self.table.place_of_layer[layer]
         if place <= self._place:
             self._step += num_tokens
         self._place, self._num_tokens = place, num_tokens
         self._holds.want(keys)
+        if routes is not None:
+            self._policy.route(place, routes, self._step)
 
     def try_hint(
         self, keys: Sequence[int], counts: NDArray[np.int64] | None = None

@@ -156,6 +156,7 @@ _SIGNATURES: dict[str, tuple[object, list[object]]] = {
     "em_cache_create": (_P, [_P, POINTER(CacheConfig)]),
     "em_cache_destroy": (None, [_P]),
     "em_cache_begin_layer": (_I32, [_P, _I64, _I64, _I64, _P]),
+    "em_cache_route": (_I32, [_P, _I64, _I64, _P]),
     "em_cache_hint": (_I32, [_P, _I64, _P, _P, POINTER(CacheDemand)]),
     "em_cache_release": (_I32, [_P, _I64, _P]),
     "em_cache_foresee": (_I64, [_P, _I64, _P, _I64]),

@@ -166,7 +166,9 @@ class Executor:
             self.cache.capacity_bytes,
             self._max_pairs,
         )
-        self.cache.begin_layer(layer, num_tokens, keys if len(waves) > 1 else ())
+        self.cache.begin_layer(
+            layer, num_tokens, keys if len(waves) > 1 else (), ids if num_tokens > 1 else None
+        )
         compute = self._compute if self._backend == "native" else self._compute_reference
         held: list[Wave] = []
         try:

@@ -98,7 +98,13 @@ class NativeCache(CacheBase):
         """Which records are in memory or being read into it, by key."""
         return self._addresses != 0
 
-    def begin_layer(self, layer: int, num_tokens: int = 1, keys: Sequence[int] = ()) -> None:
+    def begin_layer(
+        self,
+        layer: int,
+        num_tokens: int = 1,
+        keys: Sequence[int] = (),
+        routes: NDArray[np.integer] | None = None,
+    ) -> None:
         """See `ExpertCache.begin_layer`."""
         wanted = np.array(keys, dtype=np.int32)
         place = self.table.place_of_layer[layer]
@@ -107,6 +113,9 @@ class NativeCache(CacheBase):
                 self.handle, place, num_tokens, len(wanted), wanted.ctypes.data
             )
         )
+        if routes is not None:
+            ids = np.ascontiguousarray(routes, dtype=np.int32)
+            _expect(self._lib.em_cache_route(self.handle, *ids.shape, ids.ctypes.data))
 
     def try_hint(
         self, keys: Sequence[int], counts: NDArray[np.int64] | None = None

@@ -10,7 +10,7 @@ experts are E examples of used or not used. Its inputs, each the logarithm of a 
 expert, so that equal knowledge of all experts is 0:
 
 - four frequencies that halve every 1, 4, 16 and 128 tokens: recency, habit, and what is between;
-- what followed the past tokens whose routing was most like that of the last ones (`_Memory`).
+- what followed the past tokens whose routing was most like that of the last ones (`policy_memory`).
 
 Everything is done in float32 and with operations that IEEE 754 defines to the bit, in one fixed
 order: runtime/csrc/cache_forecast.cpp gives the same bits. Logarithm and exponential are
@@ -24,16 +24,13 @@ from numpy.typing import NDArray
 
 from .policy_guard import Guard
 from .policy_lowest import ByDistance
+from .policy_memory import WINDOW, RoutingMemory, sum_in_order
 
 F32 = np.float32
 HALF_LIVES = (1.0, 4.0, 16.0, 128.0)  # tokens
 NUM_INPUTS = len(HALF_LIVES) + 2  # frequencies, memory, 1
 _MEMORY, _ONE = len(HALF_LIVES), len(HALF_LIVES) + 1
 _RATE = F32(0.1)  # of learning (AdaGrad)
-WINDOW = 1024  # tokens remembered
-_MAX_MATCHES = 32
-_LEVELS = F32(64.0)
-_MIN_LEVEL = 16  # of the best match's likeness, in 64ths
 _DOUBT = F32(0.2)  # share of the average expert in what the matches say
 _NEXT, _LATER, _FAR = range(1, 2), range(2, 5), range(5, 9)  # tokens behind a match
 _KEPT = 0.8  # of the worth of a use, for each cycle until then
@@ -56,11 +53,6 @@ def _probability(z: NDArray[np.float32]) -> NDArray[np.float32]:
     return odds / (odds + F32(1.0))
 
 
-def _sum(values: NDArray[np.float32]) -> np.float32:
-    """One after the other."""
-    return np.cumsum(values, dtype=F32)[-1]
-
-
 def _worth(
     chance: NDArray[np.float32], later: NDArray[np.float32], far: NDArray[np.float32]
 ) -> NDArray[np.float32]:
@@ -70,74 +62,6 @@ def _worth(
     at_last = kept * far / (one - kept * (one - far))
     behind = kept * later * (one + unused + unused * unused) + unused * unused * unused * at_last
     return chance + (one - chance) * behind
-
-
-class _Memory:
-    """The routing of the last tokens, and how alike each of them is to the running one.
-
-    A past token's likeness is the number of experts that it shares with the running token, plus
-    half of what their predecessors shared, and so on.
-    """
-
-    def __init__(self, num_experts: Sequence[int]) -> None:
-        num_places = len(num_experts)
-        self._used = [np.zeros((WINDOW, n), dtype=np.bool_) for n in num_experts]
-        self._token = np.full((num_places, WINDOW), -1, dtype=np.int64)  # of each slot
-        self._likeness = np.zeros(WINDOW, dtype=F32)  # by slot: token modulo WINDOW
-
-    def begin_token(self, token: int) -> None:
-        self._likeness = np.roll(self._likeness, 1) * F32(0.5)
-        self._likeness[token % WINDOW] = 0.0
-
-    def forget_likeness(self) -> None:
-        """What comes was not seen token by token."""
-        self._likeness[:] = 0.0
-
-    def add(self, place: int, token: int, picks: NDArray[np.int64]) -> None:
-        slot, used = token % WINDOW, self._used[place]
-        used[slot] = False
-        used[slot, picks] = True
-        self._token[place, slot] = token
-        self._likeness += used[:, picks].sum(axis=1, dtype=np.int32).astype(F32)
-        self._likeness[slot] = 0.0
-
-    def matches(self, token: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-        """Past tokens most like the running one, the newest first, and their weights."""
-        best = self._likeness.max()
-        if best <= 0:
-            return np.empty(0, dtype=np.int64), np.empty(0, dtype=F32)
-        levels = (self._likeness * (_LEVELS / best)).astype(np.int32)
-        counts = np.bincount(levels, minlength=int(_LEVELS) + 1).tolist()
-        level, num_above = int(_LEVELS), 0
-        while level > _MIN_LEVEL and num_above + counts[level] < _MAX_MATCHES:
-            num_above += counts[level]
-            level -= 1
-        slots = (levels >= level).nonzero()[0]
-        ages = (token - 1 - slots) % WINDOW
-        newest = ages.argsort()
-        slots, ages = slots[newest], ages[newest]
-        is_least = levels[slots] == level
-        chosen = ~is_least | (np.cumsum(is_least) <= _MAX_MATCHES - num_above)
-        weights = self._likeness[slots[chosen]] * (F32(1.0) / best)
-        weights *= weights
-        return token - 1 - ages[chosen], weights * weights * weights
-
-    def followers(
-        self,
-        place: int,
-        token: int,
-        matches: tuple[NDArray[np.int64], NDArray[np.float32]],
-        ahead: range,
-    ) -> tuple[NDArray[np.float32], np.float32]:
-        """Weights [E] of the experts that were used `ahead` tokens after those, and their sum."""
-        tokens = (matches[0][:, None] + np.arange(ahead.start, ahead.stop)).reshape(-1)
-        weights = np.repeat(matches[1], len(ahead))
-        slots = tokens % WINDOW
-        known = (tokens <= token) & (self._token[place, slots] == tokens)
-        if not known.any():
-            return np.zeros(self._used[place].shape[1], dtype=F32), F32(0.0)
-        votes = self._used[place][slots[known]] * weights[known, None]
-        return np.cumsum(votes, axis=0, dtype=F32)[-1], _sum(weights[known])
 
 
 class Forecast(ByDistance):
@@ -152,12 +76,14 @@ class Forecast(ByDistance):
         self._frequencies = [np.zeros((len(HALF_LIVES), n), dtype=F32) for n in counts]
         self._means = np.zeros((num_layers, len(HALF_LIVES)), dtype=F32)
         self._inputs: list[NDArray[np.float32] | None] = [None] * num_layers  # [NUM_INPUTS, E]
-        self._memory = _Memory(counts.tolist())
+        self._memory = RoutingMemory(counts.tolist())
         self._weights = np.array([0.25] * len(HALF_LIVES) + [0.5, 0.0], dtype=F32)
         self._squares = np.ones(NUM_INPUTS, dtype=F32)
         self._has_bias = False
         self._next = np.zeros(len(places), dtype=F32)  # probability of use in the next turn
         self._token, self._event = -1, (-1, -1)  # (place, step) of the last demand
+        self._routed = (-1, -1)  # the last one that was told token by token
+        self._ages = np.empty((len(HALF_LIVES), 0), dtype=F32)  # weights of a chunk's tokens
 
     def nearness(self, ahead: int) -> float:
         return _KEPT ** (ahead / self._num_layers)
@@ -177,6 +103,19 @@ class Forecast(ByDistance):
                 part = None if counts is None else np.asarray(counts, dtype=F32)[here]
                 self._demand(place, row[here] - self._first[place], step, num_tokens, part)
 
+    def route(self, place: int, routes: NDArray[np.integer], step: int) -> None:
+        routes = np.sort(routes, axis=1)
+        num_tokens, used = len(routes), routes >= 0
+        used[:, 1:] &= routes[:, 1:] != routes[:, :-1]
+        if not used.any():
+            return
+        self._begin(place, step, num_tokens)
+        self._routed = self._event
+        for age in range(min(num_tokens, WINDOW, self._token + 1) - 1, -1, -1):
+            row = num_tokens - 1 - age
+            self._memory.add(place, self._token - age, routes[row, used[row]], age)
+        self._predict(place, self._count_rows(place, routes, used))
+
     def probabilities(self, place: int) -> NDArray[np.float32]:
         """Of use when the layer at `place` runs next, [E]."""
         return self._next[self._first[place] : self._first[place + 1]]
@@ -192,14 +131,9 @@ class Forecast(ByDistance):
         counts: NDArray[np.float32] | None,
     ) -> None:
         is_token = counts is None
-        if not is_token and not counts.any():
+        if (not is_token and not counts.any()) or self._routed == (place, step):
             return
-        if place <= self._event[0] and step != self._event[1]:
-            self._token += 1
-            self._memory.begin_token(self._token)
-        # The rest of a demand that came in parts adds to the first part.
-        is_new, self._event = self._event != (place, step), (place, step)
-        self._token = max(self._token, 0)
+        is_new = self._begin(place, step, 1)
         num_uses = np.zeros(self._first[place + 1] - self._first[place], dtype=F32)
         num_uses[picks] = 1.0 if is_token else counts
         if is_token and is_new:
@@ -209,17 +143,21 @@ class Forecast(ByDistance):
         elif not is_token:
             self._memory.forget_likeness()
         prior = self._count(place, num_uses, num_tokens, is_new)
-        if not self._has_bias and (is_token or num_tokens > 1):
-            self._has_bias = True
-            odds = prior / max(F32(1.0) - prior, F32(2.0**-10))
-            self._weights[_ONE] = log2(np.array([odds], dtype=F32))[0]
-        self._predict(place, prior)
+        self._predict(place, prior, can_tell=is_token or num_tokens > 1)
+
+    def _begin(self, place: int, step: int, num_tokens: int) -> bool:
+        """A demand; False: the rest of one that came in parts, which adds to the first part."""
+        if self._token < 0 or (place <= self._event[0] and step != self._event[1]):
+            self._token += num_tokens
+            self._memory.begin_tokens(self._token, num_tokens)
+        is_new, self._event = self._event != (place, step), (place, step)
+        return is_new
 
     def _count(
         self, place: int, num_uses: NDArray[np.float32], num_tokens: int, is_new: bool
     ) -> np.float32:
         """Add uses to the frequencies, spread evenly over the tokens; returns the mean use."""
-        mean = _sum(num_uses) / F32(len(num_uses))
+        mean = sum_in_order(num_uses) / F32(len(num_uses))
         for i, half_life in enumerate(HALF_LIVES):
             decay, weight = F32(2.0 ** (-1.0 / half_life)), F32(1.0)
             if num_tokens > 1:
@@ -234,7 +172,30 @@ class Forecast(ByDistance):
             self._means[place, i] += mean * weight
         return mean / F32(num_tokens)
 
-    def _predict(self, place: int, prior: np.float32) -> None:
+    def _count_rows(
+        self, place: int, routes: NDArray[np.integer], used: NDArray[np.bool_]
+    ) -> np.float32:
+        """`_count` of a chunk's tokens one by one."""
+        num_tokens = len(routes)
+        if self._ages.shape[1] != num_tokens:
+            ages = range(num_tokens - 1, -1, -1)
+            weights = [[2.0 ** (-age / half_life) for age in ages] for half_life in HALF_LIVES]
+            self._ages = np.array(weights, dtype=F32)
+        frequencies, means = self._frequencies[place], self._means[place]
+        num_experts = F32(frequencies.shape[1])
+        num_uses, rows = used.sum(axis=1).astype(F32), used.nonzero()[0]
+        for i, half_life in enumerate(HALF_LIVES):
+            decay, weights = F32(2.0 ** (-num_tokens / half_life)), self._ages[i]
+            frequencies[i] *= decay
+            np.add.at(frequencies[i], routes[used], weights[rows])
+            means[i] = sum_in_order(np.append(means[i] * decay, num_uses / num_experts * weights))
+        return sum_in_order(num_uses) / num_experts / F32(num_tokens)
+
+    def _predict(self, place: int, prior: np.float32, can_tell: bool = True) -> None:
+        if can_tell and not self._has_bias:
+            self._has_bias = True
+            odds = prior / max(F32(1.0) - prior, F32(2.0**-10))
+            self._weights[_ONE] = log2(np.array([odds], dtype=F32))[0]
         frequencies, means = self._frequencies[place], self._means[place]
         num_experts = frequencies.shape[1]
         inputs = self._inputs[place]

@@ -27,6 +27,10 @@ class Policy(Protocol):
         demands of one token one after the other, no key in two of them.
         """
 
+    def route(self, place: int, routes: NDArray[np.integer], step: int) -> None:
+        """What touches at `step` will sum up: the experts `routes` [T, K], -1: none, of T tokens at
+        the layer that is the `place`-th."""
+
     def expect(self, keys: NDArray[np.int64]) -> None:
         """`keys` [n] will be touched together, as soon as there is room for those absent."""
 
@@ -85,6 +89,9 @@ class Lowest:
         if self.guard is not None:
             for row in keys.reshape(-1, keys.shape[-1]):
                 self.guard.touch(row)
+
+    def route(self, place: int, routes: NDArray[np.integer], step: int) -> None:
+        pass
 
     def expect(self, keys: NDArray[np.int64]) -> None:
         if self.guard is not None:

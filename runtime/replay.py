@@ -10,6 +10,7 @@ brings nothing into the pool.
 import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -46,10 +47,19 @@ class Outcome:
         return self.bytes_read / max(1, self.num_steps)
 
 
+class _Chunk(NamedTuple):
+    """What the tokens of a prompt demand at one place."""
+
+    place: int
+    routes: NDArray[np.int64]  # [num_prompt, K]: experts of the place, -1: none
+    keys: NDArray[np.int64]  # [n], each once
+    counts: NDArray[np.int64]  # [n]: how many tokens want each
+
+
 class Demand:
     """The demand of a trace in order: the decoded steps, or all of them where none is decoded.
 
-    `prompt`: place, keys and how many tokens want each, of the `num_prompt` steps before them.
+    `prompt`: by place, of the `num_prompt` steps before them.
     """
 
     def __init__(self, trace: Trace) -> None:
@@ -71,11 +81,15 @@ class Demand:
         self.sizes = trace.bytes_of_key
         self.place_of_key = trace.place_of_key
         self.num_demands = int(wanted.sum())
-        self.prompt: list[tuple[int, NDArray[np.int64], NDArray[np.int64]]] = []
+        self.prompt: list[_Chunk] = []
+        first = np.searchsorted(self.place_of_key, np.arange(self.num_places))
         for place in range(self.num_places):
-            named, counts = np.unique(prompt[:, place], return_counts=True)
+            rows = np.sort(prompt[:, place], axis=1)
+            rows[:, 1:][rows[:, 1:] == rows[:, :-1]] = -1
+            named, counts = np.unique(rows, return_counts=True)
             if (named >= 0).any():
-                self.prompt.append((place, named[named >= 0], counts[named >= 0]))
+                routes = np.where(rows >= 0, rows - first[place], -1)
+                self.prompt.append(_Chunk(place, routes, named[named >= 0], counts[named >= 0]))
         self.floor_bytes = max(int(self.sizes[keys].sum()) for _, _, keys in self.steps)
 
     def outcome(self, policy: str, capacity: int, hits: int, bytes_read: int) -> Outcome:
@@ -107,7 +121,8 @@ def replay(demand: Demand, policy: str, capacities: Sequence[int]) -> list[Outco
             pool.guard.set_share(pool.share)
         policies[0].guard = None
     if not looks_at_pool:
-        for _, keys, counts in demand.prompt:
+        for place, routes, keys, counts in demand.prompt:
+            policies[0].route(place, routes, -1)
             policies[0].touch(keys, -1, demand.num_prompt, counts)
     for step, place, keys in demand.steps:
         for i, pool in enumerate(pools):

@@ -14,7 +14,7 @@ FLOORS = {
         waves
         profile profile_parts profile_sums transitions governor pressure""",
     1: """runtime: cache cache_base holds executor native_cache policy store
-        policy_forecast policy_guard policy_lowest policy_s3fifo replay
+        policy_forecast policy_guard policy_lowest policy_memory policy_s3fifo replay
         observe predictors prefetch cold stand_ins""",
     2: """edgemoe: kv_cache models""",
     3: """edgemoe: active_set chat_template config control_tokens engine interrupts meter preflight

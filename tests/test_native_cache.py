@@ -17,7 +17,7 @@ from edgemoe.runtime.index import EXPERTS_FILE
 from edgemoe.runtime.io import READY, Arena, RecordReader
 from edgemoe.runtime.native_cache import NativeCache
 from edgemoe.runtime.policy import POLICIES
-from edgemoe.runtime.policy_forecast import WINDOW
+from edgemoe.runtime.policy_memory import WINDOW
 
 pytestmark = pytest.mark.skipif(core.lib is None, reason="native core not built")
 
@@ -110,8 +110,11 @@ def test_both_decide_alike(mixed, equal, damaged, data):
                     data.draw(st.sampled_from([1, 1, 7, 5000])),
                 )
                 wanted = data.draw(st.just([]) | keys_of_a_hint)
+                routes = None
+                if tokens > 1 and data.draw(st.booleans()):
+                    routes = np.random.default_rng(tokens).integers(-1, 4, (tokens, 2))
                 for rig in rigs:
-                    rig.cache.begin_layer(layer, tokens, wanted)
+                    rig.cache.begin_layer(layer, tokens, wanted, routes)
             elif action == "hint":
                 keys, counts = data.draw(keys_of_a_hint), None
                 if data.draw(st.booleans()):
@@ -182,9 +185,11 @@ def test_both_decide_alike_among_many_records(many, policy, share):
                 chosen = np.minimum(rng.geometric(0.03, 3 * count), 200) - 1
                 keys = (rng.permutation(np.unique(chosen))[:count] + layer * 200).tolist()
                 counts = rng.integers(1, num_tokens + 1, len(keys)) if num_tokens > 1 else None
-                results = []
+                results, routes = [], None
+                if num_tokens > 1 and step != 15:
+                    routes = rng.choice(keys, (num_tokens, 4)) - layer * 200
                 for rig in (reference, native):
-                    rig.cache.begin_layer(layer, num_tokens, keys)
+                    rig.cache.begin_layer(layer, num_tokens, keys, routes)
                     results.append(rig.cache.hint(keys, counts))
                     rig.arrive()
                     rig.cache.release(keys)

@@ -187,6 +187,15 @@ void Cache::begin_layer(int64_t place, int64_t num_tokens, int64_t n, const int3
   }
 }
 
+int32_t Cache::route(int64_t num_tokens, int64_t top_k, const int32_t *experts) {
+  const int64_t num_experts = cycle_.first_key[place_ + 1] - cycle_.first_key[place_];
+  const auto is_one = [=](int32_t expert) { return expert >= -1 && expert < num_experts; };
+  if (!std::all_of(experts, experts + num_tokens * top_k, is_one)) return EM_ERR_ARG;
+  learn();
+  policy_->route(place_, experts, num_tokens, top_k, step_);
+  return 0;
+}
+
 int32_t Cache::hint(int64_t n, const int32_t *keys, const double *counts,
                     em_cache_demand *demand) {
   learn();

@@ -109,6 +109,8 @@ class Cache {
                    const int32_t *wanted = nullptr);
   // A demand on the place is near: what it goes through has left the processor's caches.
   void fetch_ahead(int64_t place) const;
+  // What the hints that follow will sum up: experts [num_tokens, top_k], -1: none. 0 or EM_ERR_ARG.
+  int32_t route(int64_t num_tokens, int64_t top_k, const int32_t *experts);
   // Pin the records (each once), most urgent first, and start reading those absent. 1; 0 and
   // nothing changed but evictions where they do not fit now; EM_ERR_ARG, or what a submit returned.
   // counts [n]: how many tokens want each record, null: one token's demand.

@@ -48,6 +48,13 @@ int32_t em_cache_begin_layer(em_cache *cache, int64_t place, int64_t num_tokens,
   });
 }
 
+int32_t em_cache_route(em_cache *cache, int64_t num_tokens, int64_t top_k, const int32_t *experts) {
+  if (!cache || num_tokens < 0 || top_k < 0 || (num_tokens * top_k > 0 && !experts)) {
+    return EM_ERR_ARG;
+  }
+  return without_exceptions([&] { return cache->route(num_tokens, top_k, experts); });
+}
+
 int32_t em_cache_hint(em_cache *cache, int64_t n, const int32_t *keys, const double *counts,
                       em_cache_demand *demand) {
   if (!cache || n < 0 || (n > 0 && keys == nullptr)) return EM_ERR_ARG;

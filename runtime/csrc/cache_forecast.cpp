@@ -19,6 +19,7 @@ constexpr double kKept = 0.8;
 constexpr int64_t kWindow = 1024;  // tokens, a power of two
 constexpr int64_t kBlock = 16, kNumBlocks = kWindow / kBlock;
 constexpr int kMaxMatches = 32, kLevels = 64, kMinLevel = 16, kLanes = 8;
+constexpr int64_t kAges = 8;  // tokens of a chunk that count for the likeness to its last one
 constexpr int kNext = 0, kLater = 1, kFar = 2, kNumTimes = 3;
 constexpr int kFirstAhead[kNumTimes + 1] = {1, 2, 5, 9};  // tokens behind a match
 
@@ -73,15 +74,17 @@ class Memory {
     likeness_.fill(0.0f);
   }
 
-  void begin_token(int64_t token) {
-    std::rotate(likeness_.begin(), likeness_.end() - 1, likeness_.end());
-    for (float &likeness : likeness_) likeness *= 0.5f;
+  void begin_tokens(int64_t token, int64_t num_tokens) {  // those up to `token`
+    std::rotate(likeness_.begin(), likeness_.end() - num_tokens % kWindow, likeness_.end());
+    const float left = static_cast<float>(std::ldexp(1.0, -static_cast<int>(num_tokens)));
+    for (float &likeness : likeness_) likeness *= left;
     likeness_[token % kWindow] = 0.0f;
   }
 
   void forget_likeness() { likeness_.fill(0.0f); }
 
-  void add(int64_t number, int64_t token, const int32_t *picks, int64_t n) {
+  // age: tokens between this one and the running one.
+  void add(int64_t number, int64_t token, const int32_t *picks, int64_t n, int64_t age = 0) {
     Place &place = places_[number];
     const int64_t slot = token % kWindow;
     const uint8_t bit = static_cast<uint8_t>(1 << slot % 8);
@@ -89,8 +92,8 @@ class Memory {
       const int64_t expert = place.picks[slot * place.width + i];
       place.tokens[expert * (kWindow / 8) + slot / 8] &= static_cast<uint8_t>(~bit);
     }
-    for (int64_t begin = 0; begin < n; begin += 255) {  // a byte counts no further
-      count_shared(place, picks + begin, std::min<int64_t>(n - begin, 255));
+    for (int64_t begin = 0; begin < n && age < kAges; begin += 255) {  // a byte counts no further
+      count_shared(place, picks + begin, std::min<int64_t>(n - begin, 255), age);
     }
     if (n > place.width) widen(place, n);
     for (int64_t i = 0; i < n; ++i) {
@@ -190,7 +193,7 @@ class Memory {
     place.width = width;
   }
 
-  void count_shared(const Place &place, const int32_t *picks, int64_t n) {
+  void count_shared(const Place &place, const int32_t *picks, int64_t n, int64_t age) {
     std::array<uint64_t, kWindow / 8> sums = {};
     for (int64_t i = 0; i < n; ++i) {
       const uint8_t *bits = &place.tokens[picks[i] * (kWindow / 8)];
@@ -198,8 +201,15 @@ class Memory {
     }
     std::array<uint8_t, kWindow> shared;
     std::memcpy(shared.data(), sums.data(), sizeof shared);
+    if (age == 0) {
+      for (size_t slot = 0; slot < shared.size(); ++slot) {
+        likeness_[slot] += static_cast<float>(shared[slot]);
+      }
+      return;
+    }
+    const float left = std::ldexp(1.0f, -static_cast<int>(age));
     for (size_t slot = 0; slot < shared.size(); ++slot) {
-      likeness_[slot] += static_cast<float>(shared[slot]);
+      likeness_[(slot + age) % kWindow] += static_cast<float>(shared[slot]) * left;
     }
   }
 
@@ -237,6 +247,44 @@ class Forecast : public ByDistance {
 
   double nearness(int64_t ahead) const override {
     return std::pow(kept_, static_cast<double>(ahead) / static_cast<double>(cycle_.num_places()));
+  }
+
+  void route(int64_t place, const int32_t *experts, int64_t num_tokens, int64_t top_k,
+             int64_t step) override {
+    const int32_t *const end = experts + num_tokens * top_k;
+    if (std::all_of(experts, end, [](int32_t expert) { return expert < 0; })) return;
+    begin(place, step, num_tokens);
+    routed_place_ = place;
+    routed_step_ = step;
+    if (num_tokens != num_ages_) weigh_ages(num_tokens);
+    Place &each = places_[place];
+    const int64_t n = num_experts(place);
+    for (int i = 0; i < kNumHalfLives; ++i) {
+      const float left = static_cast<float>(std::pow(base_, -static_cast<double>(num_tokens) /
+                                                                kHalfLives[i]));
+      for (int64_t e = 0; e < n; ++e) each.frequencies[i * n + e] *= left;
+      each.means[i] *= left;
+    }
+    float num_uses = 0.0f;
+    for (int64_t token = 0; token < num_tokens; ++token) {
+      picks_.clear();
+      for (int64_t k = 0; k < top_k; ++k) {
+        const int32_t expert = experts[token * top_k + k];
+        const bool is_known = std::find(picks_.begin(), picks_.end(), expert) != picks_.end();
+        if (expert >= 0 && !is_known) picks_.push_back(expert);
+      }
+      const float num_picks = static_cast<float>(picks_.size());
+      num_uses += num_picks;
+      for (int i = 0; i < kNumHalfLives; ++i) {
+        const float weight = ages_[i * num_tokens + token];
+        for (const int32_t pick : picks_) each.frequencies[i * n + pick] += weight;
+        each.means[i] += num_picks / static_cast<float>(n) * weight;
+      }
+      const int64_t age = num_tokens - 1 - token;
+      if (age >= kWindow || age > token_) continue;
+      memory_.add(place, token_ - age, picks_.data(), static_cast<int64_t>(picks_.size()), age);
+    }
+    predict(place, num_uses / static_cast<float>(n) / static_cast<float>(num_tokens));
   }
 
   void touch(const int32_t *keys, int64_t n, const double *counts, int64_t step,
@@ -281,11 +329,8 @@ class Forecast : public ByDistance {
   void demand(int64_t place, bool is_token, int64_t step, int64_t num_tokens) {
     const auto end = uses_.begin() + num_experts(place);
     if (std::all_of(uses_.begin(), end, [](float uses) { return uses == 0.0f; })) return;
-    if (place <= event_place_ && step != event_step_) memory_.begin_token(++token_);
-    const bool is_new = place != event_place_ || step != event_step_;
-    event_place_ = place;
-    event_step_ = step;
-    token_ = std::max<int64_t>(token_, 0);
+    if (place == routed_place_ && step == routed_step_) return;
+    const bool is_new = begin(place, step, 1);
     if (is_token && is_new) {
       if (places_[place].is_known) learn(place);
       memory_.add(place, token_, picks_.data(), static_cast<int64_t>(picks_.size()));
@@ -293,11 +338,30 @@ class Forecast : public ByDistance {
       memory_.forget_likeness();
     }
     const float prior = count(place, num_tokens, is_new);
-    if (!has_bias_ && (is_token || num_tokens > 1)) {
-      has_bias_ = true;
-      weights_[kOne] = log2_of(prior / std::max(1.0f - prior, 0x1p-10f));
+    predict(place, prior, is_token || num_tokens > 1);
+  }
+
+  // A demand; false: the rest of one that came in parts, which adds to the first part.
+  bool begin(int64_t place, int64_t step, int64_t num_tokens) {
+    if (token_ < 0 || (place <= event_place_ && step != event_step_)) {
+      token_ += num_tokens;
+      memory_.begin_tokens(token_, num_tokens);
     }
-    predict(place, prior);
+    const bool is_new = place != event_place_ || step != event_step_;
+    event_place_ = place;
+    event_step_ = step;
+    return is_new;
+  }
+
+  void weigh_ages(int64_t num_tokens) {
+    num_ages_ = num_tokens;
+    ages_.clear();
+    for (const double half_life : kHalfLives) {
+      for (int64_t age = num_tokens - 1; age >= 0; --age) {
+        const double exponent = -static_cast<double>(age) / half_life;
+        ages_.push_back(static_cast<float>(std::pow(base_, exponent)));
+      }
+    }
   }
 
   // Adds uses_ to the frequencies, spread evenly over the tokens; returns the mean use.
@@ -323,7 +387,11 @@ class Forecast : public ByDistance {
     return mean / static_cast<float>(num_tokens);
   }
 
-  void predict(int64_t place, float prior) {
+  void predict(int64_t place, float prior, bool can_tell = true) {
+    if (can_tell && !has_bias_) {
+      has_bias_ = true;
+      weights_[kOne] = log2_of(prior / std::max(1.0f - prior, 0x1p-10f));
+    }
     const int64_t n = num_experts(place), first = cycle_.first_key[place];
     Place &each = places_[place];
     float *const inputs = each.inputs.data();
@@ -418,6 +486,9 @@ class Forecast : public ByDistance {
   std::array<float, kNumInputs> weights_ = {}, squares_ = {};
   bool has_bias_ = false;
   int64_t token_ = -1, event_place_ = -1, event_step_ = -1;  // of the last demand
+  int64_t routed_place_ = -1, routed_step_ = -1;  // of the last demand told token by token
+  int64_t num_ages_ = 0;
+  std::vector<float> ages_;  // weights [kNumHalfLives, num_ages_] of a chunk's tokens
   std::vector<int32_t> picks_;
   std::vector<float> uses_, z_, errors_, votes_, found_, habits_;  // votes_ [kNumTimes, stride]
 };

@@ -1,6 +1,7 @@
 // A bound on what an eviction policy may lose against plain LRU. Twin of runtime/policy_guard.py,
 // which gives the reasons.
 #pragma once
+#include <algorithm>
 #include <cstdint>
 #include <vector>
 
@@ -16,7 +17,8 @@ class Guard {
   bool in_shadow(int32_t key) const { return in_shadow_[key] != 0; }
   // Whether a record may be evicted that the shadow has.
   bool is_free() const {
-    return (debt_ + largest_ - credit_) * kEvictionsPerLoss <= evicted_;
+    const int64_t early = std::min(kEarlyRecords * largest_, evicted_ / kEvictionsPerEarlyLoss);
+    return (debt_ + largest_ - credit_ - early) * kEvictionsPerLoss <= evicted_;
   }
   void set_share(double share);
   // The keys are demanded together; before room is made for those absent.
@@ -27,7 +29,7 @@ class Guard {
   void fetch_ahead(int64_t first, int64_t end) const;  // keys that are demanded soon
 
  private:
-  static constexpr int64_t kEvictionsPerLoss = 24;
+  static constexpr int64_t kEarlyRecords = 32, kEvictionsPerEarlyLoss = 2, kEvictionsPerLoss = 96;
 
   void link(int32_t key, int32_t after);
   void unlink(int32_t key);

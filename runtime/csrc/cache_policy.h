@@ -69,6 +69,8 @@ class Policy {
   // [n]: how many of those tokens want each, null: one each.
   virtual void touch(const int32_t *keys, int64_t n, const double *counts, int64_t step,
                      int64_t num_tokens);
+  // What touches at `step` will sum up: experts [num_tokens, top_k] of a place, -1: none.
+  virtual void route(int64_t, const int32_t *, int64_t, int64_t, int64_t) {}
   // n keys will be touched together, as soon as there is room for those absent.
   void expect(const int32_t *keys, int64_t n) {
     if (guard_) guard_->expect(keys, n);

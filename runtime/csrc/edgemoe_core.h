@@ -303,6 +303,10 @@ EM_API void em_cache_destroy(em_cache *cache);
  * turn as long as there is other room. Returns 0 or EM_ERR_ARG. */
 EM_API int32_t em_cache_begin_layer(em_cache *cache, int64_t place, int64_t num_tokens, int64_t n,
                                     const int32_t *wanted);
+/* What the hints that follow will sum up: experts [num_tokens, top_k] of the place that has begun, by
+ * number in the layer, -1: none; token after token. Returns 0 or EM_ERR_ARG. */
+EM_API int32_t em_cache_route(em_cache *cache, int64_t num_tokens, int64_t top_k,
+                              const int32_t *experts);
 typedef struct em_cache_demand {
   int64_t num_hits, num_misses, num_bytes; /* records; bytes of misses and of guesses that came true */
   int64_t num_guessed; /* records that a guess has brought, which are neither */

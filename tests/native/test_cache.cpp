@@ -251,6 +251,11 @@ TEST(what_a_cache_cannot_do_is_refused) {
   CHECK_EQUAL(em_cache_release(rig.cache, 1, beyond), EM_ERR_ARG);
   CHECK_EQUAL(em_cache_release(rig.cache, 2, many), 0);  // not pinned: nothing happens
   CHECK_EQUAL(em_cache_hint(rig.cache, 8, many, nullptr, nullptr), 0);
+  const int32_t route[] = {7, -1}, no_route[] = {-2, 8};
+  CHECK_EQUAL(em_cache_begin_layer(rig.cache, 0, 2, 0, nullptr), 0);
+  CHECK_EQUAL(em_cache_route(rig.cache, 2, 1, route), 0);
+  CHECK_EQUAL(em_cache_route(rig.cache, 1, 1, no_route), EM_ERR_ARG);
+  CHECK_EQUAL(em_cache_route(rig.cache, 1, 1, no_route + 1), EM_ERR_ARG);
   CHECK_EQUAL(em_cache_begin_layer(rig.cache, 3, 1, 0, nullptr), EM_ERR_ARG);
   CHECK_EQUAL(em_cache_begin_layer(rig.cache, 0, 1, 1, beyond), EM_ERR_ARG);
   CHECK_EQUAL(em_cache_resize(rig.cache, rig.arena_bytes + kPage, 0), EM_ERR_ARG);
