@@ -9,6 +9,7 @@
 #include "decoder.h"
 #include "kernels.h"
 #include "moe.h"
+#include "next_layer.h"
 #include "platform.h"
 #include "prefetch.h"
 #include "record_shape.h"
@@ -220,8 +221,9 @@ bool Decoder::has_places_of(const Cache &cache) const {
 }
 
 // The `num` experts of the place just routed, whose sum goes to y.
-int32_t Decoder::run_experts(const em_block &layer, Cache &cache, em_decode_args &args,
-                             int64_t place, int64_t num, const float *normed, float *y) {
+int32_t Decoder::run_experts(int64_t number, Cache &cache, em_decode_args &args, int64_t place,
+                             int64_t num, const float *x, const float *normed, float *y) {
+  const em_block &layer = layers_[number];
   const int64_t hidden = model_.hidden;
   for (int64_t k = 0; k < num; ++k) data_[k] = cache.data(keys_[k]);
   const em_record *const records = records_of(cache.store());
@@ -249,7 +251,8 @@ int32_t Decoder::run_experts(const em_block &layer, Cache &cache, em_decode_args
   run.failed = -1;
   const int64_t start = monotonic_ns();
   const int64_t decide_ns = cache.decide_ns();
-  const int32_t status = run_moe(pool_, cache.store(), nullptr, &run, between_, &cache);
+  NextLayer ahead(*this, cache, args.kv, number, x);
+  const int32_t status = run_moe(pool_, cache.store(), nullptr, &run, between_, &cache, &ahead);
   em_place_stats &stats = cache.stats_of(place);
   stats.compute_ns += monotonic_ns() - start - run.stall_ns - (cache.decide_ns() - decide_ns);
   stats.stall_ns += run.stall_ns;
@@ -331,7 +334,7 @@ int32_t Decoder::run_layer(int64_t number, Cache &cache, em_decode_args &args, f
   }
   if (status == 0) status = mlp(number, 1, normed);  // the shared expert, while reads fly
   const int64_t stall_ns = cache.stats_of(place).stall_ns;
-  if (status == 0) status = run_experts(layer, cache, args, place, num, normed, y);
+  if (status == 0) status = run_experts(number, cache, args, place, num, x, normed, y);
   if (between_ != nullptr) between_->finish(num_misses, cache.stats_of(place).stall_ns - stall_ns);
   if (status == 0) add(number, 1, y, x);
   return status;

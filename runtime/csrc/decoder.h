@@ -120,8 +120,8 @@ class Decoder {
                     float *y);
   int32_t demand(Cache &cache, int64_t place, int64_t num_keys, int64_t *num_misses);
   int32_t decode_layers(Cache &cache, em_decode_args &args);
-  int32_t run_experts(const em_block &layer, Cache &cache, em_decode_args &args, int64_t place,
-                      int64_t num, const float *normed, float *y);
+  int32_t run_experts(int64_t number, Cache &cache, em_decode_args &args, int64_t place, int64_t num,
+                      const float *x, const float *normed, float *y);
 
   bool has_places_of(const Cache &cache) const;
 

@@ -334,7 +334,7 @@ EM_API int64_t em_cache_preload(em_cache *cache, int64_t n, const int32_t *keys,
 /* Wait for all reads whose records nobody has pinned; those that failed lose their memory. */
 EM_API void em_cache_settle(em_cache *cache);
 /* Another capacity, up or down within the arena. What no longer fits is evicted, and memory beyond it
- * goes back to the system. Returns 0, or EM_ERR_ARG while records are pinned. */
+ * goes back to the system, or with keeps_memory is the caller's, to write into. Returns 0, or EM_ERR_ARG while records are pinned. */
 EM_API int32_t em_cache_resize(em_cache *cache, int64_t capacity_bytes, int32_t keeps_memory);
 /* [num_records]: where each record is or will be, 0: absent. Memory of the cache. */
 EM_API const uint64_t *em_cache_addresses(const em_cache *cache);

@@ -1,8 +1,10 @@
 // The experts of one layer in rounds: a round computes what has landed, the others go on being read.
+#include <atomic>
 #include <cerrno>
 #include <cstddef>
 #include <vector>
 
+#include "ahead.h"
 #include "cache.h"
 #include "edgemoe_core.h"
 #include "experts.h"
@@ -20,8 +22,14 @@ constexpr int64_t kItemsBetween = 16;  // tens of microseconds
 class Layer {
  public:
   Layer(em_pool *pool, em_store *store, const em_record *records, em_moe_args *args,
-        Prefetcher *between, Cache *cache)
-      : pool_(pool), store_(store), records_(records), a_(*args), between_(between), cache_(cache) {}
+        Prefetcher *between, Cache *cache, Ahead *ahead)
+      : pool_(pool),
+        store_(store),
+        records_(records),
+        a_(*args),
+        between_(between),
+        cache_(cache),
+        ahead_(ahead) {}
 
   int32_t run();
   void drain() const;  // waits for every read of the list
@@ -41,6 +49,8 @@ class Layer {
   int32_t compute(const Experts &experts);
   int32_t learn_beside() const;
   bool learn_waiting();
+  bool has_news() const;
+  void fetch_ahead();
   void wait();
 
   em_pool *pool_;
@@ -49,6 +59,9 @@ class Layer {
   em_moe_args &a_;
   Prefetcher *between_;
   Cache *cache_;
+  Ahead *ahead_;
+  std::vector<Span> pieces_;  // of what is ahead
+  std::atomic<std::size_t> next_piece_{0};
   int64_t num_rows_ = 0;
   std::vector<Part> parts_;           // ascending expert, ascending pair
   std::vector<std::size_t> round_;    // positions in parts_: what is computed next
@@ -191,16 +204,46 @@ int32_t Layer::compute(const Experts &experts) {
   return status;
 }
 
+// Whether a record that is waited for has come further.
+bool Layer::has_news() const {
+  for (std::size_t i = 0; i < keys_.size(); ++i) {
+    if (arrival_of(store_, keys_[i]) != seen_[i]) return true;
+  }
+  return false;
+}
+
+// By all threads, in turns, until there is news or nothing left. What was fetched is read at twice the
+// rate of memory.
+void Layer::fetch_ahead() {
+  if (ahead_ != nullptr) {
+    static const int64_t most_bytes = last_cache_bytes() / 2;
+    std::vector<Span> spans;
+    if (most_bytes > 0) ahead_->collect(&spans);
+    pieces_ = pieces_of(spans, most_bytes);
+    ahead_ = nullptr;
+  }
+  if (next_piece_ >= pieces_.size()) return;
+  std::atomic<bool> is_over{false};
+  parallel_for(pool_, num_threads(pool_), [&](int64_t, int thread) {
+    while (!is_over.load(std::memory_order_relaxed)) {
+      const std::size_t i = next_piece_.fetch_add(1, std::memory_order_relaxed);
+      if (i >= pieces_.size()) return;
+      fetch(pieces_[i]);
+      if (thread != 0) continue;
+      pump(store_);
+      if (between_ != nullptr && i % kItemsBetween == 0) between_->step();
+      if (has_news()) is_over = true;
+    }
+  });
+}
+
 // Whether a record has come on meanwhile: then it may have been there to compute, and learning
 // counts as deciding; else as waiting.
 bool Layer::learn_waiting() {
   const int64_t start = monotonic_ns();
   cache_->learn_ahead();
   pump(store_);
-  bool has_come = false;
-  for (std::size_t i = 0; i < keys_.size(); ++i) {
-    has_come = has_come || arrival_of(store_, keys_[i]) != seen_[i];
-  }
+  const bool has_come = has_news();
   const int64_t took_ns = monotonic_ns() - start;
   if (has_come) {
     cache_->count_deciding(took_ns);
@@ -214,6 +257,7 @@ void Layer::wait() {
   if (cache_ != nullptr && cache_->has_lesson() && learn_waiting()) return;
   if (between_ != nullptr) between_->step();
   const int64_t start = monotonic_ns();
+  fetch_ahead();
   wait_any(store_, keys_.data(), seen_.data(), static_cast<int64_t>(keys_.size()));
   const int64_t now = monotonic_ns();
   a_.stall_ns += now - start;
@@ -262,13 +306,13 @@ int64_t em_moe_workspace_floats(int64_t num_tokens, int64_t num_pairs, int64_t h
 
 int32_t em_moe_run(em_pool *pool, em_store *store, const em_record *records, em_moe_args *args) {
   const em::Pinned pinned(store == nullptr ? -1 : em::caller_core(pool));
-  return em::run_moe(pool, store, records, args, nullptr, nullptr);
+  return em::run_moe(pool, store, records, args, nullptr, nullptr, nullptr);
 }
 
 int32_t em::run_moe(em_pool *pool, em_store *store, const em_record *records, em_moe_args *args,
-                    Prefetcher *between, Cache *cache) {
+                    Prefetcher *between, Cache *cache, Ahead *ahead) {
   if (store != nullptr) records = em::records_of(store);
-  em::Layer layer(pool, store, records, args, between, cache);
+  em::Layer layer(pool, store, records, args, between, cache, ahead);
   int32_t status;
   try {
     status = layer.run();

@@ -1,5 +1,6 @@
 #include "platform.h"
 
+#include <algorithm>
 #include <cerrno>
 #include <chrono>
 #include <cstring>
@@ -152,6 +153,8 @@ int64_t thread_cpu_ns() {
   return (ticks(kernel) + ticks(user)) * 100;
 }
 
+int64_t last_cache_bytes() { return 0; }
+
 std::vector<int> allowed_cores() {
   std::vector<int> cores;
   DWORD_PTR process = 0, system = 0;
@@ -299,6 +302,14 @@ int64_t thread_cpu_ns() {
   timespec time;
   if (::clock_gettime(CLOCK_THREAD_CPUTIME_ID, &time) != 0) return 0;
   return static_cast<int64_t>(time.tv_sec) * 1000000000 + time.tv_nsec;
+}
+
+int64_t last_cache_bytes() {
+#if defined(_SC_LEVEL3_CACHE_SIZE)
+  return std::max(0L, ::sysconf(_SC_LEVEL3_CACHE_SIZE));
+#else
+  return 0;
+#endif
 }
 
 std::vector<int> allowed_cores() {

@@ -86,6 +86,8 @@ class SharpTimer {
  private:
   int before_ = -1;
 };
+// Of the last cache before memory; 0 where the system does not tell.
+int64_t last_cache_bytes();
 // Leave signals to the threads of the caller of the library.
 void block_signals();
 
