@@ -144,7 +144,7 @@ void run_foreseen(const StoreFolder &folder, int32_t method, int64_t num_records
         break;
       }
     }
-    if (round % 37 == 36) CHECK(cache->resize(arena_bytes - (round % 2) * largest));
+    if (round % 37 == 36) CHECK(cache->resize(arena_bytes - (round % 2) * largest, round % 2 == 0));
   }
   const em_cache_stats stats = cache->stats();
   CHECK(num_used > 0 && num_used <= stats.num_foreseen && num_misses > 0);
