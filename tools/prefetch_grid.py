@@ -169,9 +169,12 @@ class Lane:
 class Arm:
     """Tokens of one way to guess, in one lane after the other, and what they took."""
 
-    def __init__(self, name: str, lane: Lane, guesses: np.ndarray | None) -> None:
-        self.name, self.guesses = name, guesses
-        predictor = "none" if name == "off" else AUTO if guesses is None else GIVEN
+    def __init__(self, name: str, lane: Lane, given: np.ndarray | None, oracle: np.ndarray) -> None:
+        # Every arm hands some over, since that takes time.
+        self.name, self.guesses = name, given if name == "on" and given is not None else oracle
+        predictor = GIVEN if name == "oracle" or given is not None else AUTO
+        if name == "off":
+            predictor = "none"
         self.prefetch = Prefetcher(predictor, len(lane.engine.args.moe_layers))
         self.digest, self.seconds = hashlib.sha256(), array("d")
         self.busy_s = self.stall_s = 0.0
@@ -241,8 +244,7 @@ class Bench:
         return np.array(routes, dtype=np.int32)
 
     def arm(self, name: str) -> Arm:
-        guesses = {"off": None, "on": self.workload.guesses, "oracle": self.oracle}[name]
-        return Arm(name, self.lanes[0], guesses)
+        return Arm(name, self.lanes[0], self.workload.guesses, self.oracle)
 
     def run(
         self, budget: int, rate: int, seconds: float, num_warm_up: int, is_control: bool
@@ -253,7 +255,6 @@ class Bench:
         arms = [self.arm("off" if is_control else name) for name in ARMS]
         orders = list(permutations(arms))
         at = number = num_measured = 0
-        begin = time.perf_counter()
         for turn in range(len(arms)):
             first_at = -(-at // self.context) * self.context
             if first_at + num_warm_up + MIN_TOKENS > length:
@@ -265,7 +266,7 @@ class Bench:
                 arm.enter(lane, rate)
             start, first = time.perf_counter(), number
             settling = (SETTLING_TOKENS, SETTLING * seconds) if turn == 0 else RETURNING
-            left = seconds * (turn + 1) / len(arms) - (start - begin)
+            left = seconds / len(arms)
             is_measured = False
             while True:
                 elapsed = time.perf_counter() - start
