@@ -4,6 +4,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from .control_group import levels
+
 _STATUS_FIELDS = {
     "VmRSS": "rss_bytes",
     "VmHWM": "peak_rss_bytes",
@@ -74,32 +76,17 @@ def memory_limit(root: Path = Path("/"), physical_bytes: int | None = None) -> M
 def _cgroup_limits(root: Path) -> list[tuple[int, int | None]]:
     """Every memory limit between our control group and the top, version 1 and version 2, and what
     the group uses; its page cache, which it gives back, does not count."""
-    base = root / "sys/fs/cgroup"
-    try:
-        groups = (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return []
     limits = []
-    for line in groups:
-        _, controllers, path = line.split(":", 2) if line.count(":") >= 2 else ("", "-", "/")
-        if controllers == "":
-            folder, name, used = base, "memory.max", "memory.current"
-        elif "memory" in controllers.split(","):
-            folder, name = base / "memory", "memory.limit_in_bytes"
-            used = "memory.usage_in_bytes"
+    for level, is_unified in levels(root, "memory"):
+        if is_unified:
+            name, used = "memory.max", "memory.current"
         else:
-            continue
-        # Inside a container the path is often that of the host, which is not mounted here: what
-        # can be found of it from the top down is looked at.
-        group = folder / path.lstrip("/")
-        for level in (group, *group.parents):
-            used_bytes = _read_number(level / used)
-            if used_bytes is not None:
-                used_bytes = max(0, used_bytes - _file_bytes(level / "memory.stat"))
-            limit = _read_number(level / name)  # version 2 writes `max` for none
-            limits += [] if limit is None else [(limit, used_bytes)]
-            if level == folder:
-                break
+            name, used = "memory.limit_in_bytes", "memory.usage_in_bytes"
+        used_bytes = _read_number(level / used)
+        if used_bytes is not None:
+            used_bytes = max(0, used_bytes - _file_bytes(level / "memory.stat"))
+        limit = _read_number(level / name)  # version 2 writes `max` for none
+        limits += [] if limit is None else [(limit, used_bytes)]
     return limits
 
 

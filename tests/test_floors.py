@@ -7,7 +7,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 FLOORS = {
-    0: """runtime: __init__ amounts budget checksum core core_cache core_decoder errors extents
+    0: """runtime: __init__ amounts budget checksum control_group core core_cache
+        core_decoder errors extents
         files footprint format headers index io outputs buffers
         kernels memory packing process python_reader read_tasks records reference slots
         sets throttle trace

@@ -139,6 +139,7 @@ class StorageReads:
     def __init__(self, index: Any, io: str, throttle: int | None = None) -> None:
         import numpy as np
 
+        from ..runtime.control_group import read_limit
         from ..runtime.index import EXPERTS_FILE
         from ..runtime.io import Arena, RecordReader
 
@@ -153,6 +154,7 @@ class StorageReads:
         self._batches = [np.sort(np.array(batch, dtype=np.int32)) for batch in batches]
         self._next = 0
         path = index.path / EXPERTS_FILE
+        self._granted = read_limit(path) or float("inf")
         self._reader = RecordReader(path, self._records, io=io)
         self._reader.throttle(throttle or 0)
         self.io_note = self._reader.io_note
@@ -162,7 +164,8 @@ class StorageReads:
         self._halves = (slots[:size], slots[size:])
 
     def rate(self) -> float:
-        """Bytes per second of the best of some windows, since it is to be a roof.
+        """Bytes per second of the best of some windows, since it is to be a roof, but not more
+        than a control group grants, which lets bursts through.
 
         There is always a batch queued behind the one that is waited for; the first one only warms
         its memory.
@@ -184,7 +187,7 @@ class StorageReads:
                 num_bytes, begin, num_windows = 0, time.perf_counter(), num_windows + 1
         for key in waiting:
             self._reader.wait(int(key))
-        return best
+        return min(best, self._granted)
 
     def _submit(self, turn: int) -> Any:
         """Queue the next batch; it must not hold a record of the one being read."""
