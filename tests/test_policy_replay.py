@@ -208,7 +208,7 @@ def test_the_promise_on_recorded_routings(name):
         pytest.skip(f"EDGEMOE_TRACES has no {name}")
     trace = Trace.load(path)
     check_promise(trace, 0.1, [0.05, 0.08, 0.125, 0.15, 0.2, 0.22])
-    check_promise(trace, 0.0, [0.01, 0.25, 0.9])
+    check_promise(trace, 0.0, [0.01, 0.03, 0.25, 0.5, 0.9])
     if name == "qwen3-30b-a3b":
         check_promise(trace, 0.1, [0.3, 0.35, 0.4, 0.45])
         assert hit_rates(trace, [0.03], ("forecast",))["forecast"][0] >= 0.25
