@@ -226,7 +226,7 @@ class ExpertCache(CacheBase):
         self._holds.pin(keys)
         placed: list[int] = []
         is_submitted = False
-        self._victims = self._policy.victims(self._place, self._holds.blocked)
+        self._victims = self._policy.victims(self._place, self._holds.blocked, self._num_tokens)
         try:
             for key in absent:
                 if not self._place_record(key, fixed):
@@ -266,7 +266,7 @@ class ExpertCache(CacheBase):
                 self._evict(victim)
             elif self._holds.unsettled:
                 self._settle(wait=True)
-                self._victims = self._policy.victims(self._place, self._holds.blocked)
+                self._victims = self._policy.victims(self._place, self._holds.blocked, self._num_tokens)
             elif not self._slots.join(num_bytes, fixed):
                 return False
         return True

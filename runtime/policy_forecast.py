@@ -88,6 +88,16 @@ class Forecast(ByDistance):
     def nearness(self, ahead: int) -> float:
         return _KEPT ** (ahead / self._num_layers)
 
+    def _foresee(self, layer: int, scores: NDArray[np.float64], num_tokens: int) -> bool:
+        """Of records that the prompt has yet to reach, the chance that one of its tokens wants them
+        counts, the tokens rounded up to a power of two: squaring rounds alike in the core."""
+        none = np.maximum(0.0, 1.0 - self._value)
+        for _ in range((num_tokens - 1).bit_length()):
+            none *= none
+        is_ahead = self._layer_of_key > layer
+        np.multiply(1.0 - none, self._nearness, out=scores, where=is_ahead)
+        return True
+
     def touch(
         self,
         keys: NDArray[np.int64],

@@ -49,8 +49,11 @@ class Policy(Protocol):
     def set_share(self, share: float) -> None:
         """The capacity has become this share of all records."""
 
-    def victims(self, layer: int, blocked: NDArray[np.bool_]) -> Iterator[int]:
-        """The keys not blocked, in the order to evict them while `layer` runs.
+    def victims(
+        self, layer: int, blocked: NDArray[np.bool_], num_tokens: int = 1
+    ) -> Iterator[int]:
+        """The keys not blocked, in the order to evict them while `num_tokens` tokens go through
+        `layer` together.
 
         Good as long as nothing but `remove` is called; later changes of `blocked` are not seen.
         """
@@ -131,13 +134,20 @@ class Lowest:
     def _score(self, layer: int, scores: NDArray[np.float64]) -> None:
         raise NotImplementedError
 
-    def victims(self, layer: int, blocked: NDArray[np.bool_]) -> Iterator[int]:
+    def _foresee(self, layer: int, scores: NDArray[np.float64], num_tokens: int) -> bool:
+        """Change `scores` where a prompt has yet to reach a record; False: nothing is known."""
+        return False
+
+    def victims(
+        self, layer: int, blocked: NDArray[np.bool_], num_tokens: int = 1
+    ) -> Iterator[int]:
         scores = self._scratch
         self._score(layer, scores)
+        is_prompt = num_tokens > 1 and self._foresee(layer, scores, num_tokens)
         np.copyto(scores, np.inf, where=blocked)
         while True:
             spared = scores
-            if self.guard is not None and not self.guard.is_free:
+            if self.guard is not None and not is_prompt and not self.guard.is_free:
                 spared = np.where(self.guard.in_shadow, np.inf, scores)
                 if spared.min() == np.inf:  # of a demand larger than the pool
                     spared = scores

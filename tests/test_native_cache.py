@@ -199,6 +199,31 @@ def test_both_decide_alike_among_many_records(many, policy, share):
         native.check_bytes()
 
 
+@pytest.mark.parametrize("kind", [ExpertCache, NativeCache])
+def test_a_prompt_spares_what_it_has_yet_to_reach(many, kind):
+    """Of 200 experts a layer half fit. Tokens between two prompts have favourites, the prompts want
+    all; then at most a tenth more is read than what the pool does not hold."""
+    rng = np.random.default_rng(7)
+    with Rig(many, kind, many.expert_bytes // 2, "forecast") as rig:
+
+        def run(layer, num_tokens, experts):
+            keys = (np.unique(experts) + layer * 200).tolist()
+            rig.cache.begin_layer(layer, num_tokens, keys, experts if num_tokens > 1 else None)
+            for begin in range(0, len(keys), 50):
+                rig.cache.hint(wave := keys[begin : begin + 50], [1] * len(wave))
+                rig.arrive()
+                rig.cache.release(wave)
+
+        for num_tokens in [100] + [1] * 30 + [100]:
+            misses = rig.cache.misses
+            for layer in range(NUM_LAYERS):
+                if num_tokens == 1:
+                    run(layer, 1, np.minimum(rng.geometric(0.1, 8), 200) - 1)
+                else:
+                    run(layer, 100, rng.permutation(800).reshape(100, 8) % 200)
+        assert rig.cache.misses - misses < 1.1 * NUM_LAYERS * 100
+
+
 def test_what_does_not_fit_is_refused_and_changes_no_account(mixed):
     with Rig(mixed, NativeCache, 3 * mixed.max_record_bytes) as rig:
         rig.cache.hint([0, 1])

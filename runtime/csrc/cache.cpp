@@ -49,11 +49,11 @@ void Victims::measure(int64_t block) {
 }
 
 // Of the keys with that score the one not used for longest, then the lowest.
-int32_t Victims::oldest(int64_t block, double score, double nearness, bool is_free) const {
+int32_t Victims::oldest(int64_t block, double lowest, int64_t ahead, bool is_free) const {
   int32_t found = -1;
   for (int32_t key = blocks_.first(block); key < blocks_.end(block); ++key) {
     if (!blocked_[key] && (is_free || !policy_.guard()->in_shadow(key)) &&
-        policy_.values()[key] * nearness == score &&
+        score(policy_.values()[key], ahead) == lowest &&
         (found < 0 || policy_.last_use(key) < policy_.last_use(found))) {
       found = key;
     }
@@ -89,30 +89,39 @@ void Victims::measure() {
   }
 }
 
-int32_t Victims::next(int64_t running) {
+int32_t Victims::next(int64_t running, int64_t num_tokens) {
   measure();
-  const bool is_free = policy_.guard() == nullptr || policy_.guard()->is_free();
+  num_squarings_ = 0;
+  while (policy_.forecasts() && num_tokens > int64_t{1} << num_squarings_) ++num_squarings_;
+  const Guard *const guard = policy_.guard();
+  const bool is_free = guard == nullptr || num_squarings_ > 0 || guard->is_free();
   const int32_t found = lowest(running, is_free);
   return found < 0 && !is_free ? lowest(running, true) : found;
+}
+
+// Of records that a prompt has yet to reach, the chance that one of its tokens wants them counts: in
+// squarings, since both twins round those alike.
+double Victims::score(double value, int64_t ahead) const {
+  if (value == kNever) return kNever;
+  if (ahead <= 0) return value * nearness_[ahead + num_places_];
+  double none = std::max(0.0, 1.0 - value);
+  for (int i = 0; i < num_squarings_; ++i) none *= none;
+  return (num_squarings_ > 0 ? 1.0 - none : value) * nearness_[ahead];
 }
 
 // Rounding keeps the order of products, so that the lowest value has the lowest score of its block.
 int32_t Victims::lowest(int64_t running, bool is_free) const {
   const std::vector<double> &values = is_free ? lowest_ : unguarded_;
-  const auto nearness = [&](int64_t block) {
-    const int64_t ahead = blocks_.place(block) - running;
-    return nearness_[ahead > 0 ? ahead : ahead + num_places_];
-  };
+  const auto ahead = [&](int64_t block) { return blocks_.place(block) - running; };
   double best = kNever;
   for (int64_t block = 0; block < blocks_.num(); ++block) {
-    const double score = values[block] * nearness(block);
-    best = score < best ? score : best;
+    best = std::min(best, score(values[block], ahead(block)));
   }
   if (best == kNever) return -1;
   int32_t found = -1;
   for (int64_t block = 0; block < blocks_.num(); ++block) {
-    if (values[block] * nearness(block) != best) continue;
-    const int32_t key = oldest(block, best, nearness(block), is_free);
+    if (score(values[block], ahead(block)) != best) continue;
+    const int32_t key = oldest(block, best, ahead(block), is_free);
     if (found < 0 || policy_.last_use(key) < policy_.last_use(found)) found = key;
   }
   return found;
@@ -323,7 +332,7 @@ bool Cache::place_record(int32_t key) {
       limit = 0;  // tried once
       if (is_joined) continue;
     }
-    int32_t victim = victims_.next(place_);
+    int32_t victim = victims_.next(place_, num_tokens_);
     std::vector<int32_t> &kept = foreseen_.empty() ? wanted_ : foreseen_;  // of later layers first
     if (victim < 0 && !kept.empty()) {
       victim = kept.back();  // the last of them is needed last
@@ -416,7 +425,7 @@ bool Cache::resize(int64_t capacity_bytes, bool keeps_memory) {
   unblock_wanted();
   set_share(capacity_bytes);
   while (slots_.extents().used_bytes() > capacity_bytes) {
-    const int32_t victim = victims_.next(place_);
+    const int32_t victim = victims_.next(place_, 1);
     if (victim < 0) break;  // cannot be: nothing is held
     evict(victim);
   }

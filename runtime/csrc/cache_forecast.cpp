@@ -245,6 +245,8 @@ class Forecast : public ByDistance {
     squares_.fill(1.0f);
   }
 
+  bool forecasts() const override { return true; }
+
   double nearness(int64_t ahead) const override {
     return std::pow(kept_, static_cast<double>(ahead) / static_cast<double>(cycle_.num_places()));
   }

@@ -31,7 +31,7 @@ bool Cache::start_guess(int32_t key, Guess kind) {
   }
   if (!unsettled_.empty()) settle(false);
   for (int turn = 0; !slots_.place(key); ++turn) {
-    const int32_t victim = turn < kMaxVictims ? victims_.next(place_) : -1;
+    const int32_t victim = turn < kMaxVictims ? victims_.next(place_, num_tokens_) : -1;
     if (victim < 0) return false;
     if (slots_.num_bytes_of(victim) == slots_.num_bytes_of(key)) {
       slots_.take_over(victim, key);

@@ -94,6 +94,7 @@ class Policy {
   const Guard *guard() const { return guard_.get(); }  // null: none
   // Of a place `ahead` of the running one, 1 .. num_places.
   virtual double nearness(int64_t) const { return 1.0; }
+  virtual bool forecasts() const { return false; }  // whether values are chances
   const double *values() const { return value_.data(); }  // by key
   int64_t last_use(int32_t key) const { return last_use_[key]; }
   Blocks &blocks() { return blocks_; }  // that a change of value has marked
