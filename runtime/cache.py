@@ -246,7 +246,7 @@ class ExpertCache(CacheBase):
 
     def _place_record(self, key: int, fixed: set[int]) -> bool:
         """Give a record memory: a free extent, else by moving or evicting others, or False."""
-        num_bytes = self._num_bytes_of[key]
+        num_bytes, holds = self._num_bytes_of[key], self._holds
         limit = self._max_moved_per_byte * num_bytes
         if self._slots.num_resident > _MAX_RECORDS_TO_PLAN:
             limit = 0
@@ -256,17 +256,17 @@ class ExpertCache(CacheBase):
                 if joined:
                     continue
             victim = next(self._victims, NO_VICTIM)
-            if victim == NO_VICTIM and self._holds.wanted:
-                victim = self._holds.wanted.pop()  # the last of them is needed last
+            if victim == NO_VICTIM and holds.wanted:
+                victim = holds.wanted.pop()  # the last of them is needed last
             if victim != NO_VICTIM and self._num_bytes_of[victim] == num_bytes:
                 self._slots.take_over(victim, key)
                 self._forget(victim)
                 return True
             if victim != NO_VICTIM:
                 self._evict(victim)
-            elif self._holds.unsettled:
+            elif holds.unsettled:
                 self._settle(wait=True)
-                self._victims = self._policy.victims(self._place, self._holds.blocked, self._num_tokens)
+                self._victims = self._policy.victims(self._place, holds.blocked, self._num_tokens)
             elif not self._slots.join(num_bytes, fixed):
                 return False
         return True
