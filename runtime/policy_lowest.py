@@ -49,9 +49,7 @@ class Policy(Protocol):
     def set_share(self, share: float) -> None:
         """The capacity has become this share of all records."""
 
-    def victims(
-        self, layer: int, blocked: NDArray[np.bool_], num_tokens: int = 1
-    ) -> Iterator[int]:
+    def victims(self, layer: int, blocked: NDArray[np.bool_], num_tokens: int = 1) -> Iterator[int]:
         """The keys not blocked, in the order to evict them while `num_tokens` tokens go through
         `layer` together.
 
@@ -138,9 +136,7 @@ class Lowest:
         """Change `scores` where a prompt has yet to reach a record; False: nothing is known."""
         return False
 
-    def victims(
-        self, layer: int, blocked: NDArray[np.bool_], num_tokens: int = 1
-    ) -> Iterator[int]:
+    def victims(self, layer: int, blocked: NDArray[np.bool_], num_tokens: int = 1) -> Iterator[int]:
         scores = self._scratch
         self._score(layer, scores)
         is_prompt = num_tokens > 1 and self._foresee(layer, scores, num_tokens)
