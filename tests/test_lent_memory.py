@@ -1,5 +1,8 @@
 """Memory that is planned for prompts and chat templates holds experts while it is not in use."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 
@@ -25,6 +28,12 @@ def rows(engine: Engine) -> list[np.ndarray]:
 
 
 def test_the_cache_has_what_no_step_needs():
+    """In a process of its own: what other tests hold would be part of the plan."""
+    result = subprocess.run([sys.executable, __file__], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
+def check() -> None:
     with Engine.from_pretrained(DEMO, context=CONTEXT) as engine:
         resident = rows(engine)
         floor, dims = engine.plan.floor_bytes, dims_of(engine.args)
@@ -48,3 +57,7 @@ def test_the_cache_has_what_no_step_needs():
         assert cache.capacity_bytes == engine.plan.cache_bytes + seen[-1]
         for found, expected in zip(rows(engine), resident, strict=True):
             np.testing.assert_array_equal(found, expected)
+
+
+if __name__ == "__main__":
+    check()
