@@ -6,9 +6,10 @@ import sys
 import numpy as np
 import pytest
 
+from edgemoe.config import EngineConfig
 from edgemoe.engine import DEMO, Engine
 from edgemoe.kv_cache import KVCache
-from edgemoe.preflight import dims_of
+from edgemoe.preflight import dims_of, preflight
 from edgemoe.runtime import core
 from edgemoe.runtime.buffers import prompt_buffers
 
@@ -34,11 +35,9 @@ def test_the_cache_has_what_no_step_needs():
 
 
 def check() -> None:
-    with Engine.from_pretrained(DEMO, context=CONTEXT) as engine:
-        resident = rows(engine)
-        floor, dims = engine.plan.floor_bytes, dims_of(engine.args)
+    floor = preflight(DEMO, EngineConfig.make(context=CONTEXT)).plan.floor_bytes
     with Engine.from_pretrained(DEMO, context=CONTEXT, memory=floor, warm_start="off") as engine:
-        cache, lent = engine.cache, engine.lent_memory
+        cache, lent, dims = engine.cache, engine.lent_memory, dims_of(engine.args)
         buffers = {n: sum(prompt_buffers(dims, engine._index, n, 512)) for n in (9, 200, CONTEXT)}
         kv_cache = KVCache.for_model(engine.args, CONTEXT, 16)
         without = cache.capacity_bytes
@@ -55,7 +54,9 @@ def check() -> None:
         assert lent.lent_bytes + engine.plan.cache_bytes == cache.capacity_bytes
         lent.end_idle()
         assert cache.capacity_bytes == engine.plan.cache_bytes + seen[-1]
-        for found, expected in zip(rows(engine), resident, strict=True):
+        streamed = rows(engine)
+    with Engine.from_pretrained(DEMO, context=CONTEXT) as engine:
+        for found, expected in zip(streamed, rows(engine), strict=True):
             np.testing.assert_array_equal(found, expected)
 
 
