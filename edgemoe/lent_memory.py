@@ -23,8 +23,9 @@ UseMemory = Callable[[int | None, int | None, int], None]
 class LentMemory:
     """Lends the expert cache the room for the buffers of a prompt, and what else is idle.
 
-    The cache has `capacity` bytes of its arena when nothing is lent; the arena `room_bytes` more,
-    at whose end buffers lie.
+    The cache has `capacity` bytes of its arena when nothing is lent; the arena `room_bytes` more.
+    Buffers lie right behind the cache, wherever that ends. Its size is changed between prompts
+    (`begin_token`): else memory in use would be given away, and other memory kept.
     """
 
     def __init__(self, plan: MemoryPlan, index: StoreIndex, dims: ModelDims, capacity: int) -> None:
@@ -42,7 +43,7 @@ class LentMemory:
     def serve(self, cache: ExpertCache | NativeCache, arena: Arena, use: UseMemory) -> None:
         """Begin to lend."""
         self._cache, self._use = cache, use
-        self._end = arena.address + arena.num_bytes
+        self._start = arena.address
         self._prepare(self._most_tokens)
 
     @property
@@ -62,8 +63,9 @@ class LentMemory:
 
     def end_idle(self) -> None:
         """What was idle is going to be used, from now on."""
-        self._lend(self.lent_bytes - self._idle_bytes, keeps_memory=False)
+        self.begin_token()
         self._idle_bytes = 0
+        self._lend(self._prompt_bytes, keeps_memory=False)
 
     def _buffers(self, num_tokens: int) -> tuple[int, int]:
         return prompt_buffers(self._dims, self._index, num_tokens, self._chunk)
@@ -74,9 +76,9 @@ class LentMemory:
             self._lend(self._idle_bytes + self._prompt_bytes)
         else:
             workspace_bytes, scratch_bytes = self._buffers(num_tokens)
-            begin = self._end - workspace_bytes - scratch_bytes
             spare_bytes = self._prompt_bytes - workspace_bytes - scratch_bytes
             self._lend(self._idle_bytes + spare_bytes)
+            begin = self._start + self._cache.capacity_bytes
             self._use(begin, begin + workspace_bytes, scratch_bytes)
         self._num_tokens = num_tokens
 
