@@ -1,5 +1,6 @@
 #include "store_folder.h"
 
+#include <algorithm>
 #include <filesystem>
 #include <fstream>
 
@@ -57,6 +58,12 @@ std::string StoreFolder::index_text() const {
     text += "]}";
   }
   return text + "}, \"packed_trunk\": {}, \"sha256\": {}, \"plan\": {\"bits\": [4, 0.5e1, null]}}";
+}
+
+int64_t StoreFolder::max_record_bytes() const {
+  int64_t most = 0;
+  for (const em_record &record : records) most = std::max(most, record.num_bytes);
+  return most;
 }
 
 std::string StoreFolder::experts_bytes() const {

@@ -22,6 +22,7 @@ struct StoreFolder {
   std::string experts_path() const { return path + "/experts.safetensors"; }
   std::string index_text() const;       // store.json
   std::string experts_bytes() const;    // experts.safetensors
+  int64_t max_record_bytes() const;
   em_format gate_up(int64_t expert) const { return formats[expert % formats.size()]; }
   em_format down(int64_t expert) const { return formats[(expert + 1) % formats.size()]; }
 };

@@ -4,11 +4,10 @@
 #include <cstring>
 #include <vector>
 
-#include "cache.h"
+#include "cache_rig.h"
 #include "check.h"
 #include "extents.h"
 #include "sigint.h"
-#include "store_folder.h"
 
 namespace {
 
@@ -20,47 +19,10 @@ StoreFolder make() {
                     {{4, 32, EM_MODE_SYM}, {8, 32, EM_MODE_SYM}, {4, 32, EM_MODE_SYM}});
 }
 
-struct Rig {
+struct Rig : CacheRig {
   Rig(const StoreFolder &folder, int64_t capacity_bytes, const char *policy = "cycle")
-      : arena_bytes(64 * kPage * static_cast<int64_t>(folder.records.size())),
-        arena(em_arena_create(arena_bytes)) {
-    int32_t error = 0;
-    num_keys = static_cast<int32_t>(folder.records.size());
-    store = em_store_open(folder.experts_path().c_str(), folder.records.data(), num_keys, 4, 0,
-                          EM_METHOD_AUTO, &error);
-    em_cache_config config = {};
-    config.arena = arena;
-    config.arena_bytes = arena_bytes;
-    config.capacity_bytes = capacity_bytes;
-    const int64_t first_keys[] = {0, 8, 16, 24};
-    config.first_keys = first_keys;
-    config.num_places = 3;
-    config.policy = policy;
-    config.half_life = 16;
-    config.max_moved_per_byte = 4;
-    cache = em_cache_create(store, &config);
-  }
-  ~Rig() {
-    em_cache_destroy(cache);
-    em_store_close(store);
-    em_arena_destroy(arena, arena_bytes);
-  }
-  Rig(const Rig &) = delete;
-
-  em_cache_stats stats() const {
-    em_cache_stats now;
-    em_cache_get_stats(cache, &now);
-    return now;
-  }
-  void wait_all() const {
-    for (int32_t key = 0; key < num_keys; ++key) em_store_wait(store, key);
-  }
-
-  int64_t arena_bytes;
-  void *arena;
-  em_store *store = nullptr;
-  em_cache *cache = nullptr;
-  int32_t num_keys = 0;
+      : CacheRig(folder, 64 * kPage * static_cast<int64_t>(folder.records.size()), capacity_bytes,
+                 policy) {}
 };
 
 // Accounts are exact, nothing overlaps, and what is whole has the bytes of the file.

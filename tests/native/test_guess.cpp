@@ -4,14 +4,14 @@
 #include <cmath>
 #include <cstring>
 #include <random>
+#include <utility>
 #include <vector>
 
-#include "cache.h"
+#include "cache_rig.h"
 #include "check.h"
 #include "gate.h"
 #include "predict.h"
 #include "shift.h"
-#include "store_folder.h"
 #include "trial.h"
 
 namespace {
@@ -19,39 +19,30 @@ namespace {
 constexpr int64_t kPage = 4096;
 constexpr int32_t kExperts = 8, kPlaces = 3, kTopK = 2;
 
+// Two experts of a place, ascending.
+std::pair<int32_t, int32_t> pick_two(std::mt19937 &random, int32_t place) {
+  const int32_t one = static_cast<int32_t>(random() % kExperts);
+  const int32_t other = static_cast<int32_t>((one + 1 + random() % (kExperts - 1)) % kExperts);
+  return {place * kExperts + std::min(one, other), place * kExperts + std::max(one, other)};
+}
+
 void run(const StoreFolder &folder, int32_t method, int64_t num_records, uint32_t seed) {
-  const int32_t num_keys = static_cast<int32_t>(folder.records.size());
-  int64_t largest = 0;
-  for (const em_record &record : folder.records) largest = std::max(largest, record.num_bytes);
-  const int64_t arena_bytes = num_records * largest;
-  void *arena = em_arena_create(arena_bytes);
-  int32_t error = 0;
-  em_store *store = em_store_open(folder.experts_path().c_str(), folder.records.data(), num_keys, 4,
-                                  0, method, &error);
-  const int64_t first_keys[] = {0, 8, 16, 24};
-  em_cache_config config = {};
-  config.arena = arena;
-  config.arena_bytes = config.capacity_bytes = arena_bytes;
-  config.first_keys = first_keys;
-  config.num_places = kPlaces;
-  config.policy = "cycle";
-  config.half_life = 16;
-  config.max_moved_per_byte = 4;
-  em_cache *cache = em_cache_create(store, &config);
+  const int64_t largest = folder.max_record_bytes(), arena_bytes = num_records * largest;
+  const CacheRig rig(folder, arena_bytes, arena_bytes, "cycle", method);
+  em_cache *const cache = rig.cache;
   CHECK(cache != nullptr);
   std::mt19937 random(seed);
   int64_t num_used = 0;
   for (int step = 0; step < 600; ++step) {
     const int32_t place = step % kPlaces, first = place * kExperts;
     for (int i = 0; i < 3; ++i) {  // for this place and for the one after it
-      const int32_t key = static_cast<int32_t>(first + random() % (2 * kExperts)) % num_keys;
+      const int32_t key = static_cast<int32_t>(first + random() % (2 * kExperts)) % rig.num_keys;
       const bool was_absent = cache->is_absent(key);
       CHECK(!cache->guess(key) || was_absent);
-      if (random() % 4 == 0) em_store_pump(store);
+      if (random() % 4 == 0) em_store_pump(rig.store);
     }
-    const int32_t one = static_cast<int32_t>(random() % kExperts);
-    const int32_t other = static_cast<int32_t>((one + 1 + random() % (kExperts - 1)) % kExperts);
-    const int32_t keys[kTopK] = {first + std::min(one, other), first + std::max(one, other)};
+    const auto [one, other] = pick_two(random, place);
+    const int32_t keys[kTopK] = {one, other};
     cache->drop_guesses(first, first + kExperts, keys, kTopK);
     cache->begin_layer(place, 1);
     em_cache_demand demand = {};
@@ -59,7 +50,7 @@ void run(const StoreFolder &folder, int32_t method, int64_t num_records, uint32_
     CHECK(demand.num_hits + demand.num_misses + demand.num_guessed == kTopK);
     num_used += demand.num_guessed;
     for (const int32_t key : keys) {
-      CHECK(em_store_wait(store, key) == EM_READY);
+      CHECK(em_store_wait(rig.store, key) == EM_READY);
       CHECK(std::memcmp(cache->data(key), folder.experts[key].record.data(),
                         static_cast<size_t>(folder.records[key].num_bytes)) == 0);
     }
@@ -75,41 +66,21 @@ void run(const StoreFolder &folder, int32_t method, int64_t num_records, uint32_
   const em_cache_stats stats = cache->stats();
   CHECK(stats.pinned_bytes == 0 && stats.resident_bytes <= stats.capacity_bytes);
   for (int32_t key = 0; key < 6; ++key) cache->guess(key);  // closed while they are being read
-  em_store_close(store);
-  em_cache_destroy(cache);
-  em_arena_destroy(arena, arena_bytes);
 }
 
 // All places but the last are known before the first of a round, as those of hash-routed layers.
 void run_foreseen(const StoreFolder &folder, int32_t method, int64_t num_records, uint32_t seed) {
-  const int32_t num_keys = static_cast<int32_t>(folder.records.size());
-  int64_t largest = 0;
-  for (const em_record &record : folder.records) largest = std::max(largest, record.num_bytes);
-  const int64_t arena_bytes = num_records * largest;
-  void *arena = em_arena_create(arena_bytes);
-  int32_t error = 0;
-  em_store *store = em_store_open(folder.experts_path().c_str(), folder.records.data(), num_keys, 4,
-                                  0, method, &error);
-  const int64_t first_keys[] = {0, 8, 16, 24};
-  em_cache_config config = {};
-  config.arena = arena;
-  config.arena_bytes = config.capacity_bytes = arena_bytes;
-  config.first_keys = first_keys;
-  config.num_places = kPlaces;
-  config.policy = "forecast";
-  config.half_life = 16;
-  config.max_moved_per_byte = 4;
-  em_cache *cache = em_cache_create(store, &config);
+  const int64_t largest = folder.max_record_bytes(), arena_bytes = num_records * largest;
+  const CacheRig rig(folder, arena_bytes, arena_bytes, "forecast", method);
+  em_cache *const cache = rig.cache;
   CHECK(cache != nullptr);
   std::mt19937 random(seed);
   int64_t num_used = 0, num_misses = 0, num_early = 0;
   for (int round = 0; round < 200; ++round) {
     std::vector<int32_t> keys;
     for (int32_t place = 0; place < kPlaces; ++place) {
-      const int32_t one = static_cast<int32_t>(random() % kExperts);
-      const int32_t other = static_cast<int32_t>((one + 1 + random() % (kExperts - 1)) % kExperts);
-      keys.push_back(place * kExperts + std::min(one, other));
-      keys.push_back(place * kExperts + std::max(one, other));
+      const auto [one, other] = pick_two(random, place);
+      keys.insert(keys.end(), {one, other});
     }
     const int64_t known = 2 * kTopK;
     int64_t num = 0;
@@ -133,7 +104,7 @@ void run_foreseen(const StoreFolder &folder, int32_t method, int64_t num_records
       num_misses += demand.num_misses;
       if (num < known && place == 0) foresee();
       for (int i = 0; i < kTopK; ++i) {
-        CHECK(em_store_wait(store, own[i]) == EM_READY);
+        CHECK(em_store_wait(rig.store, own[i]) == EM_READY);
         CHECK(std::memcmp(cache->data(own[i]), folder.experts[own[i]].record.data(),
                           static_cast<size_t>(folder.records[own[i]].num_bytes)) == 0);
       }
@@ -153,9 +124,6 @@ void run_foreseen(const StoreFolder &folder, int32_t method, int64_t num_records
   CHECK(cache->guess_counts().num_guesses == 0 && cache->guess_counts().wasted_bytes == 0);
   const int32_t all[] = {0, 9, 3};
   CHECK(em_cache_foresee(cache, 3, all, arena_bytes) >= 0);  // closed while they are being read
-  em_store_close(store);
-  em_cache_destroy(cache);
-  em_arena_destroy(arena, arena_bytes);
 }
 
 }  // namespace

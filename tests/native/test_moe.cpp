@@ -105,12 +105,6 @@ em_store *open(const StoreFolder &folder, int32_t depth = 2) {
   return store;
 }
 
-int64_t slot_bytes(const StoreFolder &folder) {
-  int64_t most = 0;
-  for (const em_record &record : folder.records) most = std::max(most, record.num_bytes);
-  return most;
-}
-
 }  // namespace
 
 TEST(a_layer_of_experts_agrees_with_float64) {
@@ -137,7 +131,7 @@ TEST(experts_that_arrive_late_give_the_same_bits) {
   const StoreFolder folder = make();
   Random random(52);
   em_pool *pool = em_pool_create(2);
-  const Slots slots(kExperts, slot_bytes(folder));
+  const Slots slots(kExperts, folder.max_record_bytes());
   for (int round = 0; round < 12; ++round) {
     const int64_t num_tokens = round % 4 == 3 ? 30 : 1 + round % 3;
     const Routes routes = make_routes(random, num_tokens, {0, 1, 2, 4, 6, 7});
@@ -167,7 +161,7 @@ TEST(an_expert_that_fails_is_named_and_all_reads_have_ended) {
   const StoreFolder folder = make();
   Random random(53);
   em_pool *pool = em_pool_create(2);
-  const Slots slots(kExperts, slot_bytes(folder));
+  const Slots slots(kExperts, folder.max_record_bytes());
   std::string bytes = folder.experts_bytes();
   bytes[folder.records[3].offset + 5] ^= 8;
   write_file(folder.experts_path(), bytes);

@@ -35,12 +35,6 @@ struct Open {
   em_store *store;
 };
 
-int64_t slot_bytes(const StoreFolder &folder) {
-  int64_t most = 0;
-  for (const em_record &record : folder.records) most = std::max(most, record.num_bytes);
-  return most;
-}
-
 }  // namespace
 
 TEST(records_of_two_files_arrive_side_by_side) {
@@ -61,7 +55,7 @@ TEST(records_of_two_files_arrive_side_by_side) {
   const char *const paths[] = {names[0].c_str(), names[1].c_str()};
   const char *const wrong[] = {paths[0], absent.c_str()};
   for (const Way way : kWays) {
-    const Slots slots(2 * num, slot_bytes(first));
+    const Slots slots(2 * num, first.max_record_bytes());
     const auto open = [&](const char *const *files, int32_t num_files, int32_t *error) {
       return em_store_open_files(files, num_files, records.data(), 2 * num, 2, way.io, way.method,
                                  error);
@@ -95,7 +89,7 @@ TEST(records_arrive_as_they_are_on_storage) {
   const StoreFolder folder = make();
   const int64_t num = static_cast<int64_t>(folder.records.size());
   for (const Way way : kWays) {
-    const Slots slots(num, slot_bytes(folder));
+    const Slots slots(num, folder.max_record_bytes());
     const Open open(folder, way);
     std::vector<int32_t> keys;
     std::vector<void *> dst;
@@ -131,7 +125,7 @@ TEST(damage_is_seen_in_either_section) {
     std::string bytes = whole;
     bytes[record.offset + (in_down ? record.num_bytes - 1 : 17)] ^= 1;
     write_file(folder.experts_path(), bytes);
-    const Slots slots(1, slot_bytes(folder));
+    const Slots slots(1, folder.max_record_bytes());
     for (const Way way : kWays) {
       const Open open(folder, way);
       for (int times = 0; times < 2; ++times) {
@@ -150,7 +144,7 @@ TEST(a_file_that_ends_inside_a_record_is_told_from_damage) {
   const int32_t last = static_cast<int32_t>(folder.records.size()) - 1;
   for (const int64_t missing : {1, 4095, 4096, 5000}) {
     write_file(folder.experts_path(), whole.substr(0, whole.size() - missing));
-    const Slots slots(1, slot_bytes(folder));
+    const Slots slots(1, folder.max_record_bytes());
     for (const Way way : kWays) {
       const Open open(folder, way);
       CHECK_EQUAL(open.submit(last, slots.at(0)), 0);
@@ -194,7 +188,7 @@ TEST(what_cannot_be_read_is_refused) {
   CHECK(!open(path.c_str(), with(&em_record::down_offset, folder.records[3].num_bytes)));
 
   const Open whole(folder, kWays[0]);
-  const Slots slots(2, slot_bytes(folder));
+  const Slots slots(2, folder.max_record_bytes());
   CHECK_EQUAL(whole.submit(-1, slots.at(0)), EM_ERR_ARG);
   CHECK_EQUAL(whole.submit(12, slots.at(0)), EM_ERR_ARG);
   CHECK_EQUAL(whole.submit(0, nullptr), EM_ERR_ARG);
@@ -211,7 +205,7 @@ TEST(what_cannot_be_read_is_refused) {
 TEST(cancelled_reads_leave_their_memory_alone) {
   const StoreFolder folder = make();
   const int64_t num = static_cast<int64_t>(folder.records.size());
-  const Slots slots(num, slot_bytes(folder));
+  const Slots slots(num, folder.max_record_bytes());
   check::Random random(41);
   for (const Way way : kWays) {
     const Open open(folder, way, 1);
@@ -246,7 +240,7 @@ TEST(a_store_closes_while_it_reads) {
   const int64_t num = static_cast<int64_t>(folder.records.size());
   for (const Way way : kWays) {
     for (int round = 0; round < 20; ++round) {
-      const Slots slots(num, slot_bytes(folder));
+      const Slots slots(num, folder.max_record_bytes());
       const Open open(folder, way, 1 + round % 3);
       for (int32_t key = 0; key < num; ++key) CHECK_EQUAL(open.submit(key, slots.at(key)), 0);
     }
@@ -256,7 +250,7 @@ TEST(a_store_closes_while_it_reads) {
 TEST(arrivals_are_told_to_who_waits) {
   const StoreFolder folder = make();
   const int64_t num = static_cast<int64_t>(folder.records.size());
-  const Slots slots(num, slot_bytes(folder));
+  const Slots slots(num, folder.max_record_bytes());
   for (const Way way : kWays) {
     const Open open(folder, way);
     std::vector<int32_t> keys, seen;
