@@ -133,7 +133,7 @@ class Engine(LoadedModel):
                 self._template = ChatTemplate.load(self.path, self.config.chat_template)
                 if self.lent_memory is not None:
                     with self._lock, self._interrupt.deferred():
-                        self.lent_memory.end_idle()
+                        self.lent_memory.end_template()
                 self._template.worker = self.template_worker
             except TemplateError as error:
                 self._template = error

@@ -53,7 +53,6 @@ class KVLending:
             engine.governed.set_most(capacity)
             return
         if engine.lent_memory is not None:
-            engine.lent_memory.begin_token()
-            capacity += engine.lent_memory.lent_bytes
-        if capacity != engine.cache.capacity_bytes:
+            engine.lent_memory.share(capacity, num_sessions)
+        elif capacity != engine.cache.capacity_bytes:
             engine.cache.trim(capacity)

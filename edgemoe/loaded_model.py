@@ -102,10 +102,11 @@ class LoadedModel:
         options.setdefault("on_route", self.on_route)
         with self._lock, self.governed or _NOTHING:
             if self._model.decodes(token_ids, logits):  # the core minds Ctrl-C itself
-                self._begin_token()
+                self._begin_token(kv_cache)
                 return self._model.forward(token_ids, kv_cache, logits, **options)
             with self._interrupt.deferred():
-                self._begin_prompt(len(token_ids))
+                if self.lent_memory is not None:
+                    self.lent_memory.begin_prompt(len(token_ids), kv_cache)
                 return self._model.forward(token_ids, kv_cache, logits, **options)
 
     def step(self, token_id: int, kv_cache: "KVCache") -> "tuple[np.ndarray, int | None]":
@@ -116,20 +117,24 @@ class LoadedModel:
             return self.forward([token_id], kv_cache)[0], None
         with self._lock:
             if self.lent_memory is not None:
-                self._begin_token()
+                self._begin_token(kv_cache)
             if self.governed is None:  # a null context of Python is slow where memory is cold
                 return self._model.step(token_id, kv_cache)
             with self.governed:
                 return self._model.step(token_id, kv_cache)
 
-    def _begin_token(self) -> None:
-        if self.lent_memory is not None and not self.lent_memory.is_for_token:
+    def _begin_token(self, kv_cache: "KVCache") -> None:
+        if self.lent_memory is not None and not self.lent_memory.is_ready(kv_cache):
             with self._interrupt.deferred():
-                self.lent_memory.begin_token()
+                self.lent_memory.begin_token(kv_cache)
 
-    def _begin_prompt(self, num_tokens: int) -> None:
+    def make_room(self, kv_cache: "KVCache", num_tokens: int) -> None:
+        """A prompt will bring a KV cache to so many tokens: experts leave the memory for them at
+        once, and have that beyond."""
         if self.lent_memory is not None:
-            self.lent_memory.begin_prompt(num_tokens)
+            self._be_ready()
+            with self._lock, self._interrupt.deferred():
+                self.lent_memory.hold(kv_cache, num_tokens, no_more=True)
 
     @contextmanager
     def steps(self) -> "Iterator[Steps]":
@@ -137,7 +142,8 @@ class LoadedModel:
         between two layers' experts."""
         self._be_ready()
         with self._lock, self._interrupt.deferred():
-            self._begin_prompt(self.chunk_tokens)
+            if self.lent_memory is not None:
+                self.lent_memory.begin_layers()
             yield self._model._layers
 
     def observe(self, observer: "Callable[[Observation], None]") -> None:

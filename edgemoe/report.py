@@ -30,6 +30,7 @@ def engine_report(engine: "Engine") -> dict[str, Any]:
     """The report as JSON values."""
     config, plan, worker = engine.config, engine.plan, engine.template_worker
     active = engine.active_set
+    lent_bytes = engine.lent_memory.lent_bytes if engine.lent_memory is not None else 0
     try:
         template = engine.chat_template.origin
     except TemplateError as error:
@@ -52,10 +53,11 @@ def engine_report(engine: "Engine") -> dict[str, Any]:
         "budget_bytes": plan.budget_bytes,
         "floor_bytes": plan.floor_bytes,
         "expert_cache_bytes": engine.cache.capacity_bytes,
+        "lent_bytes": lent_bytes,  # of expert_cache_bytes, planned for what is to come
         "expert_bytes": plan.max_cache_bytes,
         "knee": engine.governed.governor.to_dict() if engine.governed is not None else None,
         "warm_start": engine.warm_start.to_dict() if engine.warm_start is not None else None,
-        "resident": engine.cache.capacity_bytes >= plan.max_cache_bytes,
+        "resident": engine.cache.capacity_bytes - lent_bytes >= plan.max_cache_bytes,
         "lossless": engine.routing is None,  # the output is that of the full model, bit for bit
         "set": active.to_dict() if active else None,
         "routing": _routing(engine),

@@ -225,6 +225,7 @@ class Session:
         self._keep(kept)
         if meter:
             meter.cached_tokens = kept
+        self.engine.make_room(self._kv_cache, len(ids))
         chunk = self.engine.chunk_tokens
         for begin in range(kept, len(ids), chunk):  # an interrupted prompt keeps whole chunks
             part = ids[begin : begin + chunk]
