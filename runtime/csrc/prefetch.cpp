@@ -257,7 +257,16 @@ bool Prefetcher::may_waste() const {
              kMaxWastedShare * static_cast<double>(decoded_bytes_);
 }
 
+// Whether the layer that is running still lacks a record.
+bool Prefetcher::is_waiting() const {
+  if (!has_absent_) return false;
+  const auto is_reading = [this](int32_t key) { return status_of(store_, key) == EM_READING; };
+  return std::any_of(wanted_.begin(), wanted_.end(), is_reading);
+}
+
+// Not behind demands under way: a drive may tell of its requests all together, when none is left.
 void Prefetcher::read_next() {
+  if (is_waiting()) return;
   for (;;) {
     bool has_read = false, is_left = false;
     const Load load = load_of(store_);

@@ -37,9 +37,12 @@ class Prefetcher {
   void waited(int64_t now) { waited_ns_ = now; }
   // The layer is done.
   void finish(int64_t num_misses, int64_t stall_ns);
-  // Read guesses as long as storage would idle and the gate lets them. Cheap where there is none.
+  // Read on, and guesses as long as storage would idle and the gate lets them. Cheap where nothing has
+  // landed and there is no guess.
   void step() {
-    if (has_candidates_ && !is_full_ && cache_ != nullptr) read_next();
+    if (cache_ == nullptr) return;
+    pump(store_);
+    if (has_candidates_ && !is_full_) read_next();
   }
 
   const em_prefetch_stats &stats() const { return stats_; }
@@ -65,6 +68,7 @@ class Prefetcher {
   bool has_absent(const Decoder &decoder, int64_t place) const;
   int32_t predict_place(Decoder *decoder, int64_t place, int depth, const float *x);
   int64_t rank_experts(Decoder *decoder, int64_t place, int depth, const float *x, int32_t *status);
+  bool is_waiting() const;
   void read_next();
   bool read_one(int depth, int64_t place, int64_t now, const Load &load);
   double window_ns(int depth, int64_t now, const Load &load) const;
