@@ -41,12 +41,12 @@ def pieces(engine: Engine, texts: list[str], num_tokens: int) -> list[list[int]]
 def measure(engine: Engine, samples: list[list[int]], profile: Profile | None) -> list[Recall]:
     """Every predictor at every layer, at n = K and 2 K."""
     args = engine.args
-    layers = engine._model._layers
     ns = (args.top_k, 2 * args.top_k)
     texts, scores = [], []
     for ids in samples:
         kv_cache = KVCache.for_model(args, engine.context, 16)
-        routes, observed = observe_routers(layers, np.array(ids), kv_cache, DEPTH)
+        with engine.steps() as layers:
+            routes, observed = observe_routers(layers, np.array(ids), kv_cache, DEPTH)
         texts.append(routes)
         scores.append(observed)
     moe_layers = list(args.moe_layers)

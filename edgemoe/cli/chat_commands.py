@@ -99,6 +99,8 @@ def _stats(conversation: Conversation, rest: str) -> None:
     rate = f", hit {100 * totals['hits'] / lookups:.0f} %" if lookups else ""
     note("\n".join(conversation.engine.plan.table()))
     note(f"in use now: {format_bytes(conversation.engine.memory_bytes())}")
+    if lent := conversation.engine.lent_memory:
+        note(f"of what is planned for later, {format_bytes(lent.lent_bytes)} hold experts")
     answers = "1 answer" if totals["turns"] == 1 else f"{totals['turns']} answers"
     note(
         f"so far: {answers}, {totals['tokens']} tokens{rate}, "
