@@ -80,6 +80,38 @@ def test_8_bits_are_within_half_a_step_of_the_largest():
     assert KVCache(1, 1, 2, capacity=1, kv_bits=16).scales(0) == (None, None)
 
 
+@pytest.mark.parametrize("kv_bits", [8, 16, 32])
+def test_another_room_keeps_what_is_stored(kv_bits):
+    cache = KVCache(2, 3, 16, capacity=40, kv_bits=kv_bits)
+    random, stored = np.random.default_rng(0), []
+    for room in (9, 40, 10, 17, 14, 15):
+        before = [[part[:, : cache.offset].copy() for part in each] for each in stored]
+        cache.resize(room)
+        assert cache.room == cache.view.capacity == room
+        keys, nothing = random.normal(size=(2, 2, 3, 16)).astype(np.float32), np.empty((0, 3, 16))
+        now = [(*cache.append(layer, nothing, nothing), *cache.scales(layer)) for layer in (0, 1)]
+        now = [[part for part in each if part is not None] for each in now]
+        for old, new in zip(before, now, strict=bool(before)):
+            for one, other in zip(old, new, strict=True):
+                assert other.shape[1] == room and np.array_equal(other[:, : cache.offset], one)
+        stored = now
+        for layer in (0, 1):
+            cache.append(layer, keys[layer], -keys[layer])
+        cache.advance(2)
+    with pytest.raises(UsageError, match="expected 12 to 40"):
+        cache.resize(11)
+    with pytest.raises(UsageError, match="16 tokens have no room"):
+        cache.append(0, np.zeros((4, 3, 16)), np.zeros((4, 3, 16)))
+
+
+def test_room_grows_in_steps_and_counts_whole_huge_pages():
+    cache = KVCache(16, 16, 128, capacity=4096)  # 128 KiB a token
+    assert [cache.room_for(n) for n in (1, 228, 229, 3640, 4096)] == [256, 256, 512, 4096, 4096]
+    assert cache.held_bytes(256) == 32 << 20 and cache.held_bytes(257) == 34 << 20
+    small = KVCache(1, 2, 8, capacity=1000)
+    assert small.room_for(1) == 1000 and small.held_bytes(3) == small.num_bytes
+
+
 @pytest.mark.parametrize("kv_bits, head_bytes", [(8, 8 + 4), (16, 16), (32, 32)])
 def test_the_size_is_known_beforehand(kv_bits, head_bytes):
     cache = KVCache(3, 2, 8, capacity=10, kv_bits=kv_bits)
