@@ -27,7 +27,7 @@ from .runtime.sets import SET_MODES, ExpertSet, SetOwner, check_threshold, resol
 
 if TYPE_CHECKING:
     from .models.causal_lm import CausalLM
-    from .runtime.cache import ExpertCache
+    from .runtime.cache_base import CacheBase
 
 _THRESHOLD_BY_TOP_K = 0.8  # divided by top-k; docs/sets.md has what others cost
 _NOBODY = 2.0  # a threshold that no share reaches
@@ -106,7 +106,7 @@ def mask_routers(model: "CausalLM", active: ActiveSet | None) -> None:
     model.set_masks(masks, active.threshold if soft else _NOBODY)
 
 
-def warm_up(cache: "ExpertCache", active: ActiveSet, top_k: int) -> None:
+def warm_up(cache: "CacheBase", active: ActiveSet, top_k: int) -> None:
     """Read the set's experts as far as there is room, those with most picks first, and let the
     eviction policy start as if they had been in use."""
     expert_set = active.expert_set

@@ -2,10 +2,8 @@
 
 import time
 
-from .runtime.cache import ExpertCache
-from .runtime.cache_base import STALL_NS
+from .runtime.cache_base import STALL_NS, CacheBase
 from .runtime.governor import Governor, Signals
-from .runtime.native_cache import NativeCache
 from .runtime.pressure import read_pressure
 
 _START_SHARE = 0.5  # of the memory that is available when the engine opens
@@ -14,7 +12,7 @@ _START_SHARE = 0.5  # of the memory that is available when the engine opens
 class GovernedCache:
     """A context around each step; at most once a second it looks, and resizes the cache."""
 
-    def __init__(self, cache: ExpertCache | NativeCache, least: int) -> None:
+    def __init__(self, cache: CacheBase, least: int) -> None:
         self._cache, self._busy_s, self._began = cache, 0.0, 0.0
         first = self._signals(time.monotonic())
         most, available = cache.capacity_bytes, first.pressure.available_bytes

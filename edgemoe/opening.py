@@ -13,10 +13,9 @@ from .runtime.format import PAGE_BYTES
 
 if TYPE_CHECKING:
     from .models.causal_lm import CausalLM
-    from .runtime.cache import ExpertCache
+    from .runtime.cache_base import CacheBase
     from .runtime.executor import Executor
     from .runtime.io import Arena, RecordReader
-    from .runtime.native_cache import NativeCache
     from .runtime.prefetch import Prefetcher
 
 
@@ -29,7 +28,7 @@ class Opened:
     model: "CausalLM"
     experts: InterruptibleExperts
     arena: "Arena"
-    cache: "ExpertCache | NativeCache"
+    cache: "CacheBase"
     executor: "Executor"
     prefetch: "Prefetcher"
     capacity_bytes: int

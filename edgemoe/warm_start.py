@@ -16,10 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .last_run import load_last_run
-from .runtime.cache import ExpertCache
+from .runtime.cache_base import CacheBase
 from .runtime.errors import EdgeMoeError
 from .runtime.index import StoreIndex
-from .runtime.native_cache import NativeCache
 from .runtime.profile import PROFILE_FILE
 from .runtime.profile_parts import read_popularity
 
@@ -69,7 +68,7 @@ class WarmStart:
 
     def __init__(
         self,
-        cache: ExpertCache | NativeCache,
+        cache: CacheBase,
         use: NDArray[np.float64],
         sources: Sequence[str],
         lock: Any,

@@ -16,8 +16,7 @@ import numpy as np
 
 from . import core
 from .budget import moe_workspace_bytes, wave_pairs
-from .cache import ExpertCache
-from .cache_base import COMPUTE_NS, STALL_NS
+from .cache_base import COMPUTE_NS, STALL_NS, CacheBase
 from .cold import ColdRule
 from .errors import EdgeMoeError, UsageError
 from .format import RecordLayout
@@ -27,7 +26,6 @@ from .waves import Wave, cut_waves
 
 if TYPE_CHECKING:
     from .kernels import ThreadPool
-    from .native_cache import NativeCache
 
 
 @dataclass(slots=True)
@@ -54,7 +52,7 @@ class Executor:
 
     def __init__(
         self,
-        cache: "ExpertCache | NativeCache",
+        cache: CacheBase,
         pool: "ThreadPool | None" = None,
         backend: str | None = None,
         *,

@@ -7,10 +7,10 @@ from numpy.typing import NDArray
 
 from . import core
 from .cache import MAX_MOVED_PER_BYTE, ExpertCache
-from .cache_base import CORE_TIMES, CacheBase, HintResult, in_use, layers_alike, whole_pages
+from .cache_base import CORE_TIMES, CacheBase, HintResult, whole_pages
 from .errors import EdgeMoeError, UsageError
 from .index import ExpertRecord
-from .io import READY, Arena, RecordReader
+from .io import Arena, RecordReader
 from .policy import DEFAULT_POLICY, HALF_LIFE, check_policy
 from .records import RecordTable
 
@@ -60,7 +60,6 @@ class NativeCache(CacheBase):
 
     @property
     def resident_bytes(self) -> int:
-        """Bytes of all records in memory or being read into it."""
         return self._now().resident_bytes
 
     @property
@@ -80,47 +79,31 @@ class NativeCache(CacheBase):
         return self._now().num_evictions
 
     @property
-    def native_s(self) -> float:
-        """Seconds in the core's decoding of tokens, without the decisions of this cache."""
-        return self._now().native_ns * 1e-9
-
-    @property
     def core_s(self) -> NDArray[np.float64]:
-        """Seconds in the core since the start, as `cache.CORE_TIMES` names them."""
         now = self._now()
         return np.array([getattr(now, f"{name}_ns") for name in CORE_TIMES]) * 1e-9
 
     def addresses(self, keys: Sequence[int]) -> list[int]:
-        """Where the records are or will be, 0: absent. Good from `hint` to `release`."""
         return self._addresses[keys].tolist()
 
     def resident_mask(self) -> NDArray[np.bool_]:
-        """Which records are in memory or being read into it, by key."""
         return self._addresses != 0
 
-    def begin_layer(
-        self,
-        layer: int,
-        num_tokens: int = 1,
-        keys: Sequence[int] = (),
-        routes: NDArray[np.integer] | None = None,
-    ) -> None:
-        """See `ExpertCache.begin_layer`."""
+    def _begin_place(self, place: int, num_tokens: int, keys: Sequence[int]) -> None:
         wanted = np.array(keys, dtype=np.int32)
-        place = self.table.place_of_layer[layer]
         _expect(
             self._lib.em_cache_begin_layer(
                 self.handle, place, num_tokens, len(wanted), wanted.ctypes.data
             )
         )
-        if routes is not None:
-            ids = np.ascontiguousarray(routes, dtype=np.int32)
-            _expect(self._lib.em_cache_route(self.handle, *ids.shape, ids.ctypes.data))
+
+    def _route(self, routes: NDArray[np.integer]) -> None:
+        ids = np.ascontiguousarray(routes, dtype=np.int32)
+        _expect(self._lib.em_cache_route(self.handle, *ids.shape, ids.ctypes.data))
 
     def try_hint(
         self, keys: Sequence[int], counts: NDArray[np.int64] | None = None
     ) -> HintResult | None:
-        """See `ExpertCache.try_hint`."""
         index = np.array(keys, dtype=np.int32)
         wanting = None if counts is None else np.ascontiguousarray(counts, dtype=np.float64)
         status = self._lib.em_cache_hint(
@@ -137,12 +120,10 @@ class NativeCache(CacheBase):
         return HintResult(demand.num_hits, demand.num_misses, demand.num_bytes)
 
     def view(self, key: int) -> np.ndarray:
-        """The bytes of a pinned record, u8 [num_bytes]."""
         offset = int(self._addresses[key]) - self._arena.address
         return self._arena.view(offset, self.table.num_bytes[key])
 
     def release(self, keys: Sequence[int]) -> None:
-        """See `ExpertCache.release`."""
         index = np.array(keys, dtype=np.int32)
         _expect(self._lib.em_cache_release(self.handle, len(index), index.ctypes.data))
 
@@ -165,38 +146,27 @@ class NativeCache(CacheBase):
         return now.num_foreseen, now.num_foreseen_in_time
 
     def seed(self, keys: Sequence[int], counts: NDArray[np.floating]) -> None:
-        """See `ExpertCache.seed`."""
         index, weights = np.array(keys, dtype=np.int32), np.array(counts, dtype=np.float64)
         _expect(
             self._lib.em_cache_seed(self.handle, len(index), index.ctypes.data, weights.ctypes.data)
         )
 
-    def preload(self, keys: Sequence[int] | None = None) -> int:
-        """See `ExpertCache.preload`."""
-        order = layers_alike(self.table) if keys is None else keys
-        index = np.array(order, dtype=np.int32)
+    def _begin_reads(self, keys: Sequence[int]) -> list[int]:
+        index = np.array(keys, dtype=np.int32)
         placed = np.empty_like(index)
         count = self._lib.em_cache_preload(
             self.handle, len(index), index.ctypes.data, placed.ctypes.data
         )
         _expect(min(count, 0))
-        found = placed[:count].tolist()
-        statuses = [self.reader.wait(key) for key in found]
-        self._lib.em_cache_settle(self.handle)
-        for key, status in zip(found, statuses, strict=True):
-            if status != READY:
-                raise self.table.failure(key, status)
-        return sum(self.table.num_bytes[key] for key in found)
+        return placed[:count].tolist()
 
-    def trim(self, capacity_bytes: int, *, keeps_memory: bool = False) -> None:
-        """See `ExpertCache.trim`."""
-        new = whole_pages(capacity_bytes, self._arena)
-        if self.pinned_bytes:
-            raise in_use()
-        _expect(self._lib.em_cache_resize(self.handle, new, keeps_memory))
+    def _end_reads(self) -> None:
+        self._lib.em_cache_settle(self.handle)
+
+    def _resize(self, capacity_bytes: int, keeps_memory: bool) -> None:
+        _expect(self._lib.em_cache_resize(self.handle, capacity_bytes, keeps_memory))
 
     def close(self) -> None:
-        """Give the core's tables back; sums can still be read."""
         if self.handle:
             self.place_stats, self._addresses = self.place_stats.copy(), self._addresses.copy()
             self._now()
@@ -220,7 +190,7 @@ def make_cache(
     records: Mapping[tuple[int, int], ExpertRecord],
     policy: str = DEFAULT_POLICY,
     backend: str | None = None,
-) -> ExpertCache | NativeCache:
+) -> CacheBase:
     """The expert cache of a backend."""
     kind = NativeCache if (backend or core.BACKEND) == "native" else ExpertCache
     return kind(reader, arena, capacity_bytes, records, policy)

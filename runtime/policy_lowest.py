@@ -1,5 +1,6 @@
 """What the expert cache asks of an eviction policy, and what ours have in common. Floor 1."""
 
+from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from typing import Protocol
 
@@ -57,7 +58,7 @@ class Policy(Protocol):
         """
 
 
-class Lowest:
+class Lowest(Policy):
     """Evicts the key with the lowest score; ties go to the one not used for longest.
 
     With a `guard`, records that it would keep go last while it says so.
@@ -129,8 +130,9 @@ class Lowest:
         """Number of the last demand by key, -1: none."""
         return self._last_use
 
+    @abstractmethod
     def _score(self, layer: int, scores: NDArray[np.float64]) -> None:
-        raise NotImplementedError
+        """Write the scores by key while `layer` runs."""
 
     def _foresee(self, layer: int, scores: NDArray[np.float64], num_tokens: int) -> bool:
         """Change `scores` where a prompt has yet to reach a record; False: nothing is known."""

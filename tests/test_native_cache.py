@@ -279,7 +279,7 @@ def test_a_decoded_token_leaves_it_as_a_run_per_layer_does(tmp_path_factory, sha
             assert resident == [bool(address) for address in twin.addresses(everything)]
             assert np.array_equal(cache.place_stats[:, :3], twin.place_stats[:, :3])
             assert cache.misses and (share == 1.0) == (cache.evictions == 0)
-            assert cache.native_s > 0 and cache.pinned_bytes == 0
+            assert cache.core_s[0] > 0 and cache.pinned_bytes == 0
 
 
 def test_a_forecast_is_the_same_when_its_memory_has_gone_round(equal):

@@ -1,5 +1,6 @@
 """What the core's routers choose: masks, bodies, gains, rules. Floor 2."""
 
+from abc import ABC, abstractmethod
 from dataclasses import astuple
 
 import numpy as np
@@ -10,7 +11,7 @@ from .rules import RoutingCounts, Rule
 from .steps import Routed
 
 
-class NativeRouting:
+class NativeRouting(ABC):
     """The part of `NativeLayers` that is about routes."""
 
     def __init__(self) -> None:
@@ -19,8 +20,9 @@ class NativeRouting:
         self._thetas: dict[int, np.ndarray | None] = {}
         self._bodies: dict[int, np.ndarray | None] = {}
 
+    @abstractmethod
     def _decoder(self) -> int:
-        raise NotImplementedError
+        """Handle of the core's decoder."""
 
     def set_mask(self, layer: int, mask: np.ndarray | None, threshold: float) -> None:
         """Leave the experts that `mask` u8 [E] has 0 for out; see `em_decoder_set_mask`."""
