@@ -148,14 +148,16 @@ def test_environment_fills_in_and_a_flag_wins(monkeypatch: pytest.MonkeyPatch) -
         ("EDGEMOE_CONTEXT", "many"),
         ("EDGEMOE_JSON", "perhaps"),
         ("EDGEMOE_POLICY", "best"),
+        ("EDGEMOE_SET_THRESHOLD", "high"),
     ],
 )
 def test_a_wrong_variable_is_named(
     variable: str, value: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(variable, value)
-    with pytest.raises(UsageError, match=f"`{variable}` is `{value}`"):
+    with pytest.raises(UsageError, match=f"`{variable}` is `{value}`") as caught:
         parse_run("hello")
+    assert caught.value.why.startswith("expected ")
 
 
 def test_model_from_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

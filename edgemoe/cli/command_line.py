@@ -8,6 +8,7 @@ from typing import Any, NoReturn
 
 from ..runtime.errors import UsageError
 
+_KINDS = {int: "a whole number", float: "a number"}
 _TRUE, _FALSE = ("1", "true", "yes", "on"), ("", "0", "false", "no", "off")
 
 
@@ -75,7 +76,8 @@ def _converted(action: argparse.Action, variable: str, value: str) -> Any:
     except UsageError as error:
         raise UsageError(f"`{variable}` is `{value}`", error.why, error.next_step) from error
     except (ValueError, TypeError, argparse.ArgumentTypeError) as error:
-        raise UsageError(f"`{variable}` is `{value}`", str(error)) from error
+        why = f"expected {_KINDS[action.type]}" if action.type in _KINDS else str(error)
+        raise UsageError(f"`{variable}` is `{value}`", why) from error
     if action.choices is not None and result not in action.choices:
         choices = ", ".join(str(choice) for choice in action.choices)
         raise UsageError(f"`{variable}` is `{value}`", f"expected one of {choices}")

@@ -128,7 +128,7 @@ const Kernels *choose() {
   for (int i = 0; i < num_levels; ++i) {
     if (std::strcmp(levels[i]->name, wanted) == 0) return levels[i];
   }
-  std::fprintf(stderr, "error: `EDGEMOE_ISA=%s` is unknown or not available here; using `%s`\n",
+  std::fprintf(stderr, "note: `EDGEMOE_ISA=%s` is unknown or not available here; using `%s`\n",
                wanted, levels[0]->name);
   return levels[0];
 }
