@@ -68,6 +68,11 @@ class KVCache:
         wanted = min(self.capacity, round_up(num_tokens + num_tokens // 8, _STEP_TOKENS))
         return min(self.capacity, self.held_bytes(wanted) // self._token_bytes)
 
+    def make_room(self, num_tokens: int) -> None:
+        """Have room for so many tokens or more, as far as the context goes."""
+        if num_tokens > self.room < self.capacity:
+            self.resize(self.room_for(num_tokens))
+
     def resize(self, room: int) -> None:
         """Lay out `room` tokens, those stored among them, and give memory behind them back."""
         if not max(1, self.offset) <= room <= self.capacity:

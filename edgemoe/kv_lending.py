@@ -28,7 +28,9 @@ class KVLending:
         engine = self._engine
         self._resize_cache(len(self._sessions) + 1)
         self._sessions.add(session)
-        return KVCache.for_model(engine.args, engine.context, engine.config.kv_bits)
+        kv_cache = KVCache.for_model(engine.args, engine.context, engine.config.kv_bits)
+        kv_cache.resize(kv_cache.room_for(1))  # the first token would touch all of a full layout
+        return kv_cache
 
     def take_back(self, session: "Session") -> None:
         """The session has ended."""

@@ -107,6 +107,8 @@ class LoadedModel:
             with self._interrupt.deferred():
                 if self.lent_memory is not None:
                     self.lent_memory.begin_prompt(len(token_ids), kv_cache)
+                else:
+                    kv_cache.make_room(kv_cache.offset + len(token_ids))
                 return self._model.forward(token_ids, kv_cache, logits, **options)
 
     def step(self, token_id: int, kv_cache: "KVCache") -> "tuple[np.ndarray, int | None]":
@@ -116,7 +118,7 @@ class LoadedModel:
         if not self._model.is_native or self.on_route is not None:
             return self.forward([token_id], kv_cache)[0], None
         with self._lock:
-            if self.lent_memory is not None:
+            if self.lent_memory is not None or kv_cache.offset >= kv_cache.room:
                 self._begin_token(kv_cache)
             if self.governed is None:  # a null context of Python is slow where memory is cold
                 return self._model.step(token_id, kv_cache)
@@ -124,17 +126,23 @@ class LoadedModel:
                 return self._model.step(token_id, kv_cache)
 
     def _begin_token(self, kv_cache: "KVCache") -> None:
-        if self.lent_memory is not None and not self.lent_memory.is_ready(kv_cache):
+        if self.lent_memory is None:
+            if kv_cache.offset >= kv_cache.room:
+                with self._interrupt.deferred():
+                    kv_cache.make_room(kv_cache.offset + 1)
+        elif not self.lent_memory.is_ready(kv_cache):
             with self._interrupt.deferred():
                 self.lent_memory.begin_token(kv_cache)
 
     def make_room(self, kv_cache: "KVCache", num_tokens: int) -> None:
         """A prompt will bring a KV cache to so many tokens: experts leave the memory for them at
         once, and have that beyond."""
-        if self.lent_memory is not None:
-            self._be_ready()
-            with self._lock, self._interrupt.deferred():
+        self._be_ready()
+        with self._lock, self._interrupt.deferred():
+            if self.lent_memory is not None:
                 self.lent_memory.hold(kv_cache, num_tokens, no_more=True)
+            else:
+                kv_cache.make_room(num_tokens)
 
     @contextmanager
     def steps(self) -> "Iterator[Steps]":

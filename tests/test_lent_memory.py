@@ -145,11 +145,15 @@ def present_bytes(arena: Arena) -> int:
     return int((pages >> np.uint64(63)).sum()) * mmap.PAGESIZE
 
 
-def contexts(engine: Engine, sizes: list[int]) -> list[np.ndarray]:
+def contexts(engine: Engine, sizes: list[int], is_whole: bool = False) -> list[np.ndarray]:
     """A context grows to its end, then one beside it; the first is begun anew. `sizes` is given the
-    bytes of the expert cache after each."""
+    bytes of the expert cache after each. `is_whole`: both are laid out for all tokens at once."""
     text, found = [(7 * i) % 3000 + 5 for i in range(engine.context + 100)], []
     with engine.session() as first, engine.session() as second:
+        for session in (first, second):
+            assert session._kv_cache.room < engine.context
+            if is_whole:
+                session._kv_cache.resize(engine.context)
         steps = [(first, 0, end) for end in (300, 301, 341, 700, 701, engine.context)]
         steps += [(second, 100, 130), (first, 50, 90), (second, 100, 700), (first, 50, 500)]
         for session, begin, end in steps:
@@ -174,8 +178,9 @@ def check_contexts(kv_bits: str) -> None:
         def look(kv_cache: KVCache, *args: Any) -> None:
             if args:
                 resize(kv_cache, *args)
-            kept = [each._kv_cache._arena for each in engine._kv_lending._sessions]
-            seen.append(sum(map(present_bytes, [cache._arena, *kept])))
+            others = [vars(each).get("_kv_cache") for each in engine._kv_lending._sessions]
+            arenas = {each._arena for each in (kv_cache, *others) if each is not None}
+            seen.append(sum(map(present_bytes, arenas | {cache._arena})))
             assert seen[-1] <= most_bytes
 
         KVCache.resize = look
@@ -196,9 +201,11 @@ def check_contexts(kv_bits: str) -> None:
     assert min(sizes[0] - sizes[5], sizes[7] - sizes[6]) > kv_bytes // 2
     KVCache.resize = resize
     with open_long_demo(int(kv_bits)) as engine:
-        expected = contexts(engine, [])
-    for found, wanted in zip(streamed, expected, strict=True):
-        np.testing.assert_array_equal(found, wanted)
+        expected = contexts(engine, [], is_whole=True)
+        grown = contexts(engine, [])
+    for *found, wanted in zip(streamed, grown, expected, strict=True):
+        for each in found:
+            np.testing.assert_array_equal(each, wanted)
 
 
 if __name__ == "__main__":
