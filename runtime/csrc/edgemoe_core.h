@@ -333,8 +333,9 @@ EM_API int32_t em_cache_seed(em_cache *cache, int64_t n, const int32_t *keys, co
 EM_API int64_t em_cache_preload(em_cache *cache, int64_t n, const int32_t *keys, int32_t *placed);
 /* Wait for all reads whose records nobody has pinned; those that failed lose their memory. */
 EM_API void em_cache_settle(em_cache *cache);
-/* Another capacity, up or down within the arena. What no longer fits is evicted, and memory beyond it
- * goes back to the system, or with keeps_memory is the caller's, to write into. Returns 0, or EM_ERR_ARG while records are pinned. */
+/* Another capacity, up or down within the arena. What no longer fits is evicted, and memory beyond
+ * it goes back to the system, or with keeps_memory is the caller's, to write into. Returns 0, or
+ * EM_ERR_ARG while records are pinned. */
 EM_API int32_t em_cache_resize(em_cache *cache, int64_t capacity_bytes, int32_t keeps_memory);
 /* [num_records]: where each record is or will be, 0: absent. Memory of the cache. */
 EM_API const uint64_t *em_cache_addresses(const em_cache *cache);
@@ -544,9 +545,9 @@ typedef struct em_decode_args {
                         that it has; where it has none, it keeps its effect. POSIX; for one thread */
   int32_t *routes;        /* out [layers with experts, K]: expert ids, ascending, then -1 */
   float *routing_weights; /* out [layers with experts, K] */
-  /* Recorded routes in the place of the router's, [layers with experts, num_forced] of 1 .. K distinct
-   * ids, ascending, then -1; `routes` and `routing_weights` then have num_forced columns. The routers run all
-   * the same, so that a token costs as much. NULL: the router's routes. */
+  /* Recorded routes in the place of the router's, [layers with experts, num_forced] of 1 .. K
+   * distinct ids, ascending, then -1; `routes` and `routing_weights` then have num_forced columns.
+   * The routers run all the same, so that a token costs as much. NULL: the router's routes. */
   const int32_t *forced_ids;
   const float *forced_weights;
   int64_t num_forced;
@@ -561,11 +562,11 @@ typedef struct em_decode_args {
   int64_t failed_key;     /* out: the record that failed, or -1 */
 } em_decode_args;
 /* One token through all layers, whose records come through the cache: each layer's are demanded as
- * its router has spoken, and released when it is computed. What hash-routed layers will demand is read
- * from the start on (as by em_cache_foresee), unless a rule leaves some of it out. The cache has a place
- * for every layer with experts. Returns 0; EM_ERR_STOPPED; EM_ERR_ROOM; the negative status of the record failed_key;
- * EM_ERR_ARG; -ENOMEM. After a failure nothing is pinned, the token is not part of the context and
- * can be decoded again; no read of it is still being waited for. */
+ * its router has spoken, and released when it is computed. What hash-routed layers will demand is
+ * read from the start on (as by em_cache_foresee), unless a rule leaves some of it out. The cache has
+ * a place for every layer with experts. Returns 0; EM_ERR_STOPPED; EM_ERR_ROOM; the negative status
+ * of the record failed_key; EM_ERR_ARG; -ENOMEM. After a failure nothing is pinned, the token is not
+ * part of the context and can be decoded again; no read of it is still being waited for. */
 EM_API int32_t em_decode(em_decoder *decoder, em_cache *cache, em_decode_args *args);
 
 #ifdef __cplusplus
