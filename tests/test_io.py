@@ -1,4 +1,4 @@
-"""Record readers, arenas and trunk reads: native against Python, direct against buffered."""
+"""Record readers and trunk reads: native against Python, direct against buffered."""
 
 import ctypes
 import errno
@@ -11,8 +11,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import safetensors
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from edgemoe.runtime import core
 from edgemoe.runtime import io as record_io
@@ -393,64 +391,3 @@ def test_safetensors_reads_the_file(experts):
         for key, content in enumerate(contents):
             np.testing.assert_array_equal(file.get_tensor(record_name(0, key)), content)
     assert all(record.offset % PAGE_BYTES == 0 for record in records)
-
-
-def test_arena(backend):
-    with record_io.Arena(3_000_000, backend) as arena:
-        assert arena.address % (2 << 20) == 0
-        view = arena.view(1_000_000, 2_000_000)
-        assert view.ctypes.data == arena.address + 1_000_000
-        view[:] = 7
-        assert arena.view(999_999, 2)[0] == 0 and arena.view(999_999, 2)[1] == 7
-        for offset, num_bytes in [(0, 3_000_001), (-1, 4), (3_000_000, 1)]:
-            with pytest.raises(UsageError):
-                arena.view(offset, num_bytes)
-    assert view[-1] == 7  # a view keeps the memory
-    with pytest.raises(UsageError):
-        arena.view(0, 1)
-    with pytest.raises(UsageError):
-        record_io.Arena(0, backend)
-    with pytest.raises(EdgeMoeError, match="no memory"):
-        record_io.Arena(1 << 60, backend)
-
-
-def test_crc32c_known_values(backend):
-    assert crc32c(b"123456789", backend=backend) == 0xE3069283
-    assert crc32c(bytes(32), backend=backend) == 0x8A9136AA
-    assert crc32c(b"\xff" * 32, backend=backend) == 0x62A8AB43
-    assert crc32c(b"", 5, backend=backend) == 5
-
-
-@given(st.binary(max_size=40_000), st.integers(0, 40_000))
-@settings(max_examples=30, deadline=None)
-def test_crc32c_chains_and_agrees(data, cut):
-    whole = [crc32c(data, backend=name) for name in BACKENDS]
-    parts = [crc32c(data[cut:], crc32c(data[:cut], backend=b), backend=b) for b in BACKENDS]
-    assert len(set(whole + parts)) == 1
-
-
-@given(st.data())
-@settings(max_examples=200, deadline=None)
-def test_fuzzed_header(tmp_path_factory, data):
-    path = tmp_path_factory.getbasetemp() / "fuzz.safetensors"
-    raw = bytearray(
-        encode_header([("a", "F32", [2, 3], 24), ("b", "U8", [8], 8)], {"k": "v"}) + bytes(32)
-    )
-    for _ in range(data.draw(st.integers(1, 4))):
-        place = data.draw(st.integers(0, len(raw) - 1))
-        kind = data.draw(st.sampled_from(["set", "cut", "insert", "delete"]))
-        if kind == "set":
-            raw[place] = data.draw(st.integers(0, 255))
-        elif kind == "cut":
-            del raw[place + 1 :]
-        elif kind == "insert":
-            raw[place:place] = data.draw(st.binary(min_size=1, max_size=6))
-        elif len(raw) > 1:
-            del raw[place]
-    path.write_bytes(bytes(raw))
-    with open(path, "rb") as file:
-        try:
-            tensors, _ = read_header(file, str(path))
-        except EdgeMoeError:
-            return
-    assert all(entry.offset + entry.num_bytes <= len(raw) for entry in tensors.values())
