@@ -6,7 +6,6 @@ asks, the experts at work. Attention and routers run as in an engine.
 
 from collections.abc import Iterator, Sequence
 from functools import partial
-from types import TracebackType
 from typing import NamedTuple
 
 import numpy as np
@@ -144,12 +143,7 @@ class LayerPass:
     def __enter__(self) -> "LayerPass":
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
 

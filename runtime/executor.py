@@ -10,7 +10,7 @@ import ctypes
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -60,6 +60,9 @@ class Executor:
         top_k: int,
         chunk: int = 512,
     ) -> None:
+        # For another that is to take this one's place.
+        self.made_with: dict[str, Any] = {"cache": cache, "pool": pool, "backend": backend}
+        self.made_with |= {"hidden": hidden, "top_k": top_k, "chunk": chunk}
         self.cache, self._pool = cache, pool
         self._hidden, self._chunk, self._top_k = hidden, chunk, top_k
         self._backend = backend or core.BACKEND

@@ -36,14 +36,7 @@ class ObservingExecutor(Executor):
     every `run`."""
 
     def __init__(self, executor: Executor, observer: Callable[[Observation], None]) -> None:
-        super().__init__(
-            executor.cache,
-            executor._pool,
-            executor._backend,
-            hidden=executor._hidden,
-            top_k=executor._top_k,
-            chunk=executor._chunk,
-        )
+        super().__init__(**executor.made_with)
         self._observer, self._observe = observer, self._show_expert
         self._norms = np.zeros(len(self._pair_token), dtype=np.float32)
         self._hidden_square = np.zeros((0, 0), dtype=np.float32)

@@ -21,14 +21,7 @@ class LayerStream(Executor):
     cache. Demand is counted as it comes to the cache: whole layers."""
 
     def __init__(self, executor: Executor) -> None:
-        super().__init__(
-            executor.cache,
-            executor._pool,
-            executor._backend,
-            hidden=executor._hidden,
-            top_k=executor._top_k,
-            chunk=executor._chunk,
-        )
+        super().__init__(**executor.made_with)
         table, capacity = self.table, self.cache.capacity_bytes
         size = max(table.num_bytes)
         layers = [
