@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "edgemoe_core.h"
+#include "index_document.h"
 #include "json.h"
 #include "kernels.h"
 #include "platform.h"
@@ -21,54 +22,8 @@ namespace {
 constexpr int64_t kPage = 4096;
 constexpr int64_t kMaxText = 100'000'000;  // bytes; the limit of safetensors for a header
 constexpr int64_t kMaxSide = 1 << 24;      // of hidden and width: keeps a record below 2^51 bytes
-constexpr std::string_view kModes[] = {"sym", "asym", "bf16", "fp16", "nf4"};  // as EM_MODE_*
-
-struct Row {  // an expert in store.json
-  int64_t gate_up, down, crc_gate_up, crc_down;
-  int64_t factors, dense, rank;  // rank 0: it is not factored
-};
-struct Layer {
-  int64_t layer, width = -1, first_row = 0, num_rows = -1;
-  int64_t first_alias = 0, num_aliases = 0;  // rows of the router, where it has others than experts
-};
-struct Document {
-  bool is_store = false, is_untrained = false;
-  int64_t version = -1, hidden = -1;
-  std::vector<em_format> specs;
-  std::vector<Layer> layers;
-  std::vector<Row> rows;
-  std::vector<int32_t> aliases;  // of all layers: the expert of a row, -1: none
-};
 
 int64_t round_up(int64_t value) { return (value + kPage - 1) / kPage * kPage; }
-
-// Reads the fields of an object; one that is named twice is an error.
-class Fields {
- public:
-  explicit Fields(JsonReader *json) : json_(json) { json->enter('{'); }
-  bool next() {
-    if (!json_->next('}')) return false;
-    name_ = json_->key();
-    return true;
-  }
-  bool is(std::string_view name, int number) {
-    if (name_ != name) return false;
-    is_repeated_ = is_repeated_ || (seen_ >> number & 1) != 0;
-    seen_ |= 1u << number;
-    return true;
-  }
-  // All of the first `count` numbers were there, and none twice.
-  bool has_all(int count) const {
-    const unsigned all = (1u << count) - 1;
-    return !is_repeated_ && (seen_ & all) == all;
-  }
-
- private:
-  JsonReader *json_;
-  std::string_view name_;
-  unsigned seen_ = 0;
-  bool is_repeated_ = false;
-};
 
 }  // namespace
 
@@ -143,7 +98,10 @@ class Opener {
     return true;
   }
 
-  bool parse(const std::string &path, const std::string &text, Document *document);
+  bool parse(const std::string &path, const std::string &text, Document *document) {
+    const std::string wrong = read_document(text, document);
+    return wrong.empty() || fail("`%s` %s", path.c_str(), wrong.c_str());
+  }
   bool make_records(const std::string &path, const Document &document, Index *index);
   bool check_experts(Index *index);
 
@@ -152,113 +110,8 @@ class Opener {
   int64_t error_bytes_;
 };
 
-em_format read_spec(JsonReader *json, bool *is_valid) {
-  em_format format = {0, 0, -1};
-  Fields fields(json);
-  while (fields.next()) {
-    if (fields.is("bits", 0)) {
-      format.bits = static_cast<int32_t>(std::min<int64_t>(json->integer(), 99));
-    } else if (fields.is("group_size", 1)) {
-      format.group_size = static_cast<int32_t>(std::min<int64_t>(json->integer(), 9999));
-    } else if (fields.is("mode", 2)) {
-      const std::string_view name = json->string();
-      for (size_t i = 0; i < std::size(kModes); ++i) {
-        if (kModes[i] == name) format.mode = static_cast<int32_t>(i);
-      }
-    } else {
-      json->skip();
-    }
-  }
-  *is_valid = fields.has_all(3) && em_matrix_bytes(kTileRows, 128, format) > 0;
-  return format;
-}
-
-bool read_layer(JsonReader *json, Document *document, Layer *layer) {
-  std::vector<Row> *rows = &document->rows;
-  layer->first_row = static_cast<int64_t>(rows->size());
-  Fields fields(json);
-  while (fields.next()) {
-    if (fields.is("width", 0)) {
-      layer->width = json->integer();
-    } else if (fields.is("experts", 1)) {
-      for (json->enter('['); json->next(']');) {
-        int64_t values[7] = {};
-        int num = 0;
-        for (json->enter('['); json->next(']'); ++num) {
-          const int64_t value = json->integer();
-          if (num < 7) values[num] = value;
-        }
-        if (num != 4 && (num != 7 || values[6] < 1)) return false;
-        rows->push_back(
-            {values[0], values[1], values[2], values[3], values[4], values[5], values[6]});
-      }
-    } else if (fields.is("aliases", 2)) {
-      layer->first_alias = static_cast<int64_t>(document->aliases.size());
-      for (json->enter('['); json->next(']'); ++layer->num_aliases) {
-        const int64_t body = json->integer();
-        if (body < -1 || body > INT32_MAX) return false;
-        document->aliases.push_back(static_cast<int32_t>(body));
-      }
-      if (layer->num_aliases == 0) return false;
-    } else {
-      json->skip();
-    }
-  }
-  layer->num_rows = static_cast<int64_t>(rows->size()) - layer->first_row;
-  return fields.has_all(2);
-}
-
-bool Opener::parse(const std::string &path, const std::string &text, Document *document) {
-  JsonReader json(text);
-  Fields fields(&json);
-  bool is_valid = true;
-  while (is_valid && fields.next()) {
-    if (fields.is("format", 0)) {
-      document->is_store = json.string() == "edgemoe";
-    } else if (fields.is("format_version", 1)) {
-      document->version = json.integer();
-    } else if (fields.is("hidden", 2)) {
-      document->hidden = json.integer();
-    } else if (fields.is("specs", 3)) {
-      for (json.enter('['); is_valid && json.next(']');) {
-        document->specs.push_back(read_spec(&json, &is_valid));
-      }
-    } else if (fields.is("layers", 4)) {
-      for (json.enter('{'); is_valid && json.next('}');) {
-        Layer layer = {};
-        is_valid = parse_integer(json.key(), &layer.layer) && layer.layer >= 0 &&
-                   read_layer(&json, document, &layer);
-        document->layers.push_back(layer);
-      }
-    } else if (fields.is("untrained_routers", 5)) {
-      document->is_untrained = true;  // written where it is so only
-      json.skip();
-    } else {
-      json.skip();
-    }
-  }
-  if (is_valid) json.finish();
-  if (is_valid && !json.failed() && document->is_store &&
-      document->version > em_format_version) {
-    return fail("`%s` has format version %lld; this library reads up to version %d", path.c_str(),
-                static_cast<long long>(document->version), em_format_version);
-  }
-  if (!is_valid || json.failed() || !fields.has_all(5) || !document->is_store ||
-      document->version < 1) {
-    return fail("`%s` is malformed near byte %lld", path.c_str(),
-                static_cast<long long>(json.position()));
-  }
-  if (document->is_untrained) {
-    return fail("`%s` says that its routers are random: they have to be trained before it can run",
-                path.c_str());
-  }
-  const auto by_layer = [](const Layer &a, const Layer &b) { return a.layer < b.layer; };
-  std::sort(document->layers.begin(), document->layers.end(), by_layer);
-  return true;
-}
-
 // Whether the aliases of a layer name all of its experts and no others.
-bool are_bodies(const int32_t *aliases, const Layer &layer) {
+bool are_bodies(const int32_t *aliases, const DocumentLayer &layer) {
   std::vector<bool> is_named(static_cast<size_t>(layer.num_rows));
   for (int64_t row = 0; row < layer.num_aliases; ++row) {
     if (aliases[row] >= layer.num_rows) return false;
@@ -277,7 +130,7 @@ bool Opener::make_records(const std::string &path, const Document &document, Ind
   int64_t offset = 0;
   index->own_bodies = document.aliases;
   for (size_t i = 0; i < document.layers.size(); ++i) {
-    const Layer &layer = document.layers[i];
+    const DocumentLayer &layer = document.layers[i];
     const bool is_repeated = i > 0 && document.layers[i - 1].layer == layer.layer;
     if (is_repeated || !is_side(hidden) || !is_side(layer.width)) {
       return fail("`%s` is malformed: layer %lld", path.c_str(),
@@ -295,7 +148,7 @@ bool Opener::make_records(const std::string &path, const Document &document, Ind
                                  has_aliases ? layer.num_aliases : layer.num_rows,
                                  has_aliases ? aliases : nullptr});
     for (int64_t expert = 0; expert < layer.num_rows; ++expert) {
-      const Row &row = document.rows[layer.first_row + expert];
+      const DocumentRow &row = document.rows[layer.first_row + expert];
       const auto is_spec = [&](int64_t spec) { return spec >= 0 && spec < num_specs; };
       const auto is_crc = [](int64_t crc) { return crc >= 0 && crc <= UINT32_MAX; };
       bool is_valid = is_spec(row.gate_up) && is_spec(row.down) && is_crc(row.crc_gate_up) &&
@@ -376,7 +229,7 @@ bool Opener::check_experts(Index *index) {
     }
     int64_t begin = -1, end = -1, count = 1;
     bool is_bytes = false, is_valid = true;
-    Fields fields(&json);
+    JsonFields fields(&json);
     while (fields.next()) {
       if (fields.is("dtype", 0)) {
         is_bytes = json.string() == "U8";

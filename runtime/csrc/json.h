@@ -60,6 +60,34 @@ class JsonReader {
   bool failed_ = false, is_first_ = false;
 };
 
+// Reads the fields of an object; one that is named twice is an error.
+class JsonFields {
+ public:
+  explicit JsonFields(JsonReader *json) : json_(json) { json->enter('{'); }
+  bool next() {
+    if (!json_->next('}')) return false;
+    name_ = json_->key();
+    return true;
+  }
+  bool is(std::string_view name, int number) {
+    if (name_ != name) return false;
+    is_repeated_ = is_repeated_ || (seen_ >> number & 1) != 0;
+    seen_ |= 1u << number;
+    return true;
+  }
+  // All of the first `count` numbers were there, and none twice.
+  bool has_all(int count) const {
+    const unsigned all = (1u << count) - 1;
+    return !is_repeated_ && (seen_ & all) == all;
+  }
+
+ private:
+  JsonReader *json_;
+  std::string_view name_;
+  unsigned seen_ = 0;
+  bool is_repeated_ = false;
+};
+
 // A whole number written as JSON writes it, the whole of `text`.
 bool parse_integer(std::string_view text, int64_t *value);
 
