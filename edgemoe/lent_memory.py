@@ -13,11 +13,10 @@ from weakref import WeakKeyDictionary
 
 from .kv_cache import KVCache
 from .runtime.budget import MemoryPlan, ModelDims, prompt_buffers
-from .runtime.cache import ExpertCache
+from .runtime.cache_base import CacheBase
 from .runtime.format import PAGE_BYTES
 from .runtime.index import StoreIndex
 from .runtime.memory import HUGE_PAGE_BYTES, Arena
-from .runtime.native_cache import NativeCache
 
 # Of buffers: where the executor's workspace lies, then where the core's scratch lies and its bytes;
 # None: each in memory of its own.
@@ -50,7 +49,7 @@ class LentMemory:
         self._kv_view: object = None  # of the last token's KV cache, which it does not keep alive
         self._idle_bytes, self._num_tokens = self._now_idle(), self._most_tokens
 
-    def serve(self, cache: ExpertCache | NativeCache, arena: Arena, use: UseMemory) -> None:
+    def serve(self, cache: CacheBase, arena: Arena, use: UseMemory) -> None:
         """Begin to lend."""
         self._cache, self._use = cache, use
         self._start = arena.address
