@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..runtime.errors import FormatError, NotFoundError
 from ..sampling import SamplingParams
+from .windows import read_text
 
 if TYPE_CHECKING:
     from ..session import Session
@@ -58,7 +59,7 @@ def read_conversations(path: str | Path) -> list[Conversation]:
     if not path.is_file():
         raise NotFoundError(f"no questions at `{path}`", "expected a file of JSON lines")
     found = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(read_text(path).splitlines(), start=1):
         if not line.strip():
             continue
         try:

@@ -50,6 +50,18 @@ def cut(ids: Sequence[int], size: int = WINDOW_TOKENS, stride: int | None = None
     return windows
 
 
+def read_text(path: Path) -> str:
+    """The text of a UTF-8 file. Raises FormatError for another: its tokens would mean nothing."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise FormatError(
+            f"`{path}` is no UTF-8 text",
+            f"byte {error.start} is {error.object[error.start]:#04x}",
+            "save it as UTF-8",
+        ) from error
+
+
 def read_tokens(path: str | Path, tokenizer: Any) -> list[int]:
     """Token ids of a UTF-8 text file, or those that a `.npy` file holds as they are.
 
@@ -77,7 +89,7 @@ def read_tokens(path: str | Path, tokenizer: Any) -> list[int]:
             "this model came without a tokenizer.json",
             "give token ids as a .npy file",
         )
-    return tokenizer.encode(path.read_text(encoding="utf-8", errors="replace"))
+    return tokenizer.encode(read_text(path))
 
 
 def share(

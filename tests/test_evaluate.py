@@ -18,6 +18,7 @@ from edgemoe.engine import DEMO
 from edgemoe.quant.evaluate import Figures, evaluate
 from edgemoe.quant.windows import Window, cut, read_tokens, read_windows, share
 from edgemoe.runtime.errors import FormatError, NotFoundError, UsageError
+from edgemoe.tokenizer import Tokenizer
 
 
 @given(st.integers(2, 200), st.integers(2, 40), st.data())
@@ -97,6 +98,9 @@ def test_texts_and_token_files(tmp_path: Path) -> None:
             read_tokens(tmp_path / name, None)
     with pytest.raises(UsageError, match="without a tokenizer.json"):
         read_tokens(tmp_path / "a.txt", None)
+    (tmp_path / "latin.txt").write_bytes("café".encode("latin-1"))
+    with pytest.raises(FormatError, match="no UTF-8 text; byte 3 is 0xe9"):
+        read_tokens(tmp_path / "latin.txt", Tokenizer.load(DEMO))
     with pytest.raises(UsageError, match="nothing|no text"):
         read_windows([tmp_path / "ids.npy"], None, num_tokens=1)
     with pytest.raises(UsageError, match="stride"):

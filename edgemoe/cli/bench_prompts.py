@@ -38,11 +38,12 @@ def make_prompts(
         raise UsageError(
             "no real prompts without a tokenizer", f"`{path}` has none", "use --prompts random"
         )
+    from ..quant.windows import read_text
     from .text import TEXT
 
     text = TEXT
     if args.text is not None:
-        text = Path(args.text).read_text(encoding="utf-8", errors="replace")
+        text = read_text(Path(args.text))
     num_tokens = len(tokenizer.encode(text))
     if not num_tokens:
         raise UsageError(f"`{args.text}` holds no text")
