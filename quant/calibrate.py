@@ -109,12 +109,17 @@ def calibrate(
     total, tokens = sum(map(len, windows)), collector.profile.num_tokens
     progress.start("calibrate", total, tokens, unit="tok")
     saved = time.monotonic()
-    for number, group in enumerate(work[done:], start=done + 1):
-        collector.add(group, progress.advance)
-        if number < len(work) and time.monotonic() - saved >= save_every_s:
-            collector.save(part, request, number)
-            saved = time.monotonic()
-    collector.add_errors(sampled(by_text), progress)
+    try:
+        for number, group in enumerate(work[done:], start=done + 1):
+            collector.add(group, progress.advance)
+            if number < len(work) and time.monotonic() - saved >= save_every_s:
+                collector.save(part, request, number)
+                saved = time.monotonic()
+        collector.add_errors(sampled(by_text), progress)
+    except KeyboardInterrupt:
+        if part.exists():
+            progress.note("stopped; the same command goes on from what was saved last")
+        raise
     profile = collector.profile
     profile.texts = [
         {"name": text.name, "sha256": text.sha256, "tokens": len(text.ids)} for text in texts

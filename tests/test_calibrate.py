@@ -203,9 +203,11 @@ class Stopping(Silent):
 def test_an_interrupted_run_goes_on_to_the_same_sums(engine, tmp_path):
     parts, out = [text("a", 9_000, 1), text("b", 6_000, 2)], tmp_path / "p.safetensors"
     whole = calibrate(engine, parts, tmp_path / "whole.safetensors")
+    stopping = Stopping(10_000)
     with pytest.raises(KeyboardInterrupt):
-        calibrate(engine, parts, out, progress=Stopping(10_000), save_every_s=0)
+        calibrate(engine, parts, out, progress=stopping, save_every_s=0)
     assert not out.exists() and Path(f"{out}.part").exists()
+    assert any("goes on" in line for line in stopping.notes)
     again = Stopping(10**9)
     resumed = calibrate(engine, parts, out, progress=again, save_every_s=0)
     assert any("going on" in line for line in again.notes)
