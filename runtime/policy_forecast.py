@@ -10,7 +10,8 @@ experts are E examples of used or not used. Its inputs, each the logarithm of a 
 expert, so that equal knowledge of all experts is 0:
 
 - four frequencies that halve every 1, 4, 16 and 128 tokens: recency, habit, and what is between;
-- what followed the past tokens whose routing was most like that of the last ones (`policy_memory`).
+- what followed the past tokens whose routing was most like that of the last ones, by two measures
+  of likeness (`policy_memory`).
 
 Everything is done in float32 and with operations that IEEE 754 defines to the bit, in one fixed
 order: runtime/csrc/cache_forecast.cpp gives the same bits. Logarithm and exponential are
@@ -24,12 +25,12 @@ from numpy.typing import NDArray
 
 from .policy_guard import Guard
 from .policy_lowest import ByDistance
-from .policy_memory import WINDOW, RoutingMemory, sum_in_order
+from .policy_memory import KEPT, WINDOW, RoutingMemory, sum_in_order
 
 F32 = np.float32
 HALF_LIVES = (1.0, 4.0, 16.0, 128.0)  # tokens
-NUM_INPUTS = len(HALF_LIVES) + 2  # frequencies, memory, 1
-_MEMORY, _ONE = len(HALF_LIVES), len(HALF_LIVES) + 1
+_MEMORY, _ONE = len(HALF_LIVES), len(HALF_LIVES) + len(KEPT)
+NUM_INPUTS = _ONE + 1  # frequencies, memories, 1
 _RATE = F32(0.1)  # of learning (AdaGrad)
 _DOUBT = F32(0.2)  # share of the average expert in what the matches say
 _NEXT, _LATER, _FAR = range(1, 2), range(2, 5), range(5, 9)  # tokens behind a match
@@ -77,7 +78,7 @@ class Forecast(ByDistance):
         self._means = np.zeros((num_layers, len(HALF_LIVES)), dtype=F32)
         self._inputs: list[NDArray[np.float32] | None] = [None] * num_layers  # [NUM_INPUTS, E]
         self._memory = RoutingMemory(counts.tolist())
-        self._weights = np.array([0.25] * len(HALF_LIVES) + [0.5, 0.0], dtype=F32)
+        self._weights = np.array([0.25] * _ONE + [0.0], dtype=F32)
         self._squares = np.ones(NUM_INPUTS, dtype=F32)
         self._has_bias = False
         self._next = np.zeros(len(places), dtype=F32)  # probability of use in the next turn
@@ -214,33 +215,33 @@ class Forecast(ByDistance):
             inputs[_ONE] = 1.0
         for i in range(len(HALF_LIVES)):
             inputs[i] = log2(frequencies[i] + prior) - log2(np.array([means[i] + prior]))[0]
-        z = self._weights[0] * inputs[0]
-        for i in range(1, _MEMORY):
-            z = z + self._weights[i] * inputs[i]
-        z = z + self._weights[_ONE]
         habit = (frequencies[-1] + prior) / (means[-1] + prior) * prior
-        matches = self._memory.matches(self._token)
-        chances = []
+        matches = [self._memory.matches(self._token, kind) for kind in range(len(KEPT))]
+        known, chances = inputs.copy(), []
         for ahead in (_NEXT, _LATER, _FAR):
-            votes, total = self._memory.followers(place, self._token, matches, ahead)
-            found = np.zeros(num_experts, dtype=F32)
-            if total > 0:
-                doubt = total * _DOUBT
-                found = log2((votes + doubt * habit) / (total + doubt)) - log2(habit)
+            for kind, found in enumerate(known[_MEMORY:_ONE]):
+                votes, total = self._memory.followers(place, self._token, matches[kind], ahead)
+                found[:] = 0.0
+                if total > 0:
+                    doubt = total * _DOUBT
+                    found[:] = log2((votes + doubt * habit) / (total + doubt)) - log2(habit)
             if ahead is _NEXT:
-                inputs[_MEMORY] = found
-            chances.append(_probability(z + self._weights[_MEMORY] * found))
+                inputs[:] = known
+            chances.append(self._chances(known))
         part = slice(self._first[place], self._first[place + 1])
         self._next[part] = chances[0]
         self._value[part] = _worth(*chances)
 
+    def _chances(self, inputs: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Of use, [E]; the memories' inputs are added last."""
+        z = self._weights[0] * inputs[0]
+        for i in (*range(1, _MEMORY), _ONE, *range(_MEMORY, _ONE)):
+            z = z + self._weights[i] * inputs[i]
+        return _probability(z)
+
     def _learn(self, inputs: NDArray[np.float32], uses: NDArray[np.float32], num_uses: int) -> None:
         """One AdaGrad step towards the uses [E] of what the inputs [NUM_INPUTS, E] foretold."""
-        z = self._weights[0] * inputs[0]
-        for i in range(1, _MEMORY):
-            z = z + self._weights[i] * inputs[i]
-        z = z + self._weights[_ONE]
-        errors = _probability(z + self._weights[_MEMORY] * inputs[_MEMORY]) - uses
+        errors = self._chances(inputs) - uses
         padding = -len(errors) % _LANES
         products = np.pad(inputs * errors, ((0, 0), (0, padding))).reshape(NUM_INPUTS, -1, _LANES)
         lanes = np.cumsum(products, axis=1, dtype=F32)[:, -1]

@@ -7,18 +7,19 @@ both in bytes:
 - debt: records that the shadow has and the pool has not. Each can become a hit of the shadow that
   is a miss of the pool, once.
 
-The allowance is a record for every second eviction of LRU, up to 32, and one for each 96. While
-debt <= credit + allowance holds after one record more that the shadow has, the policy's
-choice stands. Otherwise only records go that the shadow has not. There is always one: the pool is
-full without the demanded record that it lacks, and the shadow has that one already. So debt never
-grows then, and since debt >= 0,
+The allowance is a record for every second eviction of LRU, up to 56, then one less for every eight
+evictions, down to 32, and one for each 96 evictions. While debt <= credit + allowance holds after
+one record more that the shadow has, the policy's choice stands. Otherwise only records go that the
+shadow has not. There is always one: the pool is full without the demanded record that it lacks, and
+the shadow has that one already. So debt never grows then, and since debt >= 0,
 
-    misses of the pool <= misses of LRU + min(32, evictions of LRU / 2) + evictions of LRU / 96
+    misses of the pool <= misses of LRU + min(56, evictions of LRU / 2) + evictions of LRU / 96
 
 at every moment, whatever is demanded, for records of one size. The last term lets a policy that
 had bad luck try again. What is allowed early is what a forecast needs to prove itself: with one
 record for each 24 evictions and no more, pools that hold nearly everything deviated too rarely to
-gain, and missed one to three records more than LRU where the same forecast unguarded missed less.
+gain, and missed one to three records more than LRU where the same forecast unguarded missed less. A
+forecast that had that room for some hundreds of evictions has earned credit or gets less of it.
 """
 
 from collections import OrderedDict
@@ -27,8 +28,8 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-_EARLY_RECORDS = 32
 _EVICTIONS_PER_EARLY_LOSS, _EVICTIONS_PER_LOSS = 2, 96
+_EARLY_RECORDS, _EVICTIONS_PER_LESS, _LATE_RECORDS = 70, 8, 32
 
 
 class Guard:
@@ -47,7 +48,10 @@ class Guard:
     @property
     def is_free(self) -> bool:
         """Whether a record may be evicted that the shadow has."""
-        early = min(_EARLY_RECORDS * self._largest, self._evicted // _EVICTIONS_PER_EARLY_LOSS)
+        falling = _EARLY_RECORDS * self._largest - self._evicted // _EVICTIONS_PER_LESS
+        early = min(
+            self._evicted // _EVICTIONS_PER_EARLY_LOSS, max(falling, _LATE_RECORDS * self._largest)
+        )
         lost = self._debt + self._largest - self._credit - early
         return lost * _EVICTIONS_PER_LOSS <= self._evicted
 

@@ -30,7 +30,7 @@ def losses(trace: Trace, capacities: list[int]) -> list[tuple[int, float]]:
     ours, lru = (replay(demand, n, [4096 * c for c in capacities]) for n in ("forecast", "lru"))
     evictions = [max(0, each.misses - c) for each, c in zip(lru, capacities, strict=True)]
     return [
-        (b.hits - a.hits, min(32, n / 2) + n / 96)
+        (b.hits - a.hits, min(56, n / 2) + n / 96)
         for a, b, n in zip(ours, lru, evictions, strict=True)
     ]
 

@@ -12,16 +12,20 @@
 namespace em {
 namespace {
 
-constexpr int kNumHalfLives = 4, kMemory = kNumHalfLives, kOne = kMemory + 1, kNumInputs = kOne + 1;
+constexpr int kNumHalfLives = 4, kNumKinds = 2;  // of likeness
+constexpr int kMemory = kNumHalfLives, kOne = kMemory + kNumKinds, kNumInputs = kOne + 1;
 constexpr double kHalfLives[kNumHalfLives] = {1.0, 4.0, 16.0, 128.0};
 constexpr float kRate = 0.1f, kDoubt = 0.2f;
 constexpr double kKept = 0.8;
 constexpr int64_t kWindow = 1024;  // tokens, a power of two
 constexpr int64_t kBlock = 16, kNumBlocks = kWindow / kBlock;
-constexpr int kMaxMatches = 32, kLevels = 64, kMinLevel = 16, kLanes = 8;
+constexpr int kMaxMatches = 16, kLevels = 64, kMinLevel = 24, kLanes = 8;
 constexpr int64_t kAges = 8;  // tokens of a chunk that count for the likeness to its last one
 constexpr int kNext = 0, kLater = 1, kFar = 2, kNumTimes = 3;
 constexpr int kFirstAhead[kNumTimes + 1] = {1, 2, 5, 9};  // tokens behind a match
+
+// Of what a token's predecessors shared, one turn further back.
+constexpr double kKeptShared[kNumKinds] = {0.25, 0.75};
 
 float log2_of(float x) {
   int32_t bits;
@@ -71,17 +75,22 @@ class Memory {
       each.tokens.resize(static_cast<size_t>(num_experts * kWindow / 8));
       each.token_of.assign(static_cast<size_t>(kWindow), -1);
     }
-    likeness_.fill(0.0f);
+    forget_likeness();
   }
 
   void begin_tokens(int64_t token, int64_t num_tokens) {  // those up to `token`
-    std::rotate(likeness_.begin(), likeness_.end() - num_tokens % kWindow, likeness_.end());
-    const float left = static_cast<float>(std::ldexp(1.0, -static_cast<int>(num_tokens)));
-    for (float &likeness : likeness_) likeness *= left;
-    likeness_[token % kWindow] = 0.0f;
+    for (int kind = 0; kind < kNumKinds; ++kind) {
+      Likeness &of_kind = likeness_[kind];
+      std::rotate(of_kind.begin(), of_kind.end() - num_tokens % kWindow, of_kind.end());
+      const float left = left_after(kind, num_tokens);
+      for (float &likeness : of_kind) likeness *= left;
+      of_kind[token % kWindow] = 0.0f;
+    }
   }
 
-  void forget_likeness() { likeness_.fill(0.0f); }
+  void forget_likeness() {
+    for (Likeness &of_kind : likeness_) of_kind.fill(0.0f);
+  }
 
   // age: tokens between this one and the running one.
   void add(int64_t number, int64_t token, const int32_t *picks, int64_t n, int64_t age = 0) {
@@ -105,10 +114,11 @@ class Memory {
   }
 
   // Past tokens most like the running one, the newest first; returns their number.
-  int matches(int64_t token, Match *found) const {
+  int matches(int64_t token, int kind, Match *found) const {
+    const Likeness &of_kind = likeness_[kind];
     std::array<float, kNumBlocks> highest;
     for (int64_t block = 0; block < kNumBlocks; ++block) {
-      const float *likeness = &likeness_[block * kBlock];
+      const float *likeness = &of_kind[block * kBlock];
       float lanes[4] = {likeness[0], likeness[1], likeness[2], likeness[3]};
       for (int64_t i = 4; i < kBlock; i += 4) {
         for (int lane = 0; lane < 4; ++lane) {
@@ -126,7 +136,7 @@ class Memory {
     for (int64_t block = 0; block < kNumBlocks; ++block) {  // few have one that is alike enough
       if (!(highest[block] * scale >= static_cast<float>(kMinLevel))) continue;
       for (int64_t slot = block * kBlock; slot < (block + 1) * kBlock; ++slot) {
-        const int32_t level = static_cast<int32_t>(likeness_[slot] * scale);
+        const int32_t level = static_cast<int32_t>(of_kind[slot] * scale);
         slots[num_slots] = static_cast<int16_t>(slot);
         levels[num_slots] = static_cast<int8_t>(level);
         ++counts[level];
@@ -144,7 +154,7 @@ class Memory {
       const int number = i < num_older ? num_older - 1 - i : num_older - 1 - i + num_slots;
       const int64_t slot = slots[number];
       if (levels[number] < level || (levels[number] == level && room-- <= 0)) continue;
-      float weight = likeness_[slot] * scale_to_1;
+      float weight = of_kind[slot] * scale_to_1;
       weight *= weight;
       found[n++] = {token - 1 - (token - 1 - slot + kWindow) % kWindow, weight * weight * weight};
     }
@@ -183,6 +193,12 @@ class Memory {
     std::vector<int64_t> token_of;   // by slot, -1: none
   };
 
+  using Likeness = std::array<float, kWindow>;  // by slot: token modulo kWindow
+
+  static float left_after(int kind, int64_t num_tokens) {
+    return static_cast<float>(std::pow(kKeptShared[kind], static_cast<double>(num_tokens)));
+  }
+
   static void widen(Place &place, int64_t width) {
     std::vector<int32_t> picks(static_cast<size_t>(kWindow * width));
     for (int64_t slot = 0; slot < kWindow; ++slot) {
@@ -203,18 +219,21 @@ class Memory {
     std::memcpy(shared.data(), sums.data(), sizeof shared);
     if (age == 0) {
       for (size_t slot = 0; slot < shared.size(); ++slot) {
-        likeness_[slot] += static_cast<float>(shared[slot]);
+        const float count = static_cast<float>(shared[slot]);
+        for (Likeness &of_kind : likeness_) of_kind[slot] += count;
       }
       return;
     }
-    const float left = std::ldexp(1.0f, -static_cast<int>(age));
-    for (size_t slot = 0; slot < shared.size(); ++slot) {
-      likeness_[(slot + age) % kWindow] += static_cast<float>(shared[slot]) * left;
+    for (int kind = 0; kind < kNumKinds; ++kind) {
+      const float left = left_after(kind, age);
+      for (size_t slot = 0; slot < shared.size(); ++slot) {
+        likeness_[kind][(slot + age) % kWindow] += static_cast<float>(shared[slot]) * left;
+      }
     }
   }
 
   std::vector<Place> places_;
-  std::array<float, kWindow> likeness_;  // by slot: token modulo kWindow
+  std::array<Likeness, kNumKinds> likeness_;
 };
 
 class Forecast : public ByDistance {
@@ -236,12 +255,13 @@ class Forecast : public ByDistance {
       each->resize(static_cast<size_t>(most));
     }
     votes_.resize(static_cast<size_t>(kNumTimes * most));
+    chances_.resize(static_cast<size_t>(kNumTimes * most));
     for (int i = 0; i < kNumHalfLives; ++i) {
       weights_[i] = 0.25f;
       decay_[i] = std::pow(base_, -1.0 / kHalfLives[i]);
     }
     guard_ = std::make_unique<Guard>(std::vector<int64_t>(value_.size(), 1), blocks_);
-    weights_[kMemory] = 0.5f;
+    for (int kind = 0; kind < kNumKinds; ++kind) weights_[kMemory + kind] = 0.25f;
     squares_.fill(1.0f);
   }
 
@@ -406,21 +426,29 @@ class Forecast : public ByDistance {
       for (int64_t e = 0; e < n; ++e) input[e] = log2_of(frequency[e] + prior) - mean;
     }
     weigh(inputs, each.stride, n);
-    Match matches[kMaxMatches];
-    const int num_matches = memory_.matches(token_, matches);
-    std::fill_n(votes_.begin(), kNumTimes * each.stride, 0.0f);
-    const std::array<float, kNumTimes> sums =
-        memory_.followers(place, token_, matches, num_matches, each.stride, votes_.data());
     const float *frequency = &each.frequencies[(kNumHalfLives - 1) * n];
     const float mean = each.means[kNumHalfLives - 1] + prior;
     for (int64_t e = 0; e < n; ++e) habits_[e] = (frequency[e] + prior) / mean * prior;
-    for (int time = 0; time < kNumTimes; ++time) {  // votes become probabilities
-      float *const votes = &votes_[time * each.stride];
-      float *const found = time == kNext ? inputs + kMemory * each.stride : found_.data();
-      answer(votes, sums[time], n, found);
-      for (int64_t e = 0; e < n; ++e) votes[e] = probability(z_[e] + weights_[kMemory] * found[e]);
+    for (int time = 0; time < kNumTimes; ++time) {
+      std::copy_n(z_.begin(), n, chances_.begin() + time * each.stride);
     }
-    const float *chances = votes_.data(), *later = chances + kLater * each.stride,
+    for (int kind = 0; kind < kNumKinds; ++kind) {
+      Match matches[kMaxMatches];
+      const int num_matches = memory_.matches(token_, kind, matches);
+      std::fill_n(votes_.begin(), kNumTimes * each.stride, 0.0f);
+      const std::array<float, kNumTimes> sums =
+          memory_.followers(place, token_, matches, num_matches, each.stride, votes_.data());
+      const float weight = weights_[kMemory + kind];
+      for (int time = 0; time < kNumTimes; ++time) {
+        float *const found =
+            time == kNext ? inputs + (kMemory + kind) * each.stride : found_.data();
+        answer(&votes_[time * each.stride], sums[time], n, found);
+        float *const z = &chances_[time * each.stride];
+        for (int64_t e = 0; e < n; ++e) z[e] = z[e] + weight * found[e];
+      }
+    }
+    for (float &chance : chances_) chance = probability(chance);
+    const float *chances = chances_.data(), *later = chances + kLater * each.stride,
                 *far = chances + kFar * each.stride;
     for (int64_t e = 0; e < n; ++e) value_[first + e] = worth(chances[e], later[e], far[e]);
     blocks_.change_place(place);
@@ -462,11 +490,12 @@ class Forecast : public ByDistance {
     const int64_t n = num_experts(place), stride = places_[place].stride;
     const float *inputs = places_[place].inputs.data();
     weigh(inputs, stride, n);
-    const float *memory = inputs + kMemory * stride;
-    std::fill_n(errors_.begin(), stride, 0.0f);
-    for (int64_t e = 0; e < n; ++e) {
-      errors_[e] = probability(z_[e] + weights_[kMemory] * memory[e]) - uses_[e];
+    for (int kind = 0; kind < kNumKinds; ++kind) {
+      const float *memory = inputs + (kMemory + kind) * stride;
+      for (int64_t e = 0; e < n; ++e) z_[e] = z_[e] + weights_[kMemory + kind] * memory[e];
     }
+    std::fill_n(errors_.begin(), stride, 0.0f);
+    for (int64_t e = 0; e < n; ++e) errors_[e] = probability(z_[e]) - uses_[e];
     for (int i = 0; i < kNumInputs; ++i) {
       const float *input = inputs + i * stride;
       float lanes[kLanes] = {};
@@ -492,7 +521,8 @@ class Forecast : public ByDistance {
   int64_t num_ages_ = 0;
   std::vector<float> ages_;  // weights [kNumHalfLives, num_ages_] of a chunk's tokens
   std::vector<int32_t> picks_;
-  std::vector<float> uses_, z_, errors_, votes_, found_, habits_;  // votes_ [kNumTimes, stride]
+  std::vector<float> uses_, z_, errors_, found_, habits_;
+  std::vector<float> votes_, chances_;  // [kNumTimes, stride]
 };
 
 }  // namespace

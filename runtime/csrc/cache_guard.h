@@ -17,7 +17,9 @@ class Guard {
   bool in_shadow(int32_t key) const { return in_shadow_[key] != 0; }
   // Whether a record may be evicted that the shadow has.
   bool is_free() const {
-    const int64_t early = std::min(kEarlyRecords * largest_, evicted_ / kEvictionsPerEarlyLoss);
+    const int64_t falling = kEarlyRecords * largest_ - evicted_ / kEvictionsPerLess;
+    const int64_t early = std::min(evicted_ / kEvictionsPerEarlyLoss,
+                                   std::max(falling, kLateRecords * largest_));
     return (debt_ + largest_ - credit_ - early) * kEvictionsPerLoss <= evicted_;
   }
   void set_share(double share);
@@ -29,7 +31,8 @@ class Guard {
   void fetch_ahead(int64_t first, int64_t end) const;  // keys that are demanded soon
 
  private:
-  static constexpr int64_t kEarlyRecords = 32, kEvictionsPerEarlyLoss = 2, kEvictionsPerLoss = 96;
+  static constexpr int64_t kEvictionsPerEarlyLoss = 2, kEvictionsPerLoss = 96;
+  static constexpr int64_t kEarlyRecords = 70, kEvictionsPerLess = 8, kLateRecords = 32;
 
   void link(int32_t key, int32_t after);
   void unlink(int32_t key);
