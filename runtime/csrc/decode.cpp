@@ -352,11 +352,12 @@ int32_t Decoder::demand(Cache &cache, int64_t place, int64_t num_keys, int64_t *
 
 int32_t Decoder::decode(Cache &cache, em_decode_args &args) {
   begin_foresight(cache, args);
-  between_ = args.prefetch;
   cache_ = &cache;
-  if (between_ != nullptr) between_->begin_token(&cache, this, args);
+  Prefetcher *const prefetch = args.prefetch;
+  if (prefetch != nullptr) prefetch->begin_token(&cache, this, args);
+  between_ = prefetch != nullptr && prefetch->has_layers() ? prefetch : nullptr;
   const int32_t status = decode_layers(cache, args);
-  if (between_ != nullptr) between_->end_token(status == 0);
+  if (prefetch != nullptr) prefetch->end_token(status == 0);
   between_ = nullptr;
   cache_ = nullptr;
   if (status != 0 && !certain_.empty()) cache.drop_all_guesses();

@@ -12,13 +12,14 @@ constexpr float kMaxSeen = 256.0f;   // guesses that a count remembers
 constexpr float kPrior = 8.0f;       // guesses that all places together count for, at one place
 // What reading costs beside the drive: .03 CPU s/GB, a byte through memory that has 20 GB/s for reading and
 // arithmetic, and the record that goes for it.
-constexpr double kReadingNsPerByte = 0.25;
+constexpr double kReadingNsPerByte = 0.15;
 // Of a guess, right or wrong: deciding, asking the system, taking note. Demands are asked for together.
 constexpr double kHandlingNs = 10e3;
-// A request of a guess takes about so long, since a demand may have to wait for it.
-constexpr double kRequestNs = 400e3;
+// A request of a guess takes half the time that guesses have, within bounds: a demand may have to wait for
+// it, and each costs some us of a core.
+constexpr double kLeastRequestNs = 200e3, kMostRequestNs = 400e3;
 constexpr int64_t kPageBytes = 4096, kLeastRequestBytes = 4 * kPageBytes;
-constexpr double kMargin = 1.5;  // of gain over cost, since both are estimates
+constexpr double kMargin = 1.2;  // of gain over cost, since both are estimates
 
 }  // namespace
 
@@ -72,17 +73,19 @@ double Gate::worth_ns(double odds, double num_bytes, double backlog_bytes, doubl
   const double done = std::min(read, window_ns - ahead);  // before the router speaks
   if (done <= 0.0) return 0.0;
   const double gain = odds * std::min(done, stall_ns_.value());
-  // A wrong guess is dropped then, but a request of it that is under way keeps demands waiting, for half
-  // of its time on average.
-  const double request = std::min(num_bytes, static_cast<double>(request_bytes()));
-  const double delay = done < read ? waits_.value() * read_ns(request) / 2.0 : 0.0;
+  // A wrong guess is dropped then, but demands wait for what is left of the request that is under way:
+  // of the first one what does not fit before, of a later one half on average.
+  const double request = read_ns(std::min(num_bytes, static_cast<double>(request_bytes())));
+  const double left = done < request ? request - done : request / 2.0;
+  const double delay = done < read ? waits_.value() * left : 0.0;
   const double beside = kReadingNsPerByte * num_bytes * done / read;
   return gain - kMargin * ((1.0 - odds) * (delay + beside) + kHandlingNs);
 }
 
 int64_t Gate::request_bytes() const {
   if (!ns_per_byte_.is_known()) return kGuessBytes;
-  const double num_bytes = kRequestNs / ns_per_byte_.value();
+  const double half = windows_.is_known() ? windows_.value() / 2.0 : kMostRequestNs;
+  const double num_bytes = std::clamp(half, kLeastRequestNs, kMostRequestNs) / ns_per_byte_.value();
   const int64_t pages = static_cast<int64_t>(num_bytes) / kPageBytes;
   return std::clamp(pages * kPageBytes, kLeastRequestBytes, kGuessBytes);
 }

@@ -35,6 +35,7 @@ class Gate {
   // of its waiting.
   void saw_interval(int64_t place, int64_t ns, bool has_waited) {
     (has_waited ? tails_ : intervals_)[place].add(static_cast<double>(ns));
+    windows_.add(static_cast<double>(ns));
   }
   // A layer is done, of which so many records were absent when its router spoke.
   void saw_layer(int64_t num_misses, int64_t stall_ns);
@@ -68,6 +69,7 @@ class Gate {
   int64_t num_places_, num_ranks_;
   std::vector<Count> counts_;  // [kMaxDepth][num_places + 1: all together][num_ranks]
   std::vector<Mean> intervals_, tails_;
+  Mean windows_;  // both, of all places
   Mean ns_per_byte_, stall_ns_, waits_;  // stall: of a layer with misses; waits: share of layers
 };
 

@@ -15,6 +15,7 @@ namespace {
 constexpr int64_t kMaxBacklogGuesses = 2;  // records: the one being read and the one behind it
 // Of all bytes read while decoding, those of guesses that nobody wanted: no more than so.
 constexpr double kMaxWastedShare = 0.3;
+constexpr int64_t kProbe = 32;  // tokens, one of which is predicted whether it pays or not
 constexpr int64_t kEnoughBytes = int64_t{1} << 20;
 constexpr int64_t kFreeWaste = int64_t{16} << 20;  // that a start may cost
 
@@ -45,6 +46,7 @@ bool Prefetcher::bind(const Decoder &decoder) {
     num_ranks_ = 2 * top_k_;
     ranked_.resize(static_cast<size_t>(num_ranks_));
     lists_.assign(places_.size() * kMaxDepth, List());
+    payoffs_.assign(places_.size() * options_.depth, Payoff());
     shifts_.clear();
     for (int depth = 1; is_router() && depth <= options_.depth; ++depth) {
       for (int64_t place = 0; place < num_places(); ++place) {
@@ -72,15 +74,28 @@ void Prefetcher::begin_token(Cache *cache, Decoder *decoder, const em_decode_arg
   em_store_get_stats(store_, &reads_);
   counts_ = cache->guess_counts();
   begin_ns_ = monotonic_ns();
-  has_guesses_ = (trial_.begin() && payoff_.next_token()) || options_.is_forced;
-  promised_ns_ = predicting_ns_ = 0.0;
-  num_absent_ = waited_ns_ = 0;
+  is_probe_ = num_tokens_ <= kLearningTokens || num_tokens_ % kProbe == 0 || !trial_.is_on();
+  const auto pays = [](const Payoff &each) { return each.is_paying(); };
+  const bool is_predicted = is_probe_ || std::any_of(payoffs_.begin(), payoffs_.end(), pays);
+  has_guesses_ = (trial_.begin() && is_predicted) || options_.is_forced;
+  num_absent_ = num_absent();
+  waited_ns_ = 0;
   has_absent_ = false;
   set_guess_bytes(store_, gate_[0].request_bytes());
   // Before the first router, of those predictors that need no residual.
   place_ = -1;
   spoken_ns_ = begin_ns_;
   if (!is_router()) predict(decoder, place_, nullptr);
+}
+
+// Records that were demanded so far when they were absent, or a guess.
+int64_t Prefetcher::num_absent() const {
+  int64_t num = 0;
+  for (int64_t place = 0; place < num_places(); ++place) {
+    const em_place_stats &each = cache_->stats_of(place);
+    num += each.num_misses + each.num_guessed;
+  }
+  return num;
 }
 
 void Prefetcher::end_token(bool is_whole) {
@@ -96,8 +111,7 @@ void Prefetcher::end_token(bool is_whole) {
   }
   decoded_bytes_ += num_bytes;
   const int64_t num_guesses = cache_->guess_counts().num_guesses - counts_.num_guesses;
-  if (is_whole) trial_.end(monotonic_ns() - begin_ns_, num_guesses, num_absent_);
-  if (is_whole && predicting_ns_ > 0.0) payoff_.add(promised_ns_, predicting_ns_);
+  if (is_whole) trial_.end(monotonic_ns() - begin_ns_, num_guesses, num_absent() - num_absent_);
   const em_prefetch_stats &now = cache_->guess_counts();
   stats_.num_guesses += now.num_guesses - counts_.num_guesses;
   stats_.guess_bytes += now.guess_bytes - counts_.guess_bytes;
@@ -113,6 +127,9 @@ void Prefetcher::end_token(bool is_whole) {
 
 void Prefetcher::spoken(const Decoder &decoder, int64_t place, const int32_t *ids,
                         const float *weights, int64_t num_ids) {
+  const int32_t first = static_cast<int32_t>(places_[place].first_key);
+  if (options_.predictor == EM_PREDICT_PREVIOUS) remember(place, ids, weights, num_ids);
+  if (!has_guesses_) return;
   const int64_t now = monotonic_ns();
   if (place_ == place - 1) {
     const bool has_waited = waited_ns_ > 0;
@@ -122,25 +139,28 @@ void Prefetcher::spoken(const Decoder &decoder, int64_t place, const int32_t *id
   spoken_ns_ = now;
   waited_ns_ = 0;
   const auto is_chosen = [&](int32_t key) {
-    const int32_t id = key - static_cast<int32_t>(places_[place].first_key);
-    return std::find(ids, ids + num_ids, id) != ids + num_ids;
+    return std::find(ids, ids + num_ids, key - first) != ids + num_ids;
   };
-  for (int depth = 1; depth <= kMaxDepth; ++depth) {
+  for (int depth = 1; depth <= options_.depth; ++depth) {
     List &made = list(depth, place);
     if (!made.is_made) continue;
+    const int64_t before = monotonic_ns();
+    if (is_router() && decoder.router_shares() != nullptr) {
+      shift(depth, place).learn(decoder.router_shares());
+    }
     for (const Candidate &each : made.candidates) {
       gate_[0].score(depth, place, each.rank, is_chosen(each.key));
     }
-    made = List();
+    made.taken_ns += monotonic_ns() - before;
+    payoff(depth, place).add(made.promised_ns, static_cast<double>(made.taken_ns));
+    made.reset();
   }
-  const int32_t first = static_cast<int32_t>(places_[place].first_key);
   wanted_.clear();
   has_absent_ = false;
   for (int64_t k = 0; k < num_ids; ++k) {
     const int32_t key = first + ids[k];
     wanted_.push_back(key);
     if (!cache_->is_absent(key) && !cache_->is_guess(key)) continue;
-    ++num_absent_;
     has_absent_ = has_absent_ || status_of(store_, key) != EM_READY;
   }
   const int32_t end = first + static_cast<int32_t>(places_[place].num_experts);
@@ -148,12 +168,11 @@ void Prefetcher::spoken(const Decoder &decoder, int64_t place, const int32_t *id
   chosen_[1].swap(chosen_[0]);
   chosen_[0].assign(ids, ids + num_ids);
   weights_.assign(weights, weights + num_ids);
-  const int64_t before = monotonic_ns();
-  for (int depth = 1; is_router() && decoder.router_shares() && depth <= options_.depth; ++depth) {
-    shift(depth, place).learn(decoder.router_shares());
-  }
-  if (predicting_ns_ > 0.0) predicting_ns_ += static_cast<double>(monotonic_ns() - before);
-  // Most weight first.
+}
+
+// The experts of a place for the next token, most weight first.
+void Prefetcher::remember(int64_t place, const int32_t *ids, const float *weights,
+                          int64_t num_ids) {
   int32_t *row = previous_.data() + place * top_k_;
   rank_largest(weights, num_ids, num_ids, row);
   for (int64_t k = 0; k < num_ids; ++k) row[k] = ids[row[k]];
@@ -174,21 +193,25 @@ bool Prefetcher::has_absent(const Decoder &decoder, int64_t place) const {
 int32_t Prefetcher::predict(Decoder *decoder, int64_t place, const float *x) {
   has_candidates_ = false;
   if (!has_guesses_) return 0;
-  const int64_t begin = monotonic_ns();
   for (int depth = 1; depth <= options_.depth; ++depth) {
     if (place + depth >= num_places()) break;
+    if (!is_predicted(depth, place + depth)) continue;
     const int32_t status = predict_place(decoder, place + depth, depth, x);
     if (status != 0) return status;
   }
-  predicting_ns_ += static_cast<double>(monotonic_ns() - begin);
   step();
   return 0;
 }
 
 int32_t Prefetcher::predict_place(Decoder *decoder, int64_t place, int depth, const float *x) {
   List &made = list(depth, place);
-  made = List();
-  if (decoder->is_foreseen(places_[place].layer) || !has_absent(*decoder, place)) return 0;
+  made.reset();
+  if (decoder->is_foreseen(places_[place].layer)) return 0;
+  const int64_t begin = monotonic_ns();
+  if (!has_absent(*decoder, place)) {
+    payoff(depth, place).add(0.0, static_cast<double>(monotonic_ns() - begin));
+    return 0;
+  }
   int32_t status = 0;
   const int64_t num = rank_experts(decoder, place, depth, x, &status);
   if (status != 0) return status;
@@ -199,6 +222,7 @@ int32_t Prefetcher::predict_place(Decoder *decoder, int64_t place, int depth, co
     if (cache_->is_absent(key)) made.candidates.push_back({key, static_cast<int32_t>(rank)});
   }
   made.is_made = true;
+  made.taken_ns = monotonic_ns() - begin;
   if (made.candidates.empty()) return 0;
   has_candidates_ = true;
   if (depth == 1) ++stats_.num_layers;
@@ -248,7 +272,7 @@ int64_t Prefetcher::rank_experts(Decoder *decoder, int64_t place, int depth, con
 
 void Prefetcher::finish(int64_t num_misses, int64_t stall_ns) {
   is_full_ = false;  // what the layer held may go now
-  gate_[0].saw_layer(num_misses, stall_ns);
+  if (has_guesses_) gate_[0].saw_layer(num_misses, stall_ns);
 }
 
 bool Prefetcher::may_waste() const {
@@ -267,6 +291,8 @@ bool Prefetcher::is_waiting() const {
 // Not behind demands under way: a drive may tell of its requests all together, when none is left.
 void Prefetcher::read_next() {
   if (is_waiting()) return;
+  // A guess would have to wait for what others do beside their arithmetic.
+  if (cache_->has_lesson()) return;
   for (;;) {
     bool has_read = false, is_left = false;
     const Load load = load_of(store_);
@@ -330,7 +356,7 @@ bool Prefetcher::read_one(int depth, int64_t place, int64_t now, const Load &loa
     ++made.next;
     if (!made.is_open && depth == 1) ++stats_.num_open;
     made.is_open = true;
-    promised_ns_ += worth_ns;
+    made.promised_ns += worth_ns;
     return true;
   }
   return false;

@@ -27,6 +27,11 @@ class Prefetcher {
   void begin_token(Cache *cache, Decoder *decoder, const em_decode_args &args);
   void end_token(bool is_whole);
 
+  // Whether the calls below are to be made for this token.
+  bool has_layers() const {
+    return has_guesses_ || options_.predictor == EM_PREDICT_PREVIOUS;
+  }
+
   // The router of the place has spoken, and nothing is demanded yet: scores what was predicted, and
   // drops what was wrong.
   void spoken(const Decoder &decoder, int64_t place, const int32_t *ids, const float *weights,
@@ -54,8 +59,18 @@ class Prefetcher {
   };
   struct List {  // for one place, made `depth` layers before it
     bool is_made = false, is_open = false;  // open: something of it was read
-    std::size_t next = 0;  // candidates before it were tried
+    std::size_t next = 0;      // candidates before it were tried
+    double promised_ns = 0.0;  // by those read
+    int64_t taken_ns = 0;      // by making it
     std::vector<Candidate> candidates;
+
+    void reset() {
+      is_made = is_open = false;
+      next = 0;
+      promised_ns = 0.0;
+      taken_ns = 0;
+      candidates.clear();
+    }
   };
   struct Place {
     int64_t first_key, num_experts, layer;
@@ -64,15 +79,23 @@ class Prefetcher {
   int64_t num_places() const { return static_cast<int64_t>(places_.size()); }
   Shift &shift(int depth, int64_t place) { return shifts_[(depth - 1) * places_.size() + place]; }
   List &list(int depth, int64_t place) { return lists_[(depth - 1) * places_.size() + place]; }
+  Payoff &payoff(int depth, int64_t place) {
+    return payoffs_[(depth - 1) * places_.size() + place];
+  }
   bool is_router() const { return options_.predictor == EM_PREDICT_ROUTER; }
+  void remember(int64_t place, const int32_t *ids, const float *weights, int64_t num_ids);
   bool has_absent(const Decoder &decoder, int64_t place) const;
   int32_t predict_place(Decoder *decoder, int64_t place, int depth, const float *x);
   int64_t rank_experts(Decoder *decoder, int64_t place, int depth, const float *x, int32_t *status);
+  int64_t num_absent() const;
   bool is_waiting() const;
   void read_next();
   bool read_one(int depth, int64_t place, int64_t now, const Load &load);
   double window_ns(int depth, int64_t now, const Load &load) const;
   bool may_waste() const;
+  bool is_predicted(int depth, int64_t place) const {
+    return is_probe_ || options_.is_forced || payoffs_[(depth - 1) * places_.size() + place].is_paying();
+  }
 
   em_prefetch_options options_;
   std::vector<em_place_tables> tables_;
@@ -95,17 +118,17 @@ class Prefetcher {
   int64_t num_guesses_ = 0, token_id_ = 0;
   int64_t place_ = -1, spoken_ns_ = 0;  // of the last router
   int64_t waited_ns_ = 0;               // when its layer waited last; 0: it did not
-  int64_t num_absent_ = 0;              // demanded in this token
+  int64_t num_absent_ = 0;              // as num_absent, when the token began
   bool has_absent_ = false;             // in the layer that is running
   int64_t num_tokens_ = 0;
-  double promised_ns_ = 0.0, predicting_ns_ = 0.0;  // of this token: what guesses gain, finding them
   int64_t busy_bytes_ = 0, busy_ns_ = 0;
   int64_t begin_ns_ = 0, decoded_bytes_ = 0;  // decoded: read while decoding, since creation
   em_store_stats reads_ = {};                 // when the token began, as counts_
   em_prefetch_stats counts_ = {};
   Trial trial_;
-  Payoff payoff_;
-  bool has_guesses_ = false;  // this token may; its layers are predicted
+  std::vector<Payoff> payoffs_;  // as lists_
+  bool has_guesses_ = false;     // this token may
+  bool is_probe_ = false;        // its layers are predicted whether it pays or not
   bool has_candidates_ = false, is_full_ = false;  // full: the cache has no room for a guess
   em_prefetch_stats stats_ = {};
 };

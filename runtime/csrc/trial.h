@@ -10,11 +10,13 @@
 
 namespace em {
 
+constexpr int64_t kLearningTokens = 64;  // in which odds become known
+
 class Trial {
  public:
   // A token begins: whether it is to have guesses.
   bool begin() {
-    ++num_tokens_;
+    if (++num_tokens_ <= kLearningTokens) return true;
     const int64_t period = num_compared_ < kFirst ? kEarly : is_on_ ? kWithout : kWith;
     is_trial_ = num_tokens_ % period == 0;
     return is_on_ != is_trial_;
@@ -46,17 +48,19 @@ class Trial {
     square_.add(gain * gain);
     if (++num_compared_ < kFirst) return;
     // Tokens differ by more than guesses save: what stays within the error of the mean decides nothing.
+    // The gate expects a gain, so that doubt is in favour of guesses.
     const double variance = std::max(0.0, square_.value() - gain_.value() * gain_.value());
     const double error = std::sqrt(variance / static_cast<double>(gain_.num()));
-    if (std::fabs(gain_.value()) > kErrors * error) is_on_ = gain_.value() > 0.0;
+    is_on_ = gain_.value() > -(is_on_ ? kErrorsToStop : kErrorsToGoOn) * error;
   }
 
+  bool is_on() const { return is_on_; }
   double gain() const { return gain_.value(); }  // share of a token's time
 
  private:
-  static constexpr int64_t kFirst = 16, kEarly = 3, kWithout = 8, kWith = 16;
+  static constexpr int64_t kFirst = 16, kEarly = 4, kWithout = 12, kWith = 12;
   static constexpr double kMostSaved = 0.25;  // by one token, so that a late drive decides nothing
-  static constexpr double kErrors = 1.5;
+  static constexpr double kErrorsToStop = 2.5, kErrorsToGoOn = 1.0;
 
   Mean gain_, square_;
   Mean time_, absent_, product_, absent_square_;  // of all tokens, in ns
@@ -65,26 +69,19 @@ class Trial {
   bool is_on_ = true, is_trial_ = false;
 };
 
-// Whether a token's layers are predicted: while guesses promise more than finding them takes, and else
-// one token in eight, to learn whether they do again.
+// Whether guesses for a place promise more than finding them takes. Whoever asks predicts it now and
+// then all the same, to learn whether they do again.
 class Payoff {
  public:
-  bool next_token() {
-    const bool is_paying = taken_.num() < kPatience || promised_.value() > taken_.value();
-    return is_paying || ++num_skipped_ % kProbe == 0;
-  }
-  // A predicted token: what the guesses that were read promised, and what predicting took, in ns.
+  bool is_paying() const { return promised_.value() > taken_.value(); }
+  // It was predicted: what the guesses that were read promised, and what predicting took, in ns.
   void add(double promised_ns, double taken_ns) {
     promised_.add(promised_ns);
     taken_.add(taken_ns);
   }
 
  private:
-  static constexpr int kPatience = 24;  // tokens, until the gate has learned
-  static constexpr int64_t kProbe = 8;
-
   Mean promised_, taken_;
-  int64_t num_skipped_ = 0;
 };
 
 }  // namespace em

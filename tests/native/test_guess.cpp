@@ -170,6 +170,10 @@ TEST(a_gate_opens_for_what_pays) {
   // What a wrong one costs depends on the drive: the same odds, and less time to gain.
   CHECK(gate.worth_ns(0.7, kRecord, 0, 0.6e6) > 0 && gate.worth_ns(0.7, kRecord, 0, 0.05e6) <= 0);
   CHECK(gate.worth_ns(1.0, 16 << 10, 0, 1.5e6) <= 0);  // 8 us: read in less time than a guess takes
+  // Where routers follow soon, smaller requests, and demands wait for what is left of the first.
+  CHECK(gate.worth_ns(0.6, kRecord, 0, 0.35e6) > 0);
+  for (int i = 0; i < 200; ++i) gate.saw_interval(1, 300 * 1000, true);
+  CHECK(gate.request_bytes() == 102 * kPage);
   em::Gate idle(1, 4);
   for (int i = 0; i < 100; ++i) {
     idle.saw_reading(1 << 20, 500 * 1000);
@@ -178,21 +182,16 @@ TEST(a_gate_opens_for_what_pays) {
   CHECK(idle.worth_ns(0.9, kRecord, 0, 1.5e6) <= 0);
 }
 
-TEST(guesses_that_promise_less_than_they_take_are_asked_for_now_and_then) {
+TEST(guesses_that_promise_less_than_they_take_do_not_pay) {
   em::Payoff payoff;
-  const auto predicted = [&payoff](int num_tokens, double promised_ns) {
-    int num = 0;
-    for (int token = 0; token < num_tokens; ++token) {
-      if (!payoff.next_token()) continue;
-      payoff.add(promised_ns, 10e3);
-      ++num;
-    }
-    return num;
+  const auto predict = [&payoff](int num, double promised_ns) {
+    for (int time = 0; time < num; ++time) payoff.add(promised_ns, 10e3);
+    return payoff.is_paying();
   };
-  CHECK(predicted(24, 1e3) == 24);  // until the gate has learned
-  CHECK(predicted(80, 1e3) == 10);
-  CHECK(predicted(800, 100e3) > 700);  // they have begun to pay: some probes, then every token
-  CHECK(predicted(80, 100e3) == 80);
+  CHECK(!payoff.is_paying());  // nothing is known of them
+  CHECK(!predict(60, 9e3));
+  CHECK(predict(20, 100e3));  // they have begun to pay
+  CHECK(predict(100, 11e3) && !predict(200, 9e3));
 }
 
 TEST(what_experts_do_to_the_next_router_is_learned) {
