@@ -15,6 +15,8 @@ constexpr float kPrior = 8.0f;       // guesses that all places together count f
 constexpr double kReadingNsPerByte = 0.15;
 // Of a guess, right or wrong: deciding, asking the system, taking note. Demands are asked for together.
 constexpr double kHandlingNs = 10e3;
+// Of one that is dropped: the requests of it that were made, 15 us of a core each.
+constexpr double kDroppingNs = 30e3;
 // A request of a guess takes half the time that guesses have, within bounds: a demand may have to wait for
 // it, and each costs some us of a core.
 constexpr double kLeastRequestNs = 200e3, kMostRequestNs = 400e3;
@@ -79,7 +81,7 @@ double Gate::worth_ns(double odds, double num_bytes, double backlog_bytes, doubl
   const double left = done < request ? request - done : request / 2.0;
   const double delay = done < read ? waits_.value() * left : 0.0;
   const double beside = kReadingNsPerByte * num_bytes * done / read;
-  return gain - kMargin * ((1.0 - odds) * (delay + beside) + kHandlingNs);
+  return gain - kMargin * ((1.0 - odds) * (delay + beside + kDroppingNs) + kHandlingNs);
 }
 
 int64_t Gate::request_bytes() const {
