@@ -15,7 +15,8 @@ namespace {
 constexpr int64_t kMaxBacklogGuesses = 2;  // records: the one being read and the one behind it
 // Of all bytes read while decoding, those of guesses that nobody wanted: no more than so.
 constexpr double kMaxWastedShare = 0.3;
-constexpr int64_t kProbe = 32;  // tokens, one of which is predicted whether it pays or not
+// Tokens, one of which is predicted whether it pays or not; prime, so that few are a trial's without guesses.
+constexpr int64_t kProbe = 31;
 constexpr int64_t kEnoughBytes = int64_t{1} << 20;
 constexpr int64_t kFreeWaste = int64_t{16} << 20;  // that a start may cost
 
