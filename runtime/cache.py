@@ -34,7 +34,7 @@ from .slots import Slots
 # Records of different sizes leave free bytes scattered. To join them by moving records is worth so
 # many bytes moved per byte needed, where the records are few; else one more victim costs less. On
 # the demo model with stand-ins (two sizes) .5-2 % fewer bytes are read than without moves, and 1-3
-# in 100 are moved; with 4, 1.5-3 % fewer and 8-16 in 100, while the read waits: a copy takes a
+# in 100 are moved; with 4, 1.5-3 % fewer and 7-14 in 100, while the read waits: a copy takes a
 # quarter of the time of a read. 1,500 records: hit rate .826 without moves, .829 with them.
 MAX_MOVED_PER_BYTE = 1.0
 _MAX_RECORDS_TO_PLAN = 256

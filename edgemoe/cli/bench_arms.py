@@ -223,11 +223,11 @@ def _measure_one(
         ) as engine:
             for line in engine.notes:
                 note(f"note: {arm.name}: {line}")
-            cache_bytes = engine.cache.capacity_bytes
             routing = engine.routing
             if arm.is_resident and args.set_mode != "hard":
                 engine.cache.preload()
             decoded, cost = _decode(engine, prompt, args.tokens)
+            cache_bytes = engine.cache.capacity_bytes  # while tokens are decoded
             counts = engine.routing_counts() if routing else None
     return {
         "expert_cache_bytes": cache_bytes,
