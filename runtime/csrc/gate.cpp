@@ -1,6 +1,7 @@
 #include "gate.h"
 
 #include <algorithm>
+#include <cmath>
 
 #include "read_queue.h"
 
@@ -15,8 +16,8 @@ constexpr float kPrior = 8.0f;       // guesses that all places together count f
 constexpr double kReadingNsPerByte = 0.15;
 // Of a guess, right or wrong: deciding, asking the system, taking note. Demands are asked for together.
 constexpr double kHandlingNs = 10e3;
-// Of one that is dropped: the requests of it that were made, 15 us of a core each.
-constexpr double kDroppingNs = 30e3;
+// Of each request of it. A thread is at it for some 45 us, in part of which it would have waited.
+constexpr double kRequestNs = 15e3;
 // A request of a guess takes half the time that guesses have, within bounds: a demand may have to wait for
 // it, and each costs some us of a core.
 constexpr double kLeastRequestNs = 200e3, kMostRequestNs = 400e3;
@@ -64,7 +65,6 @@ void Gate::saw_reading(int64_t num_bytes, int64_t busy_ns) {
 }
 
 void Gate::saw_layer(int64_t num_misses, int64_t stall_ns) {
-  waits_.add(stall_ns > 0 ? 1.0 : 0.0);
   if (num_misses > 0) stall_ns_.add(static_cast<double>(stall_ns));
 }
 
@@ -79,9 +79,10 @@ double Gate::worth_ns(double odds, double num_bytes, double backlog_bytes, doubl
   // of the first one what does not fit before, of a later one half on average.
   const double request = read_ns(std::min(num_bytes, static_cast<double>(request_bytes())));
   const double left = done < request ? request - done : request / 2.0;
-  const double delay = done < read ? waits_.value() * left : 0.0;
+  const double delay = done < read ? delays_.value() * left : 0.0;
   const double beside = kReadingNsPerByte * num_bytes * done / read;
-  return gain - kMargin * ((1.0 - odds) * (delay + beside + kDroppingNs) + kHandlingNs);
+  const double handling = kHandlingNs + kRequestNs * std::ceil(done / request);
+  return gain - kMargin * ((1.0 - odds) * (delay + beside) + handling);
 }
 
 int64_t Gate::request_bytes() const {

@@ -39,6 +39,8 @@ class Gate {
   }
   // A layer is done, of which so many records were absent when its router spoke.
   void saw_layer(int64_t num_misses, int64_t stall_ns);
+  // The likeliest guess for a layer was wrong: whether the layer had others to wait for.
+  void saw_wrong(bool has_absent) { delays_.add(has_absent ? 1.0 : 0.0); }
 
   // Until the router at `place` speaks: from the router before, or from when the layer has all records.
   double interval_ns(int64_t place) const { return of(intervals_, tails_, place); }
@@ -70,7 +72,10 @@ class Gate {
   std::vector<Count> counts_;  // [kMaxDepth][num_places + 1: all together][num_ranks]
   std::vector<Mean> intervals_, tails_;
   Mean windows_;  // both, of all places
-  Mean ns_per_byte_, stall_ns_, waits_;  // stall: of a layer with misses; waits: share of layers
+  Mean ns_per_byte_, stall_ns_;  // stall: of a layer with misses
+  // Share of wrong guesses that a demand waits behind. Layers of which absent records are expected have
+  // others far more often than layers at large.
+  Mean delays_{1.0};
 };
 
 }  // namespace em

@@ -72,13 +72,14 @@ void Prefetcher::begin_token(Cache *cache, Decoder *decoder, const em_decode_arg
   num_guesses_ = args.num_guesses;
   token_id_ = args.token_id;
   ++num_tokens_;
-  em_store_get_stats(store_, &reads_);
   counts_ = cache->guess_counts();
-  begin_ns_ = monotonic_ns();
   is_probe_ = num_tokens_ <= kLearningTokens || num_tokens_ % kProbe == 0 || !trial_.is_on();
   const auto pays = [](const Payoff &each) { return each.is_paying(); };
-  const bool is_predicted = is_probe_ || std::any_of(payoffs_.begin(), payoffs_.end(), pays);
-  has_guesses_ = (trial_.begin() && is_predicted) || options_.is_forced;
+  is_watched_ = is_probe_ || options_.is_forced || std::any_of(payoffs_.begin(), payoffs_.end(), pays);
+  has_guesses_ = is_watched_ && (trial_.begin() || options_.is_forced);
+  if (!is_watched_) return;
+  em_store_get_stats(store_, &reads_);
+  begin_ns_ = monotonic_ns();
   num_absent_ = num_absent();
   waited_ns_ = 0;
   has_absent_ = false;
@@ -101,6 +102,21 @@ int64_t Prefetcher::num_absent() const {
 
 void Prefetcher::end_token(bool is_whole) {
   if (!is_whole) cache_->drop_all_guesses();
+  if (is_watched_) learn(is_whole);
+  const em_prefetch_stats &now = cache_->guess_counts();
+  stats_.num_guesses += now.num_guesses - counts_.num_guesses;
+  stats_.guess_bytes += now.guess_bytes - counts_.guess_bytes;
+  stats_.num_in_time += now.num_in_time - counts_.num_in_time;
+  stats_.num_late += now.num_late - counts_.num_late;
+  stats_.num_dropped += now.num_dropped - counts_.num_dropped;
+  stats_.num_failed += now.num_failed - counts_.num_failed;
+  stats_.wasted_bytes += now.wasted_bytes - counts_.wasted_bytes;
+  has_candidates_ = false;
+  cache_ = nullptr;
+}
+
+// What the token that ends tells of the drive, and of whether guesses pay.
+void Prefetcher::learn(bool is_whole) {
   em_store_stats reads;
   em_store_get_stats(store_, &reads);
   const int64_t num_bytes = reads.num_bytes - reads_.num_bytes;
@@ -113,17 +129,7 @@ void Prefetcher::end_token(bool is_whole) {
   decoded_bytes_ += num_bytes;
   const int64_t num_guesses = cache_->guess_counts().num_guesses - counts_.num_guesses;
   if (is_whole) trial_.end(monotonic_ns() - begin_ns_, num_guesses, num_absent() - num_absent_);
-  const em_prefetch_stats &now = cache_->guess_counts();
-  stats_.num_guesses += now.num_guesses - counts_.num_guesses;
-  stats_.guess_bytes += now.guess_bytes - counts_.guess_bytes;
-  stats_.num_in_time += now.num_in_time - counts_.num_in_time;
-  stats_.num_late += now.num_late - counts_.num_late;
-  stats_.num_dropped += now.num_dropped - counts_.num_dropped;
-  stats_.num_failed += now.num_failed - counts_.num_failed;
-  stats_.wasted_bytes += now.wasted_bytes - counts_.wasted_bytes;
   stats_.wasted_bytes += reads.cancelled_bytes - reads_.cancelled_bytes;
-  has_candidates_ = false;
-  cache_ = nullptr;
 }
 
 void Prefetcher::spoken(const Decoder &decoder, int64_t place, const int32_t *ids,
@@ -142,9 +148,11 @@ void Prefetcher::spoken(const Decoder &decoder, int64_t place, const int32_t *id
   const auto is_chosen = [&](int32_t key) {
     return std::find(ids, ids + num_ids, key - first) != ids + num_ids;
   };
+  bool is_wrong = false;
   for (int depth = 1; depth <= options_.depth; ++depth) {
     List &made = list(depth, place);
     if (!made.is_made) continue;
+    is_wrong = is_wrong || (!made.candidates.empty() && !is_chosen(made.candidates[0].key));
     const int64_t before = monotonic_ns();
     if (is_router() && decoder.router_shares() != nullptr) {
       shift(depth, place).learn(decoder.router_shares());
@@ -164,6 +172,7 @@ void Prefetcher::spoken(const Decoder &decoder, int64_t place, const int32_t *id
     if (!cache_->is_absent(key) && !cache_->is_guess(key)) continue;
     has_absent_ = has_absent_ || status_of(store_, key) != EM_READY;
   }
+  if (is_wrong) gate_[0].saw_wrong(has_absent_);
   const int32_t end = first + static_cast<int32_t>(places_[place].num_experts);
   cache_->drop_guesses(first, end, wanted_.data(), num_ids);
   chosen_[1].swap(chosen_[0]);

@@ -88,6 +88,7 @@ class Prefetcher {
   int32_t predict_place(Decoder *decoder, int64_t place, int depth, const float *x);
   int64_t rank_experts(Decoder *decoder, int64_t place, int depth, const float *x, int32_t *status);
   int64_t num_absent() const;
+  void learn(bool is_whole);
   bool is_waiting() const;
   void read_next();
   bool read_one(int depth, int64_t place, int64_t now, const Load &load);
@@ -128,6 +129,7 @@ class Prefetcher {
   Trial trial_;
   std::vector<Payoff> payoffs_;  // as lists_
   bool has_guesses_ = false;     // this token may
+  bool is_watched_ = false;      // this token tells something of guesses
   bool is_probe_ = false;        // its layers are predicted whether it pays or not
   bool has_candidates_ = false, is_full_ = false;  // full: the cache has no room for a guess
   em_prefetch_stats stats_ = {};

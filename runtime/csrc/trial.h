@@ -73,7 +73,7 @@ class Trial {
 // then all the same, to learn whether they do again.
 class Payoff {
  public:
-  bool is_paying() const { return promised_.value() > taken_.value(); }
+  bool is_paying() const { return promised_.value() > kMargin * (taken_.value() + kOtherNs); }
   // It was predicted: what the guesses that were read promised, and what predicting took, in ns.
   void add(double promised_ns, double taken_ns) {
     promised_.add(promised_ns);
@@ -81,6 +81,9 @@ class Payoff {
   }
 
  private:
+  static constexpr double kMargin = 1.5;   // promises are estimates, and what they cost is certain
+  static constexpr double kOtherNs = 4e3;  // to keep account of a layer, beside predicting it
+
   Mean promised_, taken_;
 };
 
