@@ -48,17 +48,17 @@ class LoadedModel:
         self._lock, self._interrupt = threading.RLock(), DeferredInterrupt()
         with ExitStack() as resources:
             opened = open_all(checked, plan, config, self._interrupt, resources)
-            self._resources = resources.pop_all()
-        self.reader, self.cache, self.prefetch = opened.reader, opened.cache, opened.prefetch
-        self._model, self._experts = opened.model, opened.experts
-        self._executor, self._full_capacity = opened.executor, opened.capacity_bytes
-        self.notes = [*plan.notes, *opened.notes]
-        self.lent_memory = opened.lent_memory
-        if self.lent_memory is not None:
-            self.lent_memory.serve(self.cache, opened.arena, self._use_memory)
-        self.governed: GovernedCache | None = None
-        if config.find_knee:
-            self.governed = GovernedCache(self.cache, plan.min_cache_bytes)
+            self.reader, self.cache, self.prefetch = opened.reader, opened.cache, opened.prefetch
+            self._model, self._experts = opened.model, opened.experts
+            self._executor, self._full_capacity = opened.executor, opened.capacity_bytes
+            self.notes = [*plan.notes, *opened.notes]
+            self.lent_memory = opened.lent_memory
+            if self.lent_memory is not None:
+                self.lent_memory.serve(self.cache, opened.arena, self._use_memory)
+            self.governed: GovernedCache | None = None
+            if config.find_knee:
+                self.governed = GovernedCache(self.cache, plan.min_cache_bytes)
+            self._resources = resources.pop_all()  # what fails before gives all back
 
     def _use_memory(self, workspace: int | None, scratch: int | None, scratch_bytes: int) -> None:
         """Lay the buffers of steps there; see lent_memory.py."""

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 import weakref
 from pathlib import Path
 
@@ -204,6 +205,31 @@ def test_closing_gives_the_weights_back(path):
     layers = weakref.ref(engine._model._layers)
     engine.close()
     assert layers() is None  # at once, though nobody collected cycles
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="no /proc on this system")
+def test_opening_that_fails_late_gives_everything_back(path, monkeypatch):
+    def fail(*_):
+        raise MemoryError
+
+    def open_files():
+        return [
+            link for fd in Path("/proc/self/fd").iterdir() if "edgemoe" in (link := _target(fd))
+        ]
+
+    monkeypatch.setattr("edgemoe.loaded_model.GovernedCache", fail)
+    before, threads = open_files(), threading.active_count()
+    with pytest.raises(MemoryError) as failed:
+        Engine.from_pretrained(path, memory="auto")
+    assert failed.traceback  # by which all that was made is still known
+    assert (open_files(), threading.active_count()) == (before, threads)
+
+
+def _target(link: Path) -> str:
+    try:
+        return os.readlink(link)
+    except FileNotFoundError:  # closed meanwhile
+        return ""
 
 
 @needs_core
