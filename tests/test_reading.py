@@ -129,6 +129,10 @@ def test_a_demanded_section_is_one_request_and_a_guess_or_a_lone_record_several(
         submit(reader, slots, [0])
         assert reader.wait(0) == READY
         assert reader.stats()["num_requests"] == 10 + (4 + 2 if "io_uring" in kind else 2)
+    with open_reader(kind, path, records, depth=1) as reader:  # nothing to read beside it
+        submit(reader, slots, [0])
+        assert reader.wait(0) == READY
+        assert reader.stats()["num_requests"] == 2
 
 
 def test_a_checksum_is_checked_once(kind, large):

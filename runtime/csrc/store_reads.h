@@ -236,8 +236,9 @@ struct em_store {
   void push(uint64_t tag) {
     const em::Flight &flight = flights[tag];
     const em::Request &request = flight.request;
-    ring->push_read(file_of(request.key), request.dst + flight.num_bytes, request.num_bytes - flight.num_bytes,
-                    records[request.key].offset + request.begin + flight.num_bytes, tag);
+    const int64_t landed = flight.num_bytes, begin = request.begin + landed;
+    ring->push_read(file_of(request.key), request.dst + landed, request.num_bytes - landed,
+                    records[request.key].offset + begin, tag);
   }
 
   // Whether the first task and what is under way are all that is demanded of one record.
@@ -253,12 +254,13 @@ struct em_store {
   // Start what the depth allows: half of it for guesses, and guesses under way do not keep a demand
   // waiting. A drive serves its requests side by side. So a lone record's gate|up section goes first, in
   // two requests, and the other section when the first of these has ended: it arrives while gate|up is
-  // computed, and the drive is not idle in between.
+  // computed, and the drive is not idle in between. One request at a time gains nothing by that.
   void start() {
     while (!queue.empty()) {
-      const bool is_demand = queue.top_priority() == 0, is_alone = is_demand && is_lone();
+      const bool is_demand = queue.top_priority() == 0;
+      const bool is_alone = is_demand && depth > 1 && is_lone();
       const bool is_last = is_alone && queue.next_section() == em::kDown;
-      const int32_t num_demanded = is_last ? std::min(2, depth) : depth;
+      const int32_t num_demanded = is_last ? 2 : depth;
       if (is_demand ? num_demands >= num_demanded : num_flights >= (depth + 1) / 2) return;
       uint64_t tag = 0;
       while (flights[tag].is_used) ++tag;
