@@ -37,6 +37,8 @@ class Experts {
   int64_t num_gather_items(const Segment &segment) const;  // 0: it needs none
   void gather(const Segment &segment, int64_t item) const;
   void compute(const Segment &segment, Phase phase, int64_t item) const;
+  // Has the first bytes that a segment's next phase reads come from memory.
+  void fetch_start(const Segment &segment, Phase phase) const;
   void combine() const;  // y[t] += weight * output, in the order of the list
   void measure() const;  // pair_norm
 

@@ -194,6 +194,10 @@ int32_t Layer::compute(const Experts &experts) {
     }
     const std::size_t i = place_of(item);
     const Part &part = parts_[round_[i]];
+    if (item + 1 == begin_[i + 1] && i + 1 < round_.size()) {  // kernels fetch ahead within a record
+      const Part &next = parts_[round_[i + 1]];
+      experts.fetch_start(next.segment, next.phase);
+    }
     experts.compute(part.segment, part.phase, item - begin_[i]);
   });
   for (const std::size_t i : round_) {
