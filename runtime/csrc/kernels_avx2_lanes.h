@@ -107,6 +107,8 @@ EM_INLINE __m256i word_of(const int8_t *q) {
   __builtin_memcpy(&word, q, 4);
   return _mm256_set1_epi32(word);
 }
+constexpr bool kHoldsUnit = false;
+
 EM_INLINE Dot dot_zero() { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
 
 #if defined(__AVXVNNI__)
@@ -118,10 +120,10 @@ EM_INLINE B level_of(B code) {
   const __m256i table = plus_128(levels());
   return {_mm256_shuffle_epi8(table, code.a), _mm256_shuffle_epi8(table, code.b)};
 }
-template <class C>
+template <class C, int PLACE>
 EM_INLINE Dot dot_begin(const int32_t &negative_sum) {
   if constexpr (C::kZero == 0) return dot_zero();
-  const __m256i start = _mm256_slli_epi32(_mm256_set1_epi32(negative_sum), C::kZeroShift);
+  const __m256i start = _mm256_slli_epi32(_mm256_set1_epi32(negative_sum), C::kZeroShift + PLACE);
   return {start, start};
 }
 template <class C>
@@ -130,9 +132,11 @@ EM_INLINE Dot dot_add(Dot d, B code, const int8_t *q) {
   return {_mm256_dpbusd_avx_epi32(d.a, code.a, a), _mm256_dpbusd_avx_epi32(d.b, code.b, a)};
 }
 template <int PLACE>
-EM_INLINE Dot joined(Dot low, Dot high) {
-  return {_mm256_add_epi32(low.a, _mm256_srai_epi32(high.a, PLACE)),
-          _mm256_add_epi32(low.b, _mm256_srai_epi32(high.b, PLACE))};
+EM_INLINE Dot shifted_down(Dot d) {
+  return {_mm256_srai_epi32(d.a, PLACE), _mm256_srai_epi32(d.b, PLACE)};
+}
+EM_INLINE Dot sum_of(Dot x, Dot y) {
+  return {_mm256_add_epi32(x.a, y.a), _mm256_add_epi32(x.b, y.b)};
 }
 template <class C>
 EM_INLINE F dot_end(Dot d, int32_t) {
@@ -149,7 +153,7 @@ EM_INLINE B byte_code(B x) { return {plus_128(x.a), plus_128(x.b)}; }
 EM_INLINE B level_of(B code) {
   return {_mm256_shuffle_epi8(levels(), code.a), _mm256_shuffle_epi8(levels(), code.b)};
 }
-template <class C>
+template <class C, int>
 EM_INLINE Dot dot_begin(int32_t) {
   return dot_zero();
 }
@@ -166,9 +170,11 @@ EM_INLINE Dot dot_add(Dot d, B code, const int8_t *q) {
           _mm256_add_epi16(d.b, _mm256_maddubs_epi16(code.b, a))};
 }
 template <int PLACE>
-EM_INLINE Dot joined(Dot low, Dot high) {
-  return {_mm256_add_epi16(low.a, _mm256_srai_epi16(high.a, PLACE)),
-          _mm256_add_epi16(low.b, _mm256_srai_epi16(high.b, PLACE))};
+EM_INLINE Dot shifted_down(Dot d) {
+  return {_mm256_srai_epi16(d.a, PLACE), _mm256_srai_epi16(d.b, PLACE)};
+}
+EM_INLINE Dot sum_of(Dot x, Dot y) {
+  return {_mm256_add_epi16(x.a, y.a), _mm256_add_epi16(x.b, y.b)};
 }
 template <class C>
 EM_INLINE F dot_end(Dot d, int32_t negative_sum) {

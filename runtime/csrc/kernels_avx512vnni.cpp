@@ -10,10 +10,11 @@
 #define EM_INLINE static inline __attribute__((always_inline))
 #if defined(__clang__)
 #define EM_UNROLL _Pragma("unroll")
+#define EM_NOINLINE __attribute__((noinline))
 #else
 #define EM_UNROLL _Pragma("GCC unroll 8")
+#define EM_NOINLINE __attribute__((noinline, noclone))
 #endif
-#define EM_NOINLINE __attribute__((noinline))
 #define EM_FMA __builtin_fmaf
 
 namespace em {
@@ -75,11 +76,13 @@ EM_INLINE F high_half(B x) {
 template <class C>
 constexpr bool kSplits = !C::kIsByte;
 
+constexpr bool kHoldsUnit = true;
+
 EM_INLINE Dot dot_zero() { return _mm512_setzero_si512(); }
-template <class C>
+template <class C, int PLACE>
 EM_INLINE Dot dot_begin(const int32_t &negative_sum) {
   if constexpr (C::kZero == 0) return _mm512_setzero_si512();
-  return _mm512_slli_epi32(_mm512_set1_epi32(negative_sum), C::kZeroShift);
+  return _mm512_slli_epi32(_mm512_set1_epi32(negative_sum), C::kZeroShift + PLACE);
 }
 template <class C>
 EM_INLINE Dot dot_add(Dot d, B code, const int8_t *q) {
@@ -88,9 +91,10 @@ EM_INLINE Dot dot_add(Dot d, B code, const int8_t *q) {
   return _mm512_dpbusd_epi32(d, code, _mm512_set1_epi32(word));
 }
 template <int PLACE>
-EM_INLINE Dot joined(Dot low, Dot high) {
-  return _mm512_add_epi32(low, _mm512_srai_epi32(high, PLACE));
+EM_INLINE Dot shifted_down(Dot d) {
+  return _mm512_srai_epi32(d, PLACE);
 }
+EM_INLINE Dot sum_of(Dot x, Dot y) { return _mm512_add_epi32(x, y); }
 template <class C>
 EM_INLINE F dot_end(Dot d, int32_t) {
   return _mm512_cvtepi32_ps(d);

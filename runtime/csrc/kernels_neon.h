@@ -120,15 +120,18 @@ EM_INLINE F high_half(B x) {
 template <class C>
 constexpr bool kSplits = C::kBits < 4;  // four bits up, a code of 4 bits is no signed byte
 
+constexpr bool kHoldsUnit = true;
+
 EM_INLINE Dot dot_zero() {
   Dot d;
   EM_EACH_REGISTER d.v[i] = vdupq_n_s32(0);
   return d;
 }
-template <class C>
+template <class C, int PLACE>
 EM_INLINE Dot dot_begin(int32_t negative_sum) {
+  constexpr int32_t kZero = C::kZero - (C::kIsByte ? 128 : 0);
   Dot d;
-  EM_EACH_REGISTER d.v[i] = vdupq_n_s32(negative_sum * (C::kZero - (C::kIsByte ? 128 : 0)));
+  EM_EACH_REGISTER d.v[i] = vdupq_n_s32(negative_sum * (kZero << PLACE));
   return d;
 }
 template <class C>
@@ -140,9 +143,13 @@ EM_INLINE Dot dot_add(Dot d, B code, const int8_t *q) {
   return d;
 }
 template <int PLACE>
-EM_INLINE Dot joined(Dot low, Dot high) {
-  EM_EACH_REGISTER low.v[i] = vaddq_s32(low.v[i], vshrq_n_s32(high.v[i], PLACE));
-  return low;
+EM_INLINE Dot shifted_down(Dot d) {
+  EM_EACH_REGISTER d.v[i] = vshrq_n_s32(d.v[i], PLACE);
+  return d;
+}
+EM_INLINE Dot sum_of(Dot x, Dot y) {
+  EM_EACH_REGISTER x.v[i] = vaddq_s32(x.v[i], y.v[i]);
+  return x;
 }
 template <class C>
 EM_INLINE F dot_end(Dot d, int32_t) {

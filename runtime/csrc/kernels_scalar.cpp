@@ -131,8 +131,10 @@ EM_INLINE F high_half(const B &b) {
 template <class C>
 constexpr bool kSplits = false;
 
+constexpr bool kHoldsUnit = false;
+
 EM_INLINE Dot dot_zero() { return {}; }
-template <class C>
+template <class C, int>
 EM_INLINE Dot dot_begin(int32_t negative_sum) {
   Dot d;
   for (int i = 0; i < 16; ++i) d.v[i] = negative_sum * C::kZero;
@@ -146,9 +148,13 @@ EM_INLINE Dot dot_add(Dot d, const B &code, const int8_t *q) {
   return d;
 }
 template <int PLACE>
-EM_INLINE Dot joined(Dot low, const Dot &high) {
-  for (int i = 0; i < 16; ++i) low.v[i] += high.v[i] >> PLACE;
-  return low;
+EM_INLINE Dot shifted_down(Dot d) {
+  for (int i = 0; i < 16; ++i) d.v[i] >>= PLACE;
+  return d;
+}
+EM_INLINE Dot sum_of(Dot x, const Dot &y) {
+  for (int i = 0; i < 16; ++i) x.v[i] += y.v[i];
+  return x;
 }
 template <class C>
 EM_INLINE F dot_end(const Dot &d, int32_t) {
