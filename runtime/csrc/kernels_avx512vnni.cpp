@@ -94,7 +94,6 @@ template <int PLACE>
 EM_INLINE Dot shifted_down(Dot d) {
   return _mm512_srai_epi32(d, PLACE);
 }
-EM_INLINE Dot sum_of(Dot x, Dot y) { return _mm512_add_epi32(x, y); }
 template <class C>
 EM_INLINE F dot_end(Dot d, int32_t) {
   return _mm512_cvtepi32_ps(d);

@@ -131,7 +131,7 @@ template <class C, int PLACE>
 EM_INLINE Dot dot_begin(int32_t negative_sum) {
   constexpr int32_t kZero = C::kZero - (C::kIsByte ? 128 : 0);
   Dot d;
-  EM_EACH_REGISTER d.v[i] = vdupq_n_s32(negative_sum * (kZero << PLACE));
+  EM_EACH_REGISTER d.v[i] = vdupq_n_s32(negative_sum * kZero * (1 << PLACE));
   return d;
 }
 template <class C>
@@ -146,10 +146,6 @@ template <int PLACE>
 EM_INLINE Dot shifted_down(Dot d) {
   EM_EACH_REGISTER d.v[i] = vshrq_n_s32(d.v[i], PLACE);
   return d;
-}
-EM_INLINE Dot sum_of(Dot x, Dot y) {
-  EM_EACH_REGISTER x.v[i] = vaddq_s32(x.v[i], y.v[i]);
-  return x;
 }
 template <class C>
 EM_INLINE F dot_end(Dot d, int32_t) {

@@ -152,10 +152,6 @@ EM_INLINE Dot shifted_down(Dot d) {
   for (int i = 0; i < 16; ++i) d.v[i] >>= PLACE;
   return d;
 }
-EM_INLINE Dot sum_of(Dot x, const Dot &y) {
-  for (int i = 0; i < 16; ++i) x.v[i] += y.v[i];
-  return x;
-}
 template <class C>
 EM_INLINE F dot_end(const Dot &d, int32_t) {
   F r;
