@@ -11,7 +11,6 @@ constexpr int64_t kDownTiles = 8;           // tiles of one down item
 constexpr int64_t kMinRows = 256;           // intermediate rows held at a time, where so many are
 constexpr int64_t kSerialFloats = 1 << 16;  // below it a second thread does not pay
 constexpr int64_t kColumnBlock = 256;
-constexpr int64_t kStartBytes = 4096;  // as far as the kernels fetch ahead
 
 int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
 int64_t max_of(int64_t a, int64_t b) { return a > b ? a : b; }
@@ -76,7 +75,7 @@ void Experts::compute(const Segment &segment, Phase phase, int64_t item) const {
 void Experts::fetch_start(const Segment &segment, Phase phase) const {
   const int64_t offset = phase == Phase::kDown ? record(segment.expert).down_offset : 0;
   const uint8_t *const first = a_.data[segment.expert] + offset;
-  for (int64_t i = 0; i < kStartBytes; i += kLineBytes) __builtin_prefetch(first + i, 0, 2);
+  for (int64_t i = 0; i < kFarAhead; i += kLineBytes) __builtin_prefetch(first + i, 0, 2);
 }
 
 bool Experts::uses_panels(const Segment &segment, em_format format) const {

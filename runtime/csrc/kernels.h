@@ -8,6 +8,7 @@ namespace em {
 
 constexpr int kTileRows = 16;
 constexpr int kLineBytes = 64;
+constexpr int64_t kFarAhead = 4096;  // bytes: what is fetched from memory, before the weights in use
 constexpr int kActGroup = 32;  // columns that share one activation scale
 constexpr int kMaxTokens = 8;  // most tokens in one call of a tile kernel
 

@@ -76,7 +76,7 @@ EM_INLINE F high_half(B x) {
 template <class C>
 constexpr bool kSplits = !C::kIsByte;
 
-constexpr bool kHoldsUnit = true;
+constexpr bool kHoldsUnit = true;  // the codes of 32 columns, beside what is summed: 32 registers
 
 EM_INLINE Dot dot_zero() { return _mm512_setzero_si512(); }
 template <class C, int PLACE>

@@ -13,7 +13,7 @@
 // into the second: the processor's own prefetch stops at every page, and the first cache alone has
 // too few lines under way. Two threads at 4 bits reach .96 of a plain sweep with both, .86 with one
 // step of 2 KiB; 1 and .75 KiB, 3, 5 and 8 KiB were worse.
-constexpr int64_t kAhead = 1536, kFarAhead = 4096;
+constexpr int64_t kAhead = 1536;
 EM_INLINE void fetch_ahead(const uint8_t *p) {
   __builtin_prefetch(p + kAhead);
   __builtin_prefetch(p + kFarAhead, 0, 2);

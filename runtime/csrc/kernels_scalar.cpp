@@ -131,7 +131,7 @@ EM_INLINE F high_half(const B &b) {
 template <class C>
 constexpr bool kSplits = false;
 
-constexpr bool kHoldsUnit = false;
+constexpr bool kHoldsUnit = false;  // of no account: kSplits
 
 EM_INLINE Dot dot_zero() { return {}; }
 template <class C, int>
