@@ -247,10 +247,26 @@ def test_a_ratio_is_told_from_noise_that_both_arms_share() -> None:
     off = rng.uniform(1, 3, 400) * (1 + np.sin(np.arange(400) / 30))  # tokens and machine
     noise = rng.normal(0, 0.02, 400) * off
     hiccups = np.where(np.arange(400) % 50 == 0, 20, 0)
-    middle, low, high = prefetch_grid.ratio(0.97 * off + noise + hiccups, off)
+    turns = [30] * 11 + [70]
+    middle, low, high = prefetch_grid.ratio(0.97 * off + noise + hiccups, off, turns)
     assert low < 0.97 < high and abs(middle - 0.97) < 0.01 and high < 1
-    middle, low, high = prefetch_grid.ratio(off + noise, off)
+    middle, low, high = prefetch_grid.ratio(off + noise, off, turns)
     assert low < 1 < high and high - low < 0.02
+
+
+def test_an_interval_knows_that_engines_differ() -> None:
+    off = np.random.default_rng(0).uniform(1, 3, 400)
+    turns = np.array([30] * 11 + [70])
+    faster = np.repeat([0.95, 1.05, 1.0] * 4, turns)  # by the engine of the turn
+    middle, low, high = prefetch_grid.ratio(off * faster, off, turns.tolist())
+    assert low < 1 < high and abs(middle - 1) < 0.01 and high - low > 0.05
+
+
+def test_turns_of_one_token_each_count() -> None:
+    on, off = np.ones(24), np.ones(24)
+    on[3] = 50  # among the most extreme, and all that there is of its turn
+    middle, low, high = prefetch_grid.ratio(on, off, [1, 1, 1, 1, 13, *[1] * 7])
+    assert 1 < middle < high and low < 1
 
 
 def cell(on: tuple[float, float, float], perfect: tuple[float, float, float]) -> dict:

@@ -22,8 +22,8 @@ from edgemoe.runtime.prefetch import AUTO, GIVEN, Prefetcher
 from edgemoe.runtime.trace import Trace
 
 ARMS = ("off", "on", "oracle")
-MIN_TOKENS = 12  # that are measured
-CONTEXT = 256
+NUM_TURNS = 12  # each arm goes through all lanes four times
+CONTEXT = 128
 SETTLING_TOKENS, SETTLING = 64, 0.2  # of a new gate, or this share of a cell: whichever is less
 RETURNING = (8, 0.1)  # tokens, or seconds, after a change of lanes
 NUM_PASSES = 4  # over a trace, with other experts in the places of the recorded ones
@@ -141,6 +141,7 @@ class Arm:
             predictor = "none"
         self.prefetch = Prefetcher(predictor, len(lane.engine.args.moe_layers))
         self.digest, self.seconds = hashlib.sha256(), array("d")
+        self.turn_lengths: list[int] = []  # tokens of `seconds`
         self.busy_s = self.stall_s = 0.0
         self.num_bytes = self.num_hits = self.num_guessed = self.num_demanded = 0
 
@@ -181,6 +182,7 @@ class Arm:
             "open_share": guesses.open_share,
             "wasted_bytes": guesses.wasted_bytes,
             "hash": self.digest.hexdigest()[:16],
+            "turn_lengths": self.turn_lengths,
             "seconds": [round(each, 7) for each in self.seconds],
         }
 
@@ -193,18 +195,19 @@ class Bench:
         self.expert_bytes = load_index(workload.store).expert_bytes
         most = int(share * self.expert_bytes)
         self.context = min(CONTEXT, len(workload.tokens))
+        self.oracle = workload.routes.ids if workload.routes else self._own_routes(most)
         self.lanes = [Lane(workload, most, self.context) for _ in ARMS]
-        self.oracle = workload.routes.ids if workload.routes else self._own_routes()
 
-    def _own_routes(self) -> np.ndarray:
-        """What the model's routers choose: int32 [T, places, K]."""
+    def _own_routes(self, most: int) -> np.ndarray:
+        """What the model's routers choose: int32 [T, places, K]. In a lane of its own, since its
+        cache learns from the tokens: it would know them when they come again."""
         routes: list[list[np.ndarray]] = []
-        lane = self.lanes[0]
+        lane = Lane(self.workload, most, self.context)
         lane.engine.on_route = lambda layer, ids, weights: routes[-1].append(np.array(ids[0]))
-        for at in range(len(lane.workload.tokens)):
+        for at in range(len(self.workload.tokens)):
             routes.append([])
             lane.feed(at)
-        lane.engine.on_route = None
+        lane.engine.close()
         return np.array(routes, dtype=np.int32)
 
     def arm(self, name: str) -> Arm:
@@ -218,31 +221,30 @@ class Bench:
         length = len(self.workload.tokens)
         arms = [self.arm("off" if is_control else name) for name in ARMS]
         orders = list(permutations(arms))
-        at = number = num_measured = 0
-        for turn in range(len(arms)):
+        at = number = 0
+        for turn in range(NUM_TURNS):
             first_at = -(-at // self.context) * self.context
-            if first_at + num_warm_up + MIN_TOKENS > length:
+            if first_at + num_warm_up >= length:
                 first_at = 0
             at = first_at + num_warm_up
             for place, arm in enumerate(arms):
                 lane = self.lanes[(place + turn) % len(arms)]
                 lane.begin(capacity, range(first_at, at))
                 arm.enter(lane, rate)
-            start, first = time.perf_counter(), number
             settling = (SETTLING_TOKENS, SETTLING * seconds) if turn == 0 else RETURNING
-            left = seconds / len(arms)
-            is_measured = False
-            while True:
-                elapsed = time.perf_counter() - start
-                is_settled = number - first >= settling[0] or elapsed > settling[1]
-                is_measured = is_measured or is_settled
-                if elapsed > left and num_measured >= MIN_TOKENS * (turn + 1) // len(arms):
-                    break
+            begin, first, end = time.perf_counter(), number, None
+            num_measured = 0
+            while num_measured == 0 or time.perf_counter() < end:
+                now = time.perf_counter()
+                if end is None and (number - first >= settling[0] or now - begin > settling[1]):
+                    end = now + seconds / NUM_TURNS
                 for arm in orders[number % len(orders)]:
-                    arm.feed(at, is_measured)
-                num_measured += is_measured
+                    arm.feed(at, end is not None)
+                num_measured += end is not None
                 number += 1
                 at = (at + 1) % length
+            for arm in arms:
+                arm.turn_lengths.append(num_measured)
         found = {name: arm.figures() for name, arm in zip(ARMS, arms, strict=True)}
         for arm in arms:
             arm.lane.engine.use_prefetch(arm.lane.none)

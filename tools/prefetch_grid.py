@@ -14,11 +14,11 @@ looking one layer ahead: .58 to .92 in the literature, .96 for the heaviest).
 Three engines, each with an expert cache, a drive and a context of its own, are fed the same tokens
 in turn, in all orders: without guesses (`off`), with them (`on`), and with perfect ones (`oracle`:
 what the next layer will demand, through the same gate). So one token is a pair, what wrong guesses
-do to the cache stays with those who guess, and a machine that slows down slows all. Each arm has a
-third of its tokens on each engine, since where an engine's memory lies makes it 1-5 % faster.
-Tokens at full speed without guesses, then some for the gate to settle, go before. Told for each
+do to the cache stays with those who guess, and a machine that slows down slows all. Each arm has
+four of twelve turns on each engine, since where an engine's memory lies makes it faster or slower.
+Tokens at full speed without guesses, then some for the gate to settle, go before each. Told for a
 cell: time with guesses over time without, the most extreme tokens left out at both ends (`TRIM`),
-its 99 % interval (bootstrap over runs of tokens), the same for the oracle, and the share of time
+its 99 % interval (Student's t over the turns), the same for the oracle, and the share of time
 for which the drive was idle without guesses. A cell loses when its interval lies above 1; it is
 then measured again, and loses when that interval does, too. `--control` compares `off` to `off`.
 Cells that are in --out already are not measured again; `--show` prints the tables of --out.
@@ -34,7 +34,7 @@ from statistics import median
 from typing import Any
 
 import numpy as np
-from prefetch_bench import MIN_TOKENS, Bench, demo, traced
+from prefetch_bench import NUM_TURNS, Bench, demo, traced
 
 from edgemoe.cli.bench_limits import machine
 from edgemoe.cli.render import markdown
@@ -43,8 +43,7 @@ from edgemoe.runtime.amounts import format_rate, parse_bytes, parse_rate
 BUDGETS = tuple(range(10, 100, 10))  # percent
 RATES = (50_000_000, 550_000_000, 1_500_000_000, 0)  # 0: as fast as the drive is
 TRIM = 0.05  # of the pairs, at each end
-MAX_RUNS, RUN_TOKENS = 60, 5  # that are drawn
-NUM_RESAMPLES, TAIL = 2000, 0.005
+STUDENT = {12: 3.106}[NUM_TURNS]  # t of 99 %, two-sided, by one more than its degrees of freedom
 
 
 def cell_of(arms: dict[str, dict[str, Any]]) -> dict[str, Any]:
@@ -54,26 +53,26 @@ def cell_of(arms: dict[str, dict[str, Any]]) -> dict[str, Any]:
     return {
         "arms": arms,
         "tokens": len(off),
-        "on": ratio(np.array(arms["on"]["seconds"]), off),
-        "oracle": ratio(np.array(arms["oracle"]["seconds"]), off),
+        "on": ratio(np.array(arms["on"]["seconds"]), off, arms["off"]["turn_lengths"]),
+        "oracle": ratio(np.array(arms["oracle"]["seconds"]), off, arms["off"]["turn_lengths"]),
         "identical": len({arm["hash"] for arm in arms.values()}) == 1,
     }
 
 
-def ratio(on: np.ndarray, off: np.ndarray) -> list[float]:
-    """Time of the tokens `on` over that of `off`, and its 99 % bootstrap interval over runs of
-    tokens. Pairs [T] whose difference is among the most extreme ones are left out."""
+def ratio(on: np.ndarray, off: np.ndarray, turn_lengths: list[int]) -> list[float]:
+    """Time of the tokens `on` over that of `off` [T]: the geometric mean over turns, and its 99 %
+    interval (Student's t). Pairs whose difference is among the most extreme ones are left out."""
     count = len(on)
-    num_runs = max(MIN_TOKENS, min(MAX_RUNS, count // RUN_TOKENS))
     order = np.argsort(on - off, kind="stable")
     num_cut = int(TRIM * count)
     kept = np.ones(count, dtype=bool)
     kept[order[:num_cut]] = kept[order[count - num_cut :]] = False
-    runs = np.array_split(np.arange(count), num_runs)
-    sums = np.array([[(each * kept)[run].sum() for each in (on, off)] for run in runs])
-    drawn = sums[np.random.default_rng(0).integers(0, num_runs, (NUM_RESAMPLES, num_runs))].sum(1)
-    low, high = np.quantile(drawn[:, 0] / drawn[:, 1], (TAIL, 1 - TAIL))
-    return [float(sums[:, 0].sum() / sums[:, 1].sum()), float(low), float(high)]
+    begins = np.cumsum([0, *turn_lengths[:-1]])
+    kept |= np.repeat(np.add.reduceat(kept, begins) == 0, turn_lengths)  # no turn without tokens
+    sums = [np.add.reduceat(each * kept, begins) for each in (on, off)]
+    logs = np.log(sums[0] / sums[1])
+    half = STUDENT * logs.std(ddof=1) / np.sqrt(len(logs))
+    return [float(np.exp(logs.mean() + by)) for by in (0.0, -half, half)]
 
 
 def loses(cell: dict[str, Any]) -> bool:
@@ -175,7 +174,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--budgets", type=int, nargs="+", default=list(BUDGETS), metavar="PERCENT")
     parser.add_argument("--rates", type=_rate, nargs="+", default=list(RATES), metavar="RATE")
     parser.add_argument("--seconds", type=float, default=7.0, help="of a cell, roughly")
-    parser.add_argument("--warm-up", type=int, default=16, help="tokens before it")
+    parser.add_argument("--warm-up", type=int, default=24, help="tokens before each turn")
     parser.add_argument("--control", action="store_true")
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args(arguments)
