@@ -1,5 +1,6 @@
 // Whether reading a guess is worth it: what a right one gains against what a wrong one costs, all of
-// it measured while decoding. Arithmetic only. Depth: layers ahead, from 1. Rank: 0 is the likeliest.
+// it measured while decoding. Arithmetic only. Depth: layers ahead, from 1. Grade: how sure
+// a guess is, by its score or its rank; 0 is the least.
 #pragma once
 #include <cstdint>
 #include <vector>
@@ -24,11 +25,11 @@ class Mean {
 
 class Gate {
  public:
-  Gate(int64_t num_places, int64_t num_ranks);
+  Gate(int64_t num_places, int64_t num_grades);
 
   // Of a guess of a record that was absent then: was it demanded? It need not have been read.
-  void score(int depth, int64_t place, int64_t rank, bool was_right);
-  double odds(int depth, int64_t place, int64_t rank) const;
+  void score(int depth, int64_t place, int64_t grade, bool was_right);
+  double odds(int depth, int64_t place, int64_t grade) const;
 
   void saw_reading(int64_t num_bytes, int64_t busy_ns);  // storage was never idle in that time
   // From one router to the next one, at `place`, of a layer that waited for nothing; or from the end
@@ -57,19 +58,19 @@ class Gate {
     float right = 0.0f, seen = 0.0f;
   };
   static void add(Count *count, bool was_right);
-  Count &at(int depth, int64_t place, int64_t rank) {
-    return counts_[(((depth - 1) * (num_places_ + 1)) + place) * num_ranks_ + rank];
+  Count &at(int depth, int64_t place, int64_t grade) {
+    return counts_[(((depth - 1) * (num_places_ + 1)) + place) * num_grades_ + grade];
   }
-  const Count &at(int depth, int64_t place, int64_t rank) const {
-    return const_cast<Gate *>(this)->at(depth, place, rank);
+  const Count &at(int depth, int64_t place, int64_t grade) const {
+    return const_cast<Gate *>(this)->at(depth, place, grade);
   }
 
   static double of(const std::vector<Mean> &means, const std::vector<Mean> &others, int64_t place) {
     return (means[place].is_known() ? means : others)[place].value();
   }
 
-  int64_t num_places_, num_ranks_;
-  std::vector<Count> counts_;  // [kMaxDepth][num_places + 1: all together][num_ranks]
+  int64_t num_places_, num_grades_;
+  std::vector<Count> counts_;  // [kMaxDepth][num_places + 1: all together][num_grades]
   std::vector<Mean> intervals_, tails_;
   Mean windows_;  // both, of all places
   Mean ns_per_byte_, stall_ns_;  // stall: of a layer with misses

@@ -1,7 +1,9 @@
 #include "predict.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
+#include <iterator>
 #include <vector>
 
 namespace em {
@@ -78,6 +80,17 @@ void rank_largest(const float *scores, int64_t num, int64_t n, int32_t *position
     for (; at > 0 && bits(positions[at - 1]) < score; --at) positions[at] = positions[at - 1];
     positions[at] = static_cast<int32_t>(i);
   }
+}
+
+int32_t margin_of(float score, float last_chosen, float first_left) {
+  // e to the power of -1, -.5, -.25, -.1, 0, .1, .25, .5, .75, 1, 1.5, 2.
+  static constexpr float kShares[] = {0.37f, 0.61f, 0.78f, 0.90f, 1.0f, 1.11f,
+                                      1.28f, 1.65f, 2.12f, 2.72f, 4.48f, 7.39f};
+  static_assert(std::size(kShares) == kNumMargins - 1);
+  const float line = std::sqrt(last_chosen) * std::sqrt(first_left);
+  const float *end = std::end(kShares);
+  return static_cast<int32_t>(
+      std::partition_point(kShares, end, [&](float share) { return share * line <= score; }) - kShares);
 }
 
 }  // namespace em

@@ -16,4 +16,9 @@ void profile_scores(const em_place_tables &tables, float back_off, int64_t num_e
 // The n positions of the largest scores, largest first; of equal ones the lowest. Scores >= 0 or NaN.
 void rank_largest(const float *scores, int64_t num, int64_t n, int32_t *positions);
 
+// How sure a choice is by its score: between 0, far below the line between the last one chosen and the
+// first one left out, and kNumMargins - 1, far above it. The line is the geometric mean of their scores.
+constexpr int32_t kNumMargins = 13;
+int32_t margin_of(float score, float last_chosen, float first_left);
+
 }  // namespace em

@@ -56,7 +56,7 @@ bool Prefetcher::bind(const Decoder &decoder) {
       }
     }
     previous_.assign(places_.size() * static_cast<size_t>(top_k_), -1);
-    gate_.assign(1, Gate(static_cast<int64_t>(places_.size()), num_ranks_));
+    gate_.assign(1, Gate(static_cast<int64_t>(places_.size()), has_scores() ? kNumMargins : num_ranks_));
   }
   const bool has_tables = options_.predictor != EM_PREDICT_PROFILE ||
                           tables_.size() == places_.size();
@@ -158,7 +158,7 @@ void Prefetcher::spoken(const Decoder &decoder, int64_t place, const int32_t *id
       shift(depth, place).learn(decoder.router_shares());
     }
     for (const Candidate &each : made.candidates) {
-      gate_[0].score(depth, place, each.rank, is_chosen(each.key));
+      gate_[0].score(depth, place, each.grade, is_chosen(each.key));
     }
     made.taken_ns += monotonic_ns() - before;
     payoff(depth, place).add(made.promised_ns, static_cast<double>(made.taken_ns));
@@ -229,7 +229,7 @@ int32_t Prefetcher::predict_place(Decoder *decoder, int64_t place, int depth, co
     if (ranked_[rank] < 0 || ranked_[rank] >= places_[place].num_experts) continue;  // none, or given
     if (!decoder->routing_of(places_[place].layer).may_choose(ranked_[rank])) continue;
     const int32_t key = static_cast<int32_t>(places_[place].first_key) + ranked_[rank];
-    if (cache_->is_absent(key)) made.candidates.push_back({key, static_cast<int32_t>(rank)});
+    if (cache_->is_absent(key)) made.candidates.push_back({key, grade_of(rank, num)});
   }
   made.is_made = true;
   made.taken_ns = monotonic_ns() - begin;
@@ -237,6 +237,14 @@ int32_t Prefetcher::predict_place(Decoder *decoder, int64_t place, int depth, co
   has_candidates_ = true;
   if (depth == 1) ++stats_.num_layers;
   return 0;
+}
+
+// Of ranked_[rank] of `num`: how sure it is, where scores say so, or else its rank. All are chosen
+// where there are no more of them.
+int32_t Prefetcher::grade_of(int64_t rank, int64_t num) const {
+  if (!has_scores()) return static_cast<int32_t>(num_ranks_ - 1 - rank);
+  if (num <= top_k_) return kNumMargins - 1;
+  return margin_of(scores_[ranked_[rank]], scores_[ranked_[top_k_ - 1]], scores_[ranked_[top_k_]]);
 }
 
 // Fills ranked_ with expert ids, the likeliest first; returns their number.
@@ -350,7 +358,7 @@ bool Prefetcher::read_one(int depth, int64_t place, int64_t now, const Load &loa
     if (!cache_->is_absent(each.key)) continue;  // guessed meanwhile for another reason
     double worth_ns = 0.0;
     if (!options_.is_forced) {
-      const double odds = gate.odds(depth, place, each.rank);
+      const double odds = gate.odds(depth, place, each.grade);
       const double backlog = static_cast<double>(load.backlog_bytes);
       const double num_bytes = static_cast<double>(records_of(store_)[each.key].num_bytes);
       worth_ns = gate.worth_ns(odds, num_bytes, backlog, window);

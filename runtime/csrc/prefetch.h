@@ -55,7 +55,7 @@ class Prefetcher {
  private:
   struct Candidate {
     int32_t key;
-    int32_t rank;
+    int32_t grade;  // what its odds are counted by
   };
   struct List {  // for one place, made `depth` layers before it
     bool is_made = false, is_open = false;  // open: something of it was read
@@ -82,6 +82,11 @@ class Prefetcher {
   Payoff &payoff(int depth, int64_t place) {
     return payoffs_[(depth - 1) * places_.size() + place];
   }
+  // Whether ranked_ goes by scores_.
+  bool has_scores() const {
+    return options_.predictor == EM_PREDICT_PROFILE || options_.predictor == EM_PREDICT_ROUTER;
+  }
+  int32_t grade_of(int64_t rank, int64_t num) const;
   bool is_router() const { return options_.predictor == EM_PREDICT_ROUTER; }
   void remember(int64_t place, const int32_t *ids, const float *weights, int64_t num_ids);
   bool has_absent(const Decoder &decoder, int64_t place) const;

@@ -152,19 +152,20 @@ TEST(a_gate_opens_for_what_pays) {
     gate.saw_reading(1 << 20, 500 * 1000);  // 2 GB/s
     gate.saw_layer(1, 1000 * 1000);
     gate.saw_interval(1, 1500 * 1000, false);
-    gate.score(1, 0, 0, true);
-    gate.score(1, 0, 3, i % 20 == 0);
+    gate.score(1, 0, 2, true);
+    gate.score(1, 0, 0, i % 20 == 0);
   }
   CHECK(gate.interval_ns(1) == 1500 * 1000);
   CHECK(gate.tail_ns(1) == 1500 * 1000);  // no layer before it has waited yet
   gate.saw_interval(1, 200 * 1000, true);
   CHECK(gate.interval_ns(1) == 1500 * 1000 && gate.tail_ns(1) == 200 * 1000);
   CHECK(gate.request_bytes() == 204 * kPage);  // what the drive reads in 400 us
-  CHECK(gate.odds(1, 0, 0) > 0.9 && gate.odds(1, 0, 3) < 0.15);
-  CHECK(gate.odds(1, 1, 0) > 0.8);  // as at other places, until it is known better
-  CHECK(gate.odds(2, 0, 0) < 0.5);  // another depth is another thing
-  CHECK(gate.worth_ns(gate.odds(1, 0, 0), kRecord, 0, 1.5e6) > 0);
-  CHECK(gate.worth_ns(gate.odds(1, 0, 3), kRecord, 0, 1.5e6) <= 0);
+  CHECK(gate.odds(1, 0, 2) > 0.9 && gate.odds(1, 0, 0) < 0.15);
+  CHECK(gate.odds(1, 1, 2) > 0.8);  // as at other places, until it is known better
+  CHECK(gate.odds(1, 0, 3) > 0.8 && gate.odds(1, 0, 1) < 0.15);  // never seen: as the grade below
+  CHECK(gate.odds(2, 0, 2) < 0.5);  // another depth is another thing
+  CHECK(gate.worth_ns(gate.odds(1, 0, 2), kRecord, 0, 1.5e6) > 0);
+  CHECK(gate.worth_ns(gate.odds(1, 0, 0), kRecord, 0, 1.5e6) <= 0);
   CHECK(gate.worth_ns(1.0, kRecord, 0, 0) <= 0);                // the router is about to speak
   CHECK(gate.worth_ns(1.0, kRecord, 8 * kRecord, 1.5e6) <= 0);  // others are read until then
   // What a wrong one costs depends on the drive: the same odds, and less time to gain.
@@ -226,6 +227,15 @@ TEST(what_experts_do_to_the_next_router_is_learned) {
   int32_t order[kScores];
   em::rank_largest(scores, kScores, kScores, order);
   CHECK(order[0] == 1 && order[1] == 4 && order[2] == 2 && order[5] == 3);
+}
+
+TEST(a_choice_is_as_sure_as_its_score_is_far_from_the_line) {
+  const auto grade = [](float score) { return em::margin_of(score, 0.2f, 0.05f); };  // a line at .1
+  CHECK(grade(0.0f) == 0 && grade(0.03f) == 0 && grade(std::nanf("")) == 0);
+  CHECK(grade(0.099f) == 4 && grade(0.101f) == 5);
+  CHECK(grade(0.2f) == 8 && grade(1.0f) == em::kNumMargins - 1);
+  CHECK(em::margin_of(1.01e-3f, 2e-3f, 5e-4f) == grade(0.101f));  // scores of any unit
+  CHECK(em::margin_of(0.5f, 0.1f, 0.0f) == em::kNumMargins - 1);  // nothing else may be chosen
 }
 
 TEST(the_largest_come_first) {
