@@ -16,9 +16,8 @@ constexpr float kUnseen = 0.125f;    // odds of the lowest grade, so that a gate
 // What reading costs beside the drive: .03 CPU s/GB, a byte through memory that has 20 GB/s for reading and
 // arithmetic, and the record that goes for it.
 constexpr double kReadingNsPerByte = 0.15;
-// Of a guess, right or wrong: deciding, asking the system, taking note. Demands are asked for together.
-constexpr double kHandlingNs = 10e3;
-// Of each request of it. A thread is at it for some 45 us, in part of which it would have waited.
+// Of each request of a guess behind its first one. A thread is at it for some 45 us, in part of which it
+// would have waited.
 constexpr double kRequestNs = 15e3;
 // A request of a guess takes half the time that guesses have, within bounds: a demand may have to wait for
 // it, and each costs some us of a core.
@@ -86,8 +85,10 @@ double Gate::worth_ns(double odds, double num_bytes, double backlog_bytes, doubl
   const double left = done < request ? request - done : request / 2.0;
   const double delay = done < read ? delays_.value() * left : 0.0;
   const double beside = kReadingNsPerByte * num_bytes * done / read;
-  const double handling = kHandlingNs + kRequestNs * std::ceil(done / request);
-  return gain - kMargin * ((1.0 - odds) * (delay + beside) + handling);
+  // A right guess takes no more asking than the demand that it saves, or that goes on beside it.
+  const double wrong = delay + beside + asking_ns_.value();
+  const double others = kRequestNs * (std::ceil(done / request) - 1.0);
+  return gain - kMargin * ((1.0 - odds) * wrong + others);
 }
 
 int64_t Gate::request_bytes() const {

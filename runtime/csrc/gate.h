@@ -40,6 +40,8 @@ class Gate {
   }
   // A layer is done, of which so many records were absent when its router spoke.
   void saw_layer(int64_t num_misses, int64_t stall_ns);
+  // A guess was handed over to the drive, which took a thread so long.
+  void saw_asking(int64_t ns) { asking_ns_.add(static_cast<double>(ns)); }
   // The likeliest guess for a layer was wrong: whether the layer had others to wait for.
   void saw_wrong(bool has_absent) { delays_.add(has_absent ? 1.0 : 0.0); }
 
@@ -77,6 +79,7 @@ class Gate {
   // Share of wrong guesses that a demand waits behind. Layers of which absent records are expected have
   // others far more often than layers at large.
   Mean delays_{1.0};
+  Mean asking_ns_{40e3};  // as on a virtual machine; a core of one's own is faster
 };
 
 }  // namespace em

@@ -16,7 +16,7 @@ constexpr int64_t kMaxBacklogGuesses = 2;  // records: the one being read and th
 // Of all bytes read while decoding, those of guesses that nobody wanted: no more than so.
 constexpr double kMaxWastedShare = 0.3;
 // Tokens, one of which is predicted whether it pays or not; prime, so that few are a trial's without guesses.
-constexpr int64_t kProbe = 31;
+constexpr int64_t kProbe = 61;
 constexpr int64_t kEnoughBytes = int64_t{1} << 20;
 constexpr int64_t kFreeWaste = int64_t{16} << 20;  // that a start may cost
 
@@ -161,7 +161,9 @@ void Prefetcher::spoken(const Decoder &decoder, int64_t place, const int32_t *id
       gate_[0].score(depth, place, each.grade, is_chosen(each.key));
     }
     made.taken_ns += monotonic_ns() - before;
-    payoff(depth, place).add(made.promised_ns, static_cast<double>(made.taken_ns));
+    if (are_odds_known()) {
+      payoff(depth, place).add(made.promised_ns, static_cast<double>(made.taken_ns));
+    }
     made.reset();
   }
   wanted_.clear();
@@ -219,7 +221,7 @@ int32_t Prefetcher::predict_place(Decoder *decoder, int64_t place, int depth, co
   if (decoder->is_foreseen(places_[place].layer)) return 0;
   const int64_t begin = monotonic_ns();
   if (!has_absent(*decoder, place)) {
-    payoff(depth, place).add(0.0, static_cast<double>(monotonic_ns() - begin));
+    if (are_odds_known()) payoff(depth, place).add(0.0, static_cast<double>(monotonic_ns() - begin));
     return 0;
   }
   int32_t status = 0;
@@ -232,7 +234,7 @@ int32_t Prefetcher::predict_place(Decoder *decoder, int64_t place, int depth, co
     if (cache_->is_absent(key)) made.candidates.push_back({key, grade_of(rank, num)});
   }
   made.is_made = true;
-  made.taken_ns = monotonic_ns() - begin;
+  made.taken_ns = has_absent_ ? 0 : monotonic_ns() - begin;  // while demands are read it takes no time
   if (made.candidates.empty()) return 0;
   has_candidates_ = true;
   if (depth == 1) ++stats_.num_layers;
@@ -351,7 +353,7 @@ double Prefetcher::window_ns(int depth, int64_t now, const Load &load) const {
 // The next candidate of a list that is worth it; false where there is none now.
 bool Prefetcher::read_one(int depth, int64_t place, int64_t now, const Load &load) {
   List &made = list(depth, place);
-  const Gate &gate = gate_[0];
+  Gate &gate = gate_[0];
   const double window = window_ns(depth, now, load);
   for (; made.next < made.candidates.size(); ++made.next) {
     const Candidate &each = made.candidates[made.next];
@@ -367,10 +369,17 @@ bool Prefetcher::read_one(int depth, int64_t place, int64_t now, const Load &loa
         return false;
       }
     }
+    if (is_only_learning(depth, place)) {
+      made.promised_ns = worth_ns;
+      made.next = made.candidates.size();
+      return false;
+    }
+    const int64_t before = monotonic_ns();
     if (!cache_->guess(each.key)) {
       is_full_ = true;
       return false;
     }
+    gate.saw_asking(monotonic_ns() - before);
     ++made.next;
     if (!made.is_open && depth == 1) ++stats_.num_open;
     made.is_open = true;

@@ -100,7 +100,13 @@ class Prefetcher {
   double window_ns(int depth, int64_t now, const Load &load) const;
   bool may_waste() const;
   bool is_predicted(int depth, int64_t place) const {
-    return is_probe_ || options_.is_forced || payoffs_[(depth - 1) * places_.size() + place].is_paying();
+    return is_probe_ || !is_only_learning(depth, place);
+  }
+  // Or not even promises are.
+  bool are_odds_known() const { return num_tokens_ > kLearningTokens / 2; }
+  // Of a place that is predicted: to learn whether its guesses would pay, which needs no reading.
+  bool is_only_learning(int depth, int64_t place) const {
+    return !options_.is_forced && !payoffs_[(depth - 1) * places_.size() + place].is_paying();
   }
 
   em_prefetch_options options_;

@@ -81,8 +81,8 @@ class Payoff {
   }
 
  private:
-  static constexpr double kMargin = 1.5;   // promises are estimates, and what they cost is certain
-  static constexpr double kOtherNs = 4e3;  // to keep account of a layer, beside predicting it
+  static constexpr double kMargin = 1.2;   // promises are estimates, and what they cost is certain
+  static constexpr double kOtherNs = 7e2;  // to keep account of a layer, beside predicting it
 
   Mean promised_, taken_;
 };

@@ -170,7 +170,8 @@ TEST(a_gate_opens_for_what_pays) {
   CHECK(gate.worth_ns(1.0, kRecord, 8 * kRecord, 1.5e6) <= 0);  // others are read until then
   // What a wrong one costs depends on the drive: the same odds, and less time to gain.
   CHECK(gate.worth_ns(0.7, kRecord, 0, 0.6e6) > 0 && gate.worth_ns(0.7, kRecord, 0, 0.05e6) <= 0);
-  CHECK(gate.worth_ns(1.0, 16 << 10, 0, 1.5e6) <= 0);  // 8 us: read in less time than a guess takes
+  CHECK(gate.worth_ns(0.8, 16 << 10, 0, 1.5e6) <= 0);  // 8 us: read in less time than a guess takes
+  CHECK(gate.worth_ns(1.0, 16 << 10, 0, 1.5e6) > 0);   // but it saves the asking of a demand
   // Where routers follow soon, smaller requests, and demands wait for what is left of the first.
   CHECK(gate.worth_ns(0.6, kRecord, 0, 0.35e6) > 0);
   for (int i = 0; i < 200; ++i) gate.saw_interval(1, 300 * 1000, true);
@@ -179,6 +180,11 @@ TEST(a_gate_opens_for_what_pays) {
   const double dear = gate.worth_ns(0.5, kRecord, 0, 0.35e6);
   for (int i = 0; i < 100; ++i) gate.saw_wrong(false);
   CHECK(gate.worth_ns(0.5, kRecord, 0, 0.35e6) > dear);
+  // Asking for a guess is in vain where it is wrong.
+  const double cheap = gate.worth_ns(0.5, kRecord, 0, 0.35e6), right = gate.worth_ns(1.0, kRecord, 0, 0.35e6);
+  for (int i = 0; i < 100; ++i) gate.saw_asking(200 * 1000);
+  CHECK(gate.worth_ns(0.5, kRecord, 0, 0.35e6) < cheap - 50e3);
+  CHECK(gate.worth_ns(1.0, kRecord, 0, 0.35e6) == right);
   em::Gate idle(1, 4);
   for (int i = 0; i < 100; ++i) {
     idle.saw_reading(1 << 20, 500 * 1000);
@@ -196,7 +202,7 @@ TEST(guesses_that_promise_less_than_they_take_do_not_pay) {
   CHECK(!payoff.is_paying());  // nothing is known of them
   CHECK(!predict(60, 9e3));
   CHECK(predict(20, 100e3));  // they have begun to pay
-  CHECK(predict(100, 22e3) && !predict(200, 20e3));
+  CHECK(predict(200, 14e3) && !predict(200, 12e3));
 }
 
 TEST(what_experts_do_to_the_next_router_is_learned) {
