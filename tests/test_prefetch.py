@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from stores_small import make_store
 
-from edgemoe.engine import Engine
+from edgemoe.engine import DEMO, Engine
 from edgemoe.kv_cache import KVCache
 from edgemoe.runtime import core
 from edgemoe.runtime.errors import RecordError, UsageError
@@ -135,6 +135,17 @@ def test_a_shut_gate_reads_nothing_and_still_looks(path, text):
         prefetch, _ = use(engine, "router", is_forced=False)
         assert greedy(engine, 256)[2] == crc
         assert prefetch.stats() == GuessStats()  # nothing was absent
+
+
+def test_nothing_is_read_before_it_is_known_how_often_guesses_are_right():
+    with Engine.from_pretrained(DEMO, context=CONTEXT, prefetch="router") as engine:
+        resize(engine, 20)
+        engine.reader.throttle(500_000_000)  # so that there is much to wait for
+        kv_cache = KVCache.for_model(engine.args, engine.context, 16)
+        for token_id in range(100, 132):  # the first half of those that the gate learns from
+            engine.forward([token_id], kv_cache)
+        stats = engine.prefetch.stats()
+        assert stats.num_layers > 0 and stats.num_guesses == 0
 
 
 @pytest.mark.parametrize("predictor", ["auto", "none", "previous", "router"])

@@ -102,7 +102,7 @@ class Prefetcher {
   bool is_predicted(int depth, int64_t place) const {
     return is_probe_ || !is_only_learning(depth, place);
   }
-  // Or not even promises are.
+  // Until they are, promises mean nothing.
   bool are_odds_known() const { return num_tokens_ > kLearningTokens / 2; }
   // Of a place that is predicted: to learn whether its guesses would pay, which needs no reading.
   bool is_only_learning(int depth, int64_t place) const {
