@@ -9,6 +9,7 @@ import pytest
 import stores_small
 
 from edgemoe.cli import bench_limits, main
+from edgemoe.cli.bench_arms import decode_warm
 from edgemoe.cli.bench_report import tables
 from edgemoe.cli.replay import fit, replay, token_id
 from edgemoe.engine import Engine
@@ -17,6 +18,7 @@ from edgemoe.runtime import core
 from edgemoe.runtime.errors import UsageError
 from edgemoe.runtime.index import load_index
 from edgemoe.runtime.trace import Trace
+from edgemoe.session import Session
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tools"))
 
@@ -126,6 +128,32 @@ def test_every_demand_is_that_of_the_trace(store, tmp_path):
 
 
 @native
+def test_the_warm_up_of_bench_decodes_nothing_that_is_measured(store, tmp_path, monkeypatch):
+    """A cache learns from what it sees, and would know it."""
+    write_trace(tmp_path / "t.trace")
+    recorded = fit(tmp_path / "t.trace", load_index(store))
+    prompt, num_tokens, fed = [5, 3, 9, 2], 3, []
+    with Engine.from_pretrained(store, context=16, warm_start="off") as engine:
+        forward, step = engine.forward, Session.step
+        with monkeypatch.context() as patch:
+            patch.setattr(
+                engine,
+                "forward",
+                lambda *words, forced: (
+                    fed.append(forced[0].tolist()) or forward(*words, forced=forced)
+                ),
+            )
+            decode_warm(engine, recorded, num_tokens)
+        warm_up, measured = recorded.prompt.ids.tolist(), recorded.decoded.ids.tolist()
+        assert fed == [warm_up, *warm_up[:num_tokens], warm_up, *measured[:num_tokens]]
+        fed.clear()
+        monkeypatch.setattr(
+            Session, "step", lambda session, token: fed.append(token) or step(session, token)
+        )
+        found, _ = decode_warm(engine, prompt, num_tokens)
+        assert fed == prompt[:num_tokens] + found.token_ids[:-1]
+
+
 def test_bench_replays_a_trace(store, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(bench_limits, "sweep_bytes", lambda: 8 << 20)
     write_trace(tmp_path / "t.trace")

@@ -226,7 +226,7 @@ def _measure_one(
             routing = engine.routing
             if arm.is_resident and args.set_mode != "hard":
                 engine.cache.preload()
-            decoded, cost = _decode(engine, prompt, args.tokens)
+            decoded, cost = decode_warm(engine, prompt, args.tokens)
             cache_bytes = engine.cache.capacity_bytes  # while tokens are decoded
             counts = engine.routing_counts() if routing else None
     return {
@@ -246,23 +246,28 @@ def _measure_one(
     }
 
 
-def _decode(
+def decode_warm(
     engine: Any, prompt: list[int] | Recorded, num_tokens: int
 ) -> tuple[Decoded, dict[str, Any]]:
-    """Warm up, begin again, and measure; the second is what reading cost."""
+    """Warm up, begin again, and measure; the second is what reading cost.
+
+    The warm-up decodes the prompt's tokens: the cache learns, and must not know the measured ones.
+    """
     from ..kv_cache import KVCache
     from ..session import Session
 
-    warm_up = min(WARM_UP_TOKENS, num_tokens)
+    num_warm_up = min(WARM_UP_TOKENS, num_tokens)  # the context has room for those
     if isinstance(prompt, Recorded):
         kv_cache = KVCache.for_model(engine.args, engine.context, engine.config.kv_bits)
-        replay(engine, kv_cache, prompt.prompt, prompt.decoded[:warm_up])
+        replay(engine, kv_cache, prompt.prompt, prompt.prompt[:num_warm_up])
         kv_cache.trim(0)
         reads = engine.reader.stats()
         decoded = replay(engine, kv_cache, prompt.prompt, prompt.decoded[:num_tokens])
     else:
         with Session(engine) as session:
-            greedy(session, prompt, warm_up)
+            session.logits(prompt)
+            for token in prompt[:num_warm_up]:
+                session.step(token)
             session.reset()
             reads = engine.reader.stats()
             decoded = greedy(session, prompt, num_tokens)
