@@ -78,7 +78,7 @@ def test_the_arms_read_as_much_as_their_scheme_says(document: dict) -> None:
         assert read["STI-like"] <= stores["4"]["expert_bytes"] + document["share_bytes"]
         assert read["STI-like"] > read["IO-QEXP"]
     slow, fast = (
-        [rows[name]["rates"][str(rate)]["rounds"][0] for name in ("IO-EXP", "+cache (ours)")]
+        [rows[name]["rates"][str(rate)]["rounds"][0] for name in ("IO-EXP", "+forecast (ours)")]
         for rate in (SLOW, FAST)
     )
     # What reading alone would take: the same bytes at either rate, so that what is not reading
@@ -98,9 +98,9 @@ def test_arms_on_one_store_compute_the_same(document: dict) -> None:
     seconds = dict(zip(ORDER, (4, 3, 2, 1), strict=True))
     for row in document["rows"]:
         row["rates"][str(SLOW)]["rounds"][0]["tpot_s"] = seconds.get(row["arm"], 9)
-    assert f"{' > '.join(ORDER)}: yes; +cache (ours) is 2.00 times" in tables(document)
+    assert f"{' > '.join(ORDER)}: yes; +forecast (ours) is 2.00 times" in tables(document)
     document["rows"][0]["rates"][str(SLOW)]["rounds"][0]["tpot_s"] = 2
-    assert ": NO, +cache (ours) is not slower than IO-FREE;" in tables(document)
+    assert ": NO, +forecast (ours) is not slower than IO-FREE;" in tables(document)
 
 
 def test_hits_and_memory_are_those_of_the_scheme(document: dict) -> None:
@@ -114,8 +114,8 @@ def test_hits_and_memory_are_those_of_the_scheme(document: dict) -> None:
         elif name == "STI-like":
             assert cell["hit_rate"] is None
     share = document["share_bytes"]
-    assert rows["STI-like"]["expert_cache_bytes"] == rows["+cache (ours)"]["expert_cache_bytes"]
-    assert rows["+cache (ours)"]["expert_cache_bytes"] == share
+    assert rows["STI-like"]["expert_cache_bytes"] == rows["+forecast (ours)"]["expert_cache_bytes"]
+    assert rows["+forecast (ours)"]["expert_cache_bytes"] == share
 
 
 def test_a_trace_is_replayed_on_the_first_layers(

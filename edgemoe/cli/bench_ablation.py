@@ -162,36 +162,38 @@ def _affordable_prompt(
 def _measure_arm(
     arm: Arm, row: dict[str, Any], index: StoreIndex, work: Workload, is_first: bool, args: Any
 ) -> None:
+    """One round of an arm: at each rate by an engine of its own, since a cache learns from the
+    tokens and would know them when they come again."""
     from ..engine import Engine
     from ..preflight import release_free_memory
     from .layer_stream import LayerStream
 
-    gc.collect()
-    release_free_memory()
-    with (
-        PeakMemory([index.path / EXPERTS_FILE, index.path / TRUNK_FILE]) as peak,
-        Engine.from_pretrained(
-            index.path,
-            context=work.context,
-            cache_bytes=row["expert_cache_bytes"],
-            policy=arm.policy,
-            threads=args.threads,
-            prefetch=arm.prefetch,
-            warm_start="off",
-        ) as engine,
-    ):
-        if arm.is_resident:
-            engine.cache.preload()
-        if arm.streams:
-            engine.use_executor(LayerStream)
-        work.open(engine, layerwise=arm.streams, guesses=arm.prefetch != "none")
-        if is_first:
-            row["logits_hash"] = work.checked(CHECKED_TOKENS)
-        for rate, cell in row["rates"].items():
+    for rate, cell in row["rates"].items():
+        gc.collect()
+        release_free_memory()
+        with (
+            PeakMemory([index.path / EXPERTS_FILE, index.path / TRUNK_FILE]) as peak,
+            Engine.from_pretrained(
+                index.path,
+                context=work.context,
+                cache_bytes=row["expert_cache_bytes"],
+                policy=arm.policy,
+                threads=args.threads,
+                prefetch=arm.prefetch,
+                warm_start="off",
+            ) as engine,
+        ):
+            if arm.is_resident:
+                engine.cache.preload()
+            if arm.streams:
+                engine.use_executor(LayerStream)
+            work.open(engine, layerwise=arm.streams, guesses=arm.prefetch != "none")
             cell["rounds"].append(
                 _measure_rate(arm, engine, work, int(rate), cell["tokens"], is_first, args)
             )
-    row["peak_rss_bytes"].append(peak.rss_bytes)
+            if "logits_hash" not in row:
+                row["logits_hash"] = work.checked(CHECKED_TOKENS)
+        row["peak_rss_bytes"].append(peak.rss_bytes)
 
 
 def _measure_rate(
@@ -205,16 +207,15 @@ def _measure_rate(
 ) -> dict[str, Any]:
     """TTFT with nothing in memory (in the first round), then a warm-up at full speed where what is
     read may serve later, then the tokens that count."""
-    if not arm.is_resident and not arm.streams:
-        held = engine.cache.capacity_bytes
-        engine.cache.trim(0)
-        engine.cache.trim(held)
     result: dict[str, Any] = {"ttft_s": None, "prefill_bytes_read": None}
-    engine.reader.throttle(rate)
-    if not with_prompt:
-        engine.reader.throttle(0)
     prompt = work.begin()
-    if with_prompt:
+    if with_prompt:  # the second one: memory that is new to a process comes slowly
+        if not arm.is_resident and not arm.streams:
+            held = engine.cache.capacity_bytes
+            engine.cache.trim(0)
+            engine.cache.trim(held)
+        engine.reader.throttle(rate)
+        prompt = work.begin()
         result |= {"ttft_s": prompt.prefill_s, "prefill_bytes_read": prompt.prefill["bytes_read"]}
     engine.reader.throttle(0)
     if arm.is_warm or arm.is_resident:
