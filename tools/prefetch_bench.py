@@ -14,7 +14,7 @@ import numpy as np
 
 from edgemoe.cli.replay import Routing, fit, token_id
 from edgemoe.cli.text import TEXT
-from edgemoe.engine import DEMO, Engine
+from edgemoe.engine import Engine
 from edgemoe.kv_cache import KVCache
 from edgemoe.runtime.index import STORE_FILE, load_index
 from edgemoe.runtime.predictors import noisy_oracle
@@ -26,7 +26,7 @@ NUM_TURNS = 12  # each arm goes through all lanes four times
 CONTEXT = 128
 SETTLING_TOKENS, SETTLING = 64, 0.2  # of a new gate, or this share of a cell: whichever is less
 RETURNING = (8, 0.1)  # tokens, or seconds, after a change of lanes
-NUM_PASSES = 4  # over a trace, with other experts in the places of the recorded ones
+NUM_PASSES = 8  # over a trace, with other experts in the places of the recorded ones
 
 
 @dataclass(slots=True)
@@ -40,12 +40,14 @@ class Workload:
     guesses: np.ndarray | None = None  # int32 [T, places, n]
 
 
-def demo(text: str | None) -> Workload:
-    """The bundled model on a text."""
+def decoded(store: Path, text: str | None) -> Workload:
+    """A model on a text, with its own routers and the predictor that edgemoe takes by default."""
     from edgemoe.tokenizer import Tokenizer
 
-    tokenizer = Tokenizer.load(DEMO)
-    return Workload("demo", DEMO, tokenizer.encode(Path(text).read_text() if text else TEXT))
+    tokenizer = Tokenizer.load(store)
+    if tokenizer is None:
+        raise SystemExit(f"`{store}` has no tokenizer")
+    return Workload(store.stem, store, tokenizer.encode(Path(text).read_text() if text else TEXT))
 
 
 def traced(
@@ -94,26 +96,26 @@ def passes(routes: Routing, num_experts: list[int]) -> Routing:
 class Lane:
     """An engine of its own on a workload: trunk, expert cache, drive and context."""
 
-    def __init__(self, workload: Workload, most: int, context: int) -> None:
+    def __init__(self, workload: Workload, capacity: int, context: int) -> None:
         self.workload, self.context = workload, context
         self.engine = Engine.from_pretrained(
             workload.store,
             context=context,
-            cache_bytes=most,
+            cache_bytes=capacity,
             prefetch="none",
             warm_start="off",
         )
-        self.most = self.engine.cache.capacity_bytes
+        self.capacity = self.engine.cache.capacity_bytes
         self.none = Prefetcher("none", len(self.engine.args.moe_layers))
         self.kv_cache = KVCache.for_model(self.engine.args, context, self.engine.config.kv_bits)
 
-    def begin(self, capacity: int, warm_up: range) -> None:
+    def begin(self, warm_up: range) -> None:
         """An expert cache with the same records; tokens at full speed without guesses."""
         engine = self.engine
         engine.use_prefetch(self.none)
         engine.reader.throttle(0)
         engine.cache.trim(0)
-        engine.cache.trim(capacity)
+        engine.cache.trim(self.capacity)
         engine.cache.preload()
         for at in warm_up:
             self.feed(at)
@@ -178,7 +180,7 @@ class Arm:
             "hit_rate": self.num_hits / self.num_demanded,
             "guessed_rate": self.num_guessed / self.num_demanded,
             "stall_share": self.stall_s / total,
-            "idle_share": 1 - self.busy_s / total,
+            "idle_share": min(1.0, 1 - self.busy_s / total),
             "open_share": guesses.open_share,
             "wasted_bytes": guesses.wasted_bytes,
             "hash": self.digest.hexdigest()[:16],
@@ -188,21 +190,19 @@ class Arm:
 
 
 class Bench:
-    """As many lanes as arms, on one workload."""
+    """Cells of one workload, each with as many new lanes as arms: a cache learns from the tokens,
+    and would know them when they come again."""
 
-    def __init__(self, workload: Workload, share: float) -> None:
+    def __init__(self, workload: Workload) -> None:
         self.workload = workload
         self.expert_bytes = load_index(workload.store).expert_bytes
-        most = int(share * self.expert_bytes)
         self.context = min(CONTEXT, len(workload.tokens))
-        self.oracle = workload.routes.ids if workload.routes else self._own_routes(most)
-        self.lanes = [Lane(workload, most, self.context) for _ in ARMS]
+        self.oracle = workload.routes.ids if workload.routes else self._own_routes()
 
-    def _own_routes(self, most: int) -> np.ndarray:
-        """What the model's routers choose: int32 [T, places, K]. In a lane of its own, since its
-        cache learns from the tokens: it would know them when they come again."""
+    def _own_routes(self) -> np.ndarray:
+        """What the model's routers choose: int32 [T, places, K]."""
         routes: list[list[np.ndarray]] = []
-        lane = Lane(self.workload, most, self.context)
+        lane = Lane(self.workload, self.expert_bytes // 2, self.context)
         lane.engine.on_route = lambda layer, ids, weights: routes[-1].append(np.array(ids[0]))
         for at in range(len(self.workload.tokens)):
             routes.append([])
@@ -210,16 +210,17 @@ class Bench:
         lane.engine.close()
         return np.array(routes, dtype=np.int32)
 
-    def arm(self, name: str) -> Arm:
-        return Arm(name, self.lanes[0], self.workload.guesses, self.oracle)
-
     def run(
         self, budget: int, rate: int, seconds: float, num_warm_up: int, is_control: bool
     ) -> dict[str, Any]:
         """One cell: tokens in all lanes for about so long, and what they say."""
-        capacity = min(int(self.expert_bytes * budget / 100), self.lanes[0].most)
-        length = len(self.workload.tokens)
-        arms = [self.arm("off" if is_control else name) for name in ARMS]
+        workload, length = self.workload, len(self.workload.tokens)
+        capacity = int(self.expert_bytes * budget / 100)
+        lanes = [Lane(workload, capacity, self.context) for _ in ARMS]
+        arms = [
+            Arm("off" if is_control else name, lanes[0], workload.guesses, self.oracle)
+            for name in ARMS
+        ]
         orders = list(permutations(arms))
         at = number = 0
         for turn in range(NUM_TURNS):
@@ -228,8 +229,8 @@ class Bench:
                 first_at = 0
             at = first_at + num_warm_up
             for place, arm in enumerate(arms):
-                lane = self.lanes[(place + turn) % len(arms)]
-                lane.begin(capacity, range(first_at, at))
+                lane = lanes[(place + turn) % len(arms)]
+                lane.begin(range(first_at, at))
                 arm.enter(lane, rate)
             settling = (SETTLING_TOKENS, SETTLING * seconds) if turn == 0 else RETURNING
             begin, first, end = time.perf_counter(), number, None
@@ -249,8 +250,6 @@ class Bench:
         for arm in arms:
             arm.lane.engine.use_prefetch(arm.lane.none)
             arm.prefetch.close()
-        return found
-
-    def close(self) -> None:
-        for lane in self.lanes:
+        for lane in lanes:
             lane.engine.close()
+        return found

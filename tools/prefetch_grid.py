@@ -3,25 +3,26 @@
     python tools/prefetch_grid.py --work DIR --out grid.json \
         --trace qwen3-30b-a3b.npz --trace gpt-oss-120b.npz
 
-Budgets are shares of all expert records, drives are emulated by the reader's throttle. The demo
-model decodes a text with its own routers and the predictor that edgemoe takes by default. A trace
+Budgets are shares of all expert records, drives are emulated by the reader's throttle. A model (the
+demo model, or --model) decodes a text with its own routers and the default predictor. A trace
 is replayed on a store of its first layers (`--layers`), experts and top-k with records of
 `--record` bytes, made in --work; since such a store's routers know nothing of the recorded routing,
 the guesses are the recorded experts of the next layers, the heaviest first, each replaced by
 another one with a probability that grows with the rank and is 1 - `--recall` on average (routers
 looking one layer ahead: .58 to .92 in the literature, .96 for the heaviest).
 
-Three engines, each with an expert cache, a drive and a context of its own, are fed the same tokens
-in turn, in all orders: without guesses (`off`), with them (`on`), and with perfect ones (`oracle`:
-what the next layer will demand, through the same gate). So one token is a pair, what wrong guesses
-do to the cache stays with those who guess, and a machine that slows down slows all. Each arm has
-four of twelve turns on each engine, since where an engine's memory lies makes it faster or slower.
-Tokens at full speed without guesses, then some for the gate to settle, go before each. Told for a
-cell: time with guesses over time without, the most extreme tokens left out at both ends (`TRIM`),
-its 99 % interval (Student's t over the turns), the same for the oracle, and the share of time
-for which the drive was idle without guesses. A cell loses when its interval lies above 1; it is
-then measured again, and loses when that interval does, too. `--control` compares `off` to `off`.
-Cells that are in --out already are not measured again; `--show` prints the tables of --out.
+Three engines, new for each cell, each with an expert cache, a drive and a context of its own, are
+fed the same tokens in turn, in all orders: without guesses (`off`), with them (`on`), and with
+perfect ones (`oracle`: what the next layer will demand, through the same gate). So one token is a
+pair, what wrong guesses do to the cache stays with those who guess, and a machine that slows down
+slows all. Each arm has four of twelve turns on each engine, since where an engine's memory lies
+makes it faster or slower. Tokens at full speed without guesses, then some for the gate to settle,
+go before each. Told for a cell: time with guesses over time without, the most extreme tokens left
+out at both ends (`TRIM`), its 99 % interval (Student's t over the turns), the same for the oracle,
+and the share of time for which the drive was idle without guesses. A cell loses when its interval
+lies above 1; it is then measured again, and loses when that interval does, too. `--control`
+compares `off` to `off`. Cells that are in --out already are not measured again; `--show` prints the
+tables of --out.
 """
 
 import argparse
@@ -34,10 +35,11 @@ from statistics import median
 from typing import Any
 
 import numpy as np
-from prefetch_bench import NUM_TURNS, Bench, demo, traced
+from prefetch_bench import NUM_TURNS, Bench, decoded, traced
 
 from edgemoe.cli.bench_limits import machine
 from edgemoe.cli.render import markdown
+from edgemoe.engine import DEMO
 from edgemoe.runtime.amounts import format_rate, parse_bytes, parse_rate
 
 BUDGETS = tuple(range(10, 100, 10))  # percent
@@ -165,9 +167,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--work", type=Path, help="for the stores of the traces")
     parser.add_argument("--trace", type=Path, action="append", default=[])
-    parser.add_argument("--no-demo", action="store_true")
+    parser.add_argument("--model", type=Path, default=DEMO, help="a store (default: the demo)")
+    parser.add_argument("--traces-only", action="store_true")
     parser.add_argument("--show", action="store_true")
-    parser.add_argument("--text", help="for the demo model, instead of the built-in one")
+    parser.add_argument("--text", help="for the model, instead of the built-in one")
     parser.add_argument("--record", type=parse_bytes, default=512 << 10, help="bytes of a record")
     parser.add_argument("--layers", type=int, default=4, help="of a trace, from the first on")
     parser.add_argument("--recall", type=float, default=0.8)
@@ -191,7 +194,7 @@ def main(arguments: list[str] | None = None) -> int:
         if document["options"] != options:
             raise SystemExit(f"`{given.out}` is of other options; choose another --out")
     document |= {"budgets": given.budgets, "rates": given.rates}
-    workloads = [] if given.no_demo else [demo(given.text)]
+    workloads = [] if given.traces_only else [decoded(given.model, given.text)]
     for path in given.trace:
         workloads.append(
             traced(path, given.work, given.record, given.layers, given.recall, given.seed)
@@ -201,29 +204,26 @@ def main(arguments: list[str] | None = None) -> int:
         left = [(b, r) for b, r in cells(given) if f"{b}@{r}" not in found]
         if not left:
             continue
-        bench = Bench(workload, max(given.budgets) / 100)
+        bench = Bench(workload)
         begin = time.monotonic()
-        try:
-            for number, (budget, rate) in enumerate(left):
-                settings = (budget, rate, given.seconds, given.warm_up, given.control)
-                cell = cell_of(bench.run(*settings))
-                if cell["on"][1] > 1:
-                    cell["again"] = cell_of(bench.run(*settings))
-                found[f"{budget}@{rate}"] = cell
-                save(given.out, document)
-                on, oracle = (
-                    f"{middle:.3f} ({low:.3f}-{high:.3f})"
-                    for middle, low, high in (cell["on"], cell["oracle"])
-                )
-                print(
-                    f"{workload.name} {budget} % {rate / 1e6:.0f} MB/s: {on}, perfect {oracle}, "
-                    f"{cell['tokens']} tokens of {1e3 * cell['arms']['off']['tpot_s']:.2f} ms; "
-                    f"{number + 1} of {len(left)}, {time.monotonic() - begin:.0f} s",
-                    file=sys.stderr,
-                    flush=True,
-                )
-        finally:
-            bench.close()
+        for number, (budget, rate) in enumerate(left):
+            settings = (budget, rate, given.seconds, given.warm_up, given.control)
+            cell = cell_of(bench.run(*settings))
+            if cell["on"][1] > 1:
+                cell["again"] = cell_of(bench.run(*settings))
+            found[f"{budget}@{rate}"] = cell
+            save(given.out, document)
+            on, oracle = (
+                f"{middle:.3f} ({low:.3f}-{high:.3f})"
+                for middle, low, high in (cell["on"], cell["oracle"])
+            )
+            print(
+                f"{workload.name} {budget} % {rate / 1e6:.0f} MB/s: {on}, perfect {oracle}, "
+                f"{cell['tokens']} tokens of {1e3 * cell['arms']['off']['tpot_s']:.2f} ms; "
+                f"{number + 1} of {len(left)}, {time.monotonic() - begin:.0f} s",
+                file=sys.stderr,
+                flush=True,
+            )
     print(tables(document))
     return 0
 
