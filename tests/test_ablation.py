@@ -139,7 +139,23 @@ def test_a_trace_is_replayed_on_the_first_layers(
     assert read[0] > read[1] > read[2]
     assert "random weights" in tables(document)
     assert run(capsys, store, *words, "--arms", "IO-SLOW")[0] == 2
-    assert run(capsys, store, "--ablation", "--work", tmp_path, "--replay-layers", 2)[0] == 2
+
+
+def test_what_cannot_be_measured_is_refused_before_stores_are_made(
+    store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_trace(tmp_path / "t.trace", layers=3, experts=16, top_k=2)
+    (tmp_path / "broken.trace").write_bytes(b"\0" * 64)
+    trace, missing = tmp_path / "t.trace", tmp_path / "missing"
+    for words, code in (
+        (("--text", missing), 4),
+        (("--replay", missing), 4),
+        (("--replay", tmp_path / "broken.trace"), 1),
+        (("--replay", trace, "--text", trace), 2),
+        (("--replay-layers", 2), 2),
+    ):
+        assert run(capsys, store, "--ablation", "--work", tmp_path / "work", *words)[0] == code
+    assert not (tmp_path / "work").exists()
 
 
 def test_arms_that_do_not_fit_into_memory_are_refused(

@@ -36,8 +36,6 @@ class Workload:
         self._args, self._text = args, None
         self.routes: Routing | None = None
         if args.replay is not None:
-            if args.text is not None:
-                raise UsageError("--replay brings its own tokens", "", "leave --text out")
             recorded = fit(args.replay, index, args.replay_layers)
             self.routes = recorded.prompt + recorded.decoded
             self.tokens = [token_id(i, model.vocab) for i in range(len(self.routes))]

@@ -75,14 +75,29 @@ def prepare(source: Path, args: argparse.Namespace) -> dict[str, StoreIndex]:
     """The stores that the arms need, by kind: made where they are not there yet."""
     from .ablation_mixed import mixed_store
 
-    if args.replay_layers and not args.replay:
-        raise UsageError("--replay-layers goes with --replay", "", "name the trace")
+    _check_inputs(source, args)
     kinds = {arm.store for arm in _arms(args)} | {SHARED}
     if args.replay is None:
         kinds.add(REFERENCE)  # of the loss
     given = None if args.mixed is None else Path(args.mixed)
     folder = work_folder(args, source)
     return derive(source, folder, args.replay_layers, mixed_store(args), given, kinds)
+
+
+def _check_inputs(source: Path, args: argparse.Namespace) -> None:
+    """Raises for options and files that nothing can be measured with, before stores are made."""
+    from ..quant.windows import read_tokens
+    from ..runtime.trace import Trace
+    from ..tokenizer import Tokenizer
+
+    if args.replay_layers and not args.replay:
+        raise UsageError("--replay-layers goes with --replay", "", "name the trace")
+    if args.replay is not None and args.text is not None:
+        raise UsageError("--replay brings its own tokens", "", "leave --text out")
+    if args.replay is not None:
+        Trace.load(args.replay)
+    if args.text is not None:
+        read_tokens(Path(args.text), Tokenizer.load(source))
 
 
 def _arms(args: argparse.Namespace) -> list[Arm]:
