@@ -12,8 +12,8 @@ import stores_small
 from stores import trunk_names
 from test_replay import write_trace
 
-from edgemoe.cli import main
-from edgemoe.cli.ablation_arms import ARMS, ORDER, bytes_per_token, capacity, num_tokens
+from edgemoe.cli import bench_ablation, main
+from edgemoe.cli.ablation_arms import ARMS, ORDER, Arm, bytes_per_token, capacity, num_tokens
 from edgemoe.cli.ablation_report import tables
 from edgemoe.cli.bench_ablation import PROCESS_BYTES
 from edgemoe.quant.bitplan import BitPlan
@@ -116,6 +116,18 @@ def test_hits_and_memory_are_those_of_the_scheme(document: dict) -> None:
     share = document["share_bytes"]
     assert rows["STI-like"]["expert_cache_bytes"] == rows["+forecast (ours)"]["expert_cache_bytes"]
     assert rows["+forecast (ours)"]["expert_cache_bytes"] == share
+
+
+def test_no_rate_knows_the_tokens_from_the_one_before(
+    store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any
+) -> None:
+    """A cache that learns has the same hits at every rate."""
+    monkeypatch.setattr(bench_ablation, "ARMS", (Arm("learns", "4", "share", policy="forecast"),))
+    words = ("--ablation", "--work", tmp_path, "--rates", "500MB/s,600MB/s", "--json", "-r", 1)
+    code, out = run(capsys, store, *words, "--seconds", 1, "--warm-up", 8, "--eval-tokens", 64)
+    (row,) = json.loads(out)["rows"]
+    first, second = (row["rates"][rate]["rounds"][0] for rate in ("500000000", "600000000"))
+    assert code == 0 and first["hit_rate"] == second["hit_rate"] < 1
 
 
 def test_a_trace_is_replayed_on_the_first_layers(
